@@ -1,0 +1,40 @@
+# One environment, .venv, for every target but `gpu`, which runs on the python3 it finds.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+export OMP_NUM_THREADS ?= 2
+export PYTHONSAFEPATH := 1
+
+.PHONY: demo test-env test test-slow lint gpu
+
+demo: .venv/.core
+	$(BIN)/diffumask-fast generate demo --num 24
+
+test-env: .venv/.test
+
+test: test-env
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-slow: test-env
+	$(BIN)/pytest -m "slow and not gpu"
+
+lint: test-env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+gpu:
+	bash .ci/gpu
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.13 found: install one, or say make PYTHON=/path/to/python3.11." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.core: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) -e .
+	@touch $@
+
+.venv/.test: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) -e ".[test]"
+	@touch $@ .venv/.core

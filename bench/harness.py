@@ -1,0 +1,317 @@
+"""How this project measures: interleaved timings with a control, live tensor bytes, and the rows they become."""
+
+import functools
+import gc
+import itertools
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CPU_PAIRS = 14
+CUDA_PAIRS = 10
+Workload = Callable[[], object]
+Statistic = Callable[[Sequence[float]], float]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A candidate's time over its baseline's, with what the baseline measured against itself taken off.
+
+    `value` = `raw` - `deviation`; `low` and `high` bound it (10th and 90th percentile over resampled rounds);
+    `deviation` is the control's ratio minus 1, 0 without a control; `n` counts the rounds.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    raw: float
+    deviation: float
+    baseline_s: float
+    clock: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f}; measured {self.raw:.3f}, "
+            f"control {1 + self.deviation:.3f}, {self.n} rounds, {self.clock})"
+        )
+
+
+def compare(
+    candidate: Workload,
+    baseline: Workload,
+    *,
+    pairs: int | None = None,
+    control: bool = True,
+    device: str = "cpu",
+    threads: int = 1,
+    warmup: int = 1,
+) -> Ratio:
+    """Time a candidate against a baseline, interleaved so that drift and order fall on both alike.
+
+    On the CPU the ratio is that of the third-smallest process CPU times; on CUDA, of the median event times.
+
+    Args:
+        candidate, baseline: called without arguments, the same work each time.
+        pairs: rounds of one call each; 14 on the CPU and 10 on CUDA when None.
+        control: also time the baseline against itself in the same rounds, and subtract its deviation from 1.
+        device: where the workloads run; `cuda` times with events on the current stream.
+        threads: torch threads while timing; ratios with more than one are for reading, not for a bar.
+        warmup: untimed calls of each before the first round.
+
+    Returns:
+        The ratio; above 1 the candidate is the slower one.
+
+    Example:
+        >>> compare(lambda: sum(range(20_000)), lambda: sum(range(10_000)), pairs=3).value > 1
+        True
+    """
+    cuda = torch.device(device).type == "cuda"
+    rounds = pairs or (CUDA_PAIRS if cuda else CPU_PAIRS)
+    if rounds < 1:
+        raise ValueError(f"pairs is {pairs}: at least one round is needed")
+    statistic = statistics.median if cuda else third_smallest
+    workloads = {"candidate": candidate, "baseline": baseline} | ({"control": baseline} if control else {})
+    with _torch_threads(threads):
+        for workload in (candidate, baseline) * warmup:
+            workload()
+        times = _time_rounds(workloads, rounds, _cuda_seconds if cuda else _cpu_seconds)
+    raw, deviation = _ratio(times, range(rounds), statistic)
+    low, high = _bounds(times, rounds, statistic)
+    value = raw - deviation
+    return Ratio(
+        value=value,
+        low=min(low, value),
+        high=max(high, value),
+        n=rounds,
+        raw=raw,
+        deviation=deviation,
+        baseline_s=statistic(times["baseline"]),
+        clock="CUDA events" if cuda else "process CPU time",
+    )
+
+
+def third_smallest(times: Sequence[float]) -> float:
+    """Return the third-smallest time, or the largest of fewer than three."""
+    return sorted(times)[min(2, len(times) - 1)]
+
+
+def orders(names: Sequence[str], rounds: int) -> list[tuple[str, ...]]:
+    """Return the order of the calls of each round: every other round is the one before it, backwards.
+
+    Two names give AB BA AB BA; more are also rotated after each such pair, so that each is early as often as late.
+    """
+    result = []
+    for index in range(rounds):
+        shift = index // 2 % len(names)
+        order = tuple(names[shift:]) + tuple(names[:shift])
+        result.append(order[::-1] if index % 2 else order)
+    return result
+
+
+def _time_rounds(
+    workloads: dict[str, Workload], rounds: int, seconds: Callable[[Workload], float]
+) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in workloads}
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        for order in orders(list(workloads), rounds):
+            gc.collect()
+            for name in order:
+                times[name].append(seconds(workloads[name]))
+    finally:
+        if collects:
+            gc.enable()
+    return times
+
+
+def _cpu_seconds(workload: Workload) -> float:
+    start = time.process_time()
+    workload()
+    return time.process_time() - start
+
+
+def _cuda_seconds(workload: Workload) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    workload()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def _ratio(times: dict[str, list[float]], chosen: Sequence[int], statistic: Statistic) -> tuple[float, float]:
+    level = {name: statistic([values[index] for index in chosen]) for name, values in times.items()}
+    return level["candidate"] / level["baseline"], level.get("control", level["baseline"]) / level["baseline"] - 1
+
+
+def _bounds(times: dict[str, list[float]], rounds: int, statistic: Statistic) -> tuple[float, float]:
+    draw = random.Random(0)
+    values = []
+    for _ in range(500):
+        raw, deviation = _ratio(times, draw.choices(range(rounds), k=rounds), statistic)
+        values.append(raw - deviation)
+    values.sort()
+    return values[50], values[449]
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class live_tensor_bytes(TorchDispatchMode):  # noqa: N801
+    """Count the bytes of tensors born inside the context and still alive, on any device, views once.
+
+    `now` is what lives at this moment, also after the context; `peak` the most that lived at once inside it. Counted
+    are the results of torch operations: what a kernel takes and returns within one operation is not seen.
+
+    Example:
+        >>> with live_tensor_bytes() as live:
+        ...     kept = torch.ones(256).exp()
+        >>> live.now, live.peak
+        (1024, 2048)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+        self._references: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = {id(storage) for storage in _storages((args, kwargs))}
+        result = func(*args, **kwargs)
+        for storage in _storages(result):
+            born = func is torch.ops.aten.lift_fresh.default or id(storage) not in given
+            if born or id(storage) in self._references:
+                self._count(storage)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key not in self._references:
+            self._references[key] = weakref.ref(storage, functools.partial(self._forget, key))
+        self.now += size - self._sizes.get(key, 0)
+        self._sizes[key] = size
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self, key: int, _: weakref.ref) -> None:
+        self.now -= self._sizes.pop(key)
+        del self._references[key]
+
+
+def _storages(tree: object) -> list[torch.UntypedStorage]:
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+    return [tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided and not tensor.is_meta]
+
+
+def row(
+    suite: str,
+    name: str,
+    value: float | Ratio,
+    *,
+    unit: str = "ratio",
+    low: float | None = None,
+    high: float | None = None,
+    n: int = 1,
+    config: dict | None = None,
+) -> dict:
+    """Make one result row: `{"suite", "name", "value", "unit", "low", "high", "n", "config"}`.
+
+    Args:
+        value: a number, or a `Ratio`, which also fills low, high, n and, in config, how it was measured.
+        low, high: bounds of the value; the value itself when None.
+        config: what the number depends on beside `environment()`, which the caller adds.
+    """
+    config = dict(config or {})
+    if isinstance(value, Ratio):
+        config |= {"raw": round(value.raw, 5), "control_deviation": round(value.deviation, 5)}
+        config |= {"baseline_s": round(value.baseline_s, 5), "clock": value.clock}
+        value, low, high, n = value.value, value.low, value.high, value.n
+    low, high = value if low is None else low, value if high is None else high
+    numbers = {key: round(float(number), 5) for key, number in (("value", value), ("low", low), ("high", high))}
+    return {
+        "suite": suite,
+        "name": name,
+        "value": numbers["value"],
+        "unit": unit,
+        "low": numbers["low"],
+        "high": numbers["high"],
+        "n": n,
+        "config": config,
+    }
+
+
+def append_rows(rows: Sequence[dict], path: str | os.PathLike) -> None:
+    """Append rows to a JSON lines file, made with its folder when it is not there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(one) + "\n" for one in rows)
+
+
+def environment(device: str = "cpu", threads: int = 1) -> dict:
+    """Say what a timing depends on: versions, processor or GPU, threads and, in a checkout, the commit."""
+    facts = {"device": torch.device(device).type, "threads": threads, "python": platform.python_version()}
+    facts |= {name: _version(name) for name in ("torch", "diffusers", "diffumask-fast")}
+    facts["cpu"] = _cpu_name()
+    if facts["device"] == "cuda":
+        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "driver": _output(query)}
+    facts["commit"] = _commit()
+    return facts
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(itertools.chain(named, [platform.processor() or platform.machine()]))
+
+
+def _commit() -> str | None:
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / ".git").exists():
+        return None
+    return _output(("git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"))
+
+
+def _output(command: Sequence[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().partition("\n")[0] or None

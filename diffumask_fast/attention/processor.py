@@ -1,0 +1,135 @@
+"""The attention processors that stand in the UNet for the length of one call."""
+
+import functools
+import inspect
+from typing import Any
+
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor
+
+from diffumask_fast.attention.tap import Tap
+from diffumask_fast.kernels import attend
+
+
+class MapProcessor:
+    """Draw as AttnProcessor2_0 does, and fill the tap in the same product; stateless, one for all layers."""
+
+    def __init__(self, impl: str = "auto") -> None:
+        self.impl = impl
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        tap: Tap | None = None,
+    ) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        mask = _bias(attn, attention_mask, context)
+        columns = None if tap is None else tap.columns(attn)
+        if columns is None:
+            out, _ = attend(q, k, v, heads=attn.heads, mask=mask, impl=self.impl)
+        else:
+            maps, weight = tap.target(attn)
+            out, maps = attend(
+                q,
+                k,
+                v,
+                columns,
+                heads=attn.heads,
+                first_conditional=tap.first,
+                maps=maps,
+                weight=weight,
+                mask=mask,
+                impl=self.impl,
+            )
+            tap.put(attn, maps)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def draws_like(attn: Attention) -> bool:
+    """Tell whether MapProcessor gives what the layer's own processor gives, bit for bit on CPU."""
+    return (
+        type(attn.processor) is AttnProcessor2_0
+        and attn.spatial_norm is attn.group_norm is attn.norm_q is attn.norm_k is None
+        and not attn.norm_cross
+        and not attn.residual_connection
+        and attn.rescale_output_factor == 1
+    )
+
+
+def beside(processor: Any, impl: str = "auto") -> Any:
+    """Wrap a foreign processor (IP-Adapter, xformers, a user's own): it draws, maps come from a second product.
+
+    Args:
+        processor: what the layer has; it is called with what it would be called with without maps.
+        impl: of the second product.
+
+    Returns:
+        a processor with the same named parameters, for diffusers filters by name, and `tap`.
+    """
+    return _beside_class(type(processor))(processor, impl)
+
+
+class _Beside:
+    def __init__(self, processor: Any, impl: str) -> None:
+        self.processor = processor
+        self.impl = impl
+
+
+@functools.cache
+def _beside_class(kind: type) -> type:
+    """Make the wrapper for one class of processors, with its signature and `tap`."""
+
+    def call(
+        self: _Beside,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        tap: Tap | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if tap is not None and tap.columns(attn) is not None:
+            _second_product(attn, hidden_states, encoder_hidden_states, attention_mask, tap, self.impl)
+        return self.processor(
+            attn, hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask, **kwargs
+        )
+
+    taken = list(inspect.signature(kind.__call__).parameters.values())
+    at = len(taken) - (taken[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    taken.insert(at, inspect.Parameter("tap", inspect.Parameter.KEYWORD_ONLY))
+    call.__signature__ = inspect.Signature(taken)
+    return type(f"Beside{kind.__name__}", (_Beside,), {"__call__": call})
+
+
+def _second_product(
+    attn: Attention,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | tuple[Tensor, ...] | None,
+    attention_mask: Tensor | None,
+    tap: Tap,
+    impl: str,
+) -> None:
+    """Attend again for the conditional rows, for the maps alone."""
+    columns = tap.columns(attn)
+    rows = slice(tap.first, tap.first + columns.shape[0])
+    context = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
+    hidden = hidden_states[rows]
+    context = hidden if context is None else context[rows]
+    q, k = attn.to_q(hidden), attn.to_k(context)
+    mask = _bias(attn, None if attention_mask is None else attention_mask[rows], context)
+    maps, weight = tap.target(attn)
+    _, maps = attend(q, k, k, columns, heads=attn.heads, maps=maps, weight=weight, mask=mask, impl=impl)
+    tap.put(attn, maps)
+
+
+def _bias(attn: Attention, attention_mask: Tensor | None, context: Tensor) -> Tensor | None:
+    """Bring the mask [B, 1, T] to [B, H, 1, T], the shape that the scores take."""
+    if attention_mask is None:
+        return None
+    mask = attn.prepare_attention_mask(attention_mask, context.shape[1], context.shape[0])
+    return mask.view(context.shape[0], attn.heads, -1, mask.shape[-1])

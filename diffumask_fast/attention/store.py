@@ -1,0 +1,233 @@
+"""Where the maps of all UNet calls accumulate, and how they become one map for each phrase."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from diffumask_fast.attention.overlay import overlay
+from diffumask_fast.attention.tap import Levels
+from diffumask_fast.errors import DiffuMaskError
+
+AGGREGATIONS = ("paper", "reference", "finest")
+PROPAGATE = ("auto", "none", 1, 2, 3, 4)
+MAX_PROPAGATED_PIXELS = 1024
+
+
+class Mean:
+    """Keep a weighted mean of tensors, and of each tensor over its own maximum, in fixed memory."""
+
+    def __init__(self) -> None:
+        self.weight = 0.0
+        self._sum: Tensor | None = None
+        self._peak_sum: Tensor | None = None
+
+    def add(self, maps: Tensor, weight: float) -> None:
+        """Add maps [Bc, K, N]."""
+        if self._sum is None:
+            self._sum, self._peak_sum = torch.zeros_like(maps), torch.zeros_like(maps)
+        self._sum.add_(maps, alpha=weight)
+        self._peak_sum.add_(over_maximum(maps), alpha=weight)
+        self.weight += weight
+
+    def mean(self, each_over_maximum: bool = False) -> Tensor:
+        """Return the mean [Bc, K, N], or the mean of each over its own maximum (the paper's equation 2)."""
+        return (self._peak_sum if each_over_maximum else self._sum) / self.weight
+
+
+class MapStore:
+    """Add up the maps of each UNet call outside of whatever runs it.
+
+    Propagation: the prior of a call holds, for each level that it propagates, the mean of the earlier maps and the
+    means so far of the 1 to n-1 times propagated ones, side by side on the K axis. The call applies its self-attention
+    once to all of them, so maps propagated k times are the self-attention of later calls on the mean of those
+    propagated k-1 times. It happens at levels of at most 1024 query pixels, in the last third of the calls (in all but
+    the first when their number is not known).
+    """
+
+    def __init__(
+        self,
+        phrases: Sequence[Sequence[str]],
+        latent_size: tuple[int, int],
+        *,
+        propagate: str | int = "auto",
+        num_calls: int | None = None,
+    ) -> None:
+        """Begin with nothing.
+
+        Args:
+            phrases: the phrases of each of the Bc conditional rows.
+            latent_size: h, w of the latents.
+            propagate: "auto" (once), "none", or 1 to 4 times.
+            num_calls: how many UNet calls there will be, None if that is not known.
+        """
+        self.phrases = [list(row) for row in phrases]
+        self.latent_size = latent_size
+        self.times = propagation_times(propagate)
+        self.num_calls = num_calls
+        self.calls = 0
+        self._maps: dict[str, Mean] = {}
+        self._propagated: dict[str, list[Mean]] = {}
+
+    def prior(self) -> Levels:
+        """Return what the next UNet call propagates: level -> [Bc, n*K, N], empty when it propagates nothing."""
+        if not self.calls or not self.times or self.calls < self._first_propagated():
+            return {}
+        prior = {}
+        for key, kept in self._maps.items():
+            mean = kept.mean()
+            if mean.shape[-1] <= MAX_PROPAGATED_PIXELS:
+                earlier = [m.mean() if m.weight else torch.zeros_like(mean) for m in self._orders(key)[:-1]]
+                prior[key] = torch.cat([mean, *earlier], dim=1) if earlier else mean
+        return prior
+
+    def add(self, maps: Levels, propagated: Levels | None = None, weight: float = 1.0) -> None:
+        """Add what one UNet call gave.
+
+        Args:
+            maps: level -> [Bc, K, N] fp32.
+            propagated: level -> [Bc, n*K, N] fp32, the answer to this call's prior.
+            weight: of this call in all means.
+        """
+        for key, value in (propagated or {}).items():
+            orders = self._orders(key)
+            answers = value.chunk(self.times, dim=1)
+            ready = 1 + sum(bool(mean.weight) for mean in orders[:-1])
+            for mean, answer in zip(orders[:ready], answers[:ready], strict=True):
+                mean.add(answer, weight)
+        for key, value in maps.items():
+            self._maps.setdefault(key, Mean()).add(value, weight)
+        self.calls += 1
+
+    @property
+    def levels(self) -> Levels:
+        """Mean over heads, layers and calls: level -> [Bc, K, N] fp32."""
+        return {key: kept.mean() for key, kept in self._maps.items()}
+
+    @property
+    def propagated(self) -> Levels:
+        """Mean over heads, layers and propagating calls of the maps propagated most often: level -> [Bc, K, N] fp32."""
+        return {key: ready[-1].mean() for key, orders in self._propagated.items() if (ready := _ready(orders))}
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Height and width of each level's maps."""
+        return {key: level_size(self.latent_size, kept.mean().shape[-1]) for key, kept in self._maps.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all that is kept."""
+        means = [*self._maps.values(), *(m for orders in self._propagated.values() for m in orders)]
+        return sum(t.nbytes for m in means for t in (m._sum, m._peak_sum) if t is not None)
+
+    def class_maps(self, options: Any = None) -> Tensor:
+        """Combine the levels into one map for each phrase, at the size of the finest level.
+
+        "paper": all levels, each call's map over its own maximum. "reference": all levels but the coarsest, mean over
+        the calls first, each level over its maximum. "finest": the finest level alone, over its maximum.
+
+        Args:
+            options: has `aggregation` and `propagate`; None is "paper" and "auto" (propagated maps where there are
+                any); a number takes the maps propagated that often, or as often as the number of calls allowed.
+
+        Returns:
+            [Bc, K, h, w] fp32 in 0..1; zeros for padded phrases.
+
+        Raises:
+            DiffuMaskError: nothing was added, or the maps were not propagated as often as asked.
+        """
+        if not self.calls:
+            raise DiffuMaskError("no UNet call gave maps yet: run the pipeline first")
+        aggregation = getattr(options, "aggregation", AGGREGATIONS[0])
+        if aggregation not in AGGREGATIONS:
+            raise DiffuMaskError(f"aggregation is {aggregation!r}, known are: {', '.join(AGGREGATIONS)}")
+        keys = sorted(self._maps, key=int)
+        chosen = {"paper": keys, "reference": keys[:-1] or keys, "finest": keys[:1]}[aggregation]
+        sizes, total = self.sizes, 0
+        for key in chosen:
+            kept = self._kept(key, getattr(options, "propagate", PROPAGATE[0]))
+            maps = kept.mean(each_over_maximum=aggregation == "paper").unflatten(-1, sizes[key])
+            if key != keys[0]:
+                maps = F.interpolate(maps, sizes[keys[0]], mode="bicubic", align_corners=False).clamp(0, 1)
+            total = total + (maps if aggregation == "paper" else over_maximum(maps.flatten(2)).view_as(maps))
+        return total / len(chosen)
+
+    def __getitem__(self, phrase: str) -> "PhraseMaps":
+        """Return the maps of one phrase, for all images that have it."""
+        at = [(b, row.index(phrase)) for b, row in enumerate(self.phrases) if phrase in row]
+        if not at:
+            known = sorted({p for row in self.phrases for p in row})
+            raise DiffuMaskError(f"no maps of {phrase!r} were asked for, there are: {', '.join(known)}")
+        rows, columns = (list(x) for x in zip(*at, strict=True))
+        return PhraseMaps(phrase, self.class_maps()[rows, columns], rows)
+
+    def _orders(self, key: str) -> list[Mean]:
+        return self._propagated.setdefault(key, [Mean() for _ in range(self.times)])
+
+    def _first_propagated(self) -> int:
+        if self.num_calls is None:
+            return 1
+        return self.num_calls - max(self.times, math.ceil(self.num_calls / 3))
+
+    def _kept(self, key: str, propagate: str | int) -> Mean:
+        """Choose a level's plain maps or the propagated ones."""
+        times = propagation_times(propagate)
+        ready = _ready(self._propagated.get(key, []))
+        if propagate == "auto":
+            return ready[-1] if ready else self._maps[key]
+        if times > self.times:
+            raise DiffuMaskError(
+                f"the maps were propagated {self.times} times, not {times}: draw with propagate={times}"
+            )
+        return ready[min(times, len(ready)) - 1] if times and ready else self._maps[key]
+
+
+class PhraseMaps:
+    """The maps of one phrase: `maps` [n, h, w] in 0..1, and `rows`, the images that they belong to."""
+
+    def __init__(self, phrase: str, maps: Tensor, rows: list[int]) -> None:
+        self.phrase = phrase
+        self.maps = maps
+        self.rows = rows
+
+    def overlay(self, image: Image.Image, index: int = 0) -> Image.Image:
+        """Lay the map of one of the images over it.
+
+        Args:
+            image: the image that was drawn.
+            index: which of `maps` belongs to it.
+
+        Returns:
+            the image, warm where the word looked.
+        """
+        return overlay(image, self.maps[index])
+
+
+def propagation_times(propagate: str | int) -> int:
+    """Return how often maps are propagated: "auto" once, "none" never, 1 to 4 as often as it says."""
+    if isinstance(propagate, bool) or propagate not in PROPAGATE:
+        raise DiffuMaskError(f"propagate is {propagate!r}, known are: {', '.join(map(str, PROPAGATE))}")
+    return {"auto": 1, "none": 0}.get(propagate, propagate)
+
+
+def over_maximum(maps: Tensor) -> Tensor:
+    """Divide maps [..., N] by their maxima; zeros stay zeros."""
+    return maps / maps.amax(-1, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
+
+
+def level_size(latent_size: tuple[int, int], num_pixels: int) -> tuple[int, int]:
+    """Find the height and width of a level from its number of pixels: latents halved, rounding up, until they match."""
+    h, w = latent_size
+    while h * w > num_pixels:
+        h, w = -(-h // 2), -(-w // 2)
+    if h * w != num_pixels:
+        raise DiffuMaskError(f"{num_pixels} query pixels are no level of latents of {latent_size[0]}x{latent_size[1]}")
+    return h, w
+
+
+def _ready(orders: list[Mean]) -> list[Mean]:
+    return [mean for mean in orders if mean.weight]

@@ -1,0 +1,163 @@
+"""The command line: one function per command, heavy imports inside."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diffumask_fast.errors import DiffuMaskError
+
+logger = logging.getLogger("diffumask_fast")
+app = typer.Typer(
+    name="diffumask-fast", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Draw images with pixel-accurate semantic masks from text.",
+)  # fmt: skip
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+
+
+@app.command()
+def generate(
+    out: Annotated[Path, typer.Argument(help="Folder of the dataset; run again to finish it.")],
+    model: Annotated[str, typer.Option(help="mini, a diffusers folder, or a hub id.")] = "mini",
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
+    classes: Annotated[str | None, typer.Option(help="dog,cat | voc | FILE; all that the model lists, else VOC.")] = None,
+    classes_per_image: Annotated[int, typer.Option(help="Distinct classes joined in one prompt.")] = 1,
+    num: Annotated[int, typer.Option(help="Images drawn in all, classes taken in turn.")] = 24,
+    seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
+    batch_size: Annotated[str, typer.Option(help="Images per batch, or auto.")] = "auto",
+    shard_size: Annotated[int, typer.Option(help="Images per shard: what a kill can lose.")] = 64,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; the model's best when left out.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Guidance; the model's best when left out.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="For example ddim; the model's own when left out.")] = None,
+    size: Annotated[str | None, typer.Option(help="HxW in pixels; the model's own when left out.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16.")] = "auto",
+    aggregation: Annotated[str, typer.Option(help="auto, paper, reference or finest.")] = "auto",
+    propagate: Annotated[str, typer.Option(help="auto, none, or 1 to 4 times.")] = "auto",
+    threshold: Annotated[str, typer.Option(help="otsu, or a number in 0..1.")] = "otsu",
+    refine: Annotated[str, typer.Option(help="guided or none.")] = "guided",
+    ignore_band: Annotated[int, typer.Option(help="Pixels beside boundaries that become 255.")] = 0,
+    engine: Annotated[str, typer.Option(help="torch.")] = "torch",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    allow_drift: Annotated[bool, typer.Option("--allow-drift", help="Go on in a changed environment.")] = False,
+    log: Annotated[Path | None, typer.Option(help="Append a log to this file.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Draw a dataset of images and masks."""
+    _log_to(log)
+    from diffumask_fast.generation import GenerateOptions, run_generate
+    from diffumask_fast.masks.options import MaskOptions
+
+    mask = MaskOptions(
+        aggregation=aggregation, propagate=propagate, threshold=threshold, refine=refine, ignore_band=ignore_band
+    )
+    options = GenerateOptions(
+        out=out, model=model, revision=revision, classes=classes, classes_per_image=classes_per_image, num=num,
+        seed=seed, batch_size=batch_size, shard_size=shard_size, steps=steps, guidance_scale=guidance_scale,
+        scheduler=scheduler, size=size, dtype=dtype, mask=mask, engine=engine, device=device, allow_drift=allow_drift,
+    )  # fmt: skip
+    summary = run_generate(options, progress=_progress)
+    if as_json:
+        print(json.dumps(summary))
+    else:
+        accepted = f"{summary['accepted']} of {summary['images']} images accepted"
+        print(f"{accepted}, {summary['images_per_s']:.2f} images/s. Look at {out / 'preview.png'}.")
+
+
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Option(help="end_to_end.")] = "end_to_end",
+    geometry: Annotated[str, typer.Option(help="mini.")] = "mini",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Append the rows to this .jsonl file.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure what masks cost, against the plain diffusers pipeline."""
+    from diffumask_fast.bench import end_to_end, harness
+
+    if suite != "end_to_end":
+        raise DiffuMaskError(f"There is no suite {suite}: use end_to_end.")
+    rows = end_to_end.run(geometry, device=device)
+    if out is not None:
+        harness.append_rows(out, rows)
+    if as_json:
+        print(json.dumps({"rows": rows}))
+        return
+    for row in rows:
+        print(f"{row['name']:24} {row['value']:8.3f} {row['unit']:8} ({row['low']:.3f} to {row['high']:.3f}, n {row['n']})")
+
+
+@app.command()
+def doctor(as_json: JsonFlag = False) -> None:
+    """Tell versions, devices, and what works here."""
+    from diffumask_fast.doctor import examine
+
+    report = examine()
+    if as_json:
+        print(json.dumps(report))
+        return
+    for section, entries in report.items():
+        print(section)
+        for name, value in entries.items():
+            print(f"  {name:18} {value}")
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from diffumask_fast import __version__
+
+        print(__version__)
+        raise typer.Exit()
+
+
+def _progress(total: int) -> Any:
+    """Return a rich progress bar on stderr, hidden when that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=console, disable=not console.is_terminal, transient=True,
+    )  # fmt: skip
+
+
+def _log_to(path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise DiffuMaskError(f"Cannot write the log {path} ({error.strerror}): choose another file.") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+def main() -> None:
+    """Run the command line; errors become one sentence on stderr and an exit code."""
+    logger.addHandler(logging.NullHandler())
+    try:
+        app()
+    except DiffuMaskError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("Stopped; run the same command again to go on.", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:  # noqa: BLE001 - no traceback reaches a user; the log has it
+        logger.error("%s", traceback.format_exc())
+        detail = " ".join(str(error).split())[:300]
+        _fail(f"Unexpected {type(error).__name__}: {detail}. Run again with --log FILE to keep the details.")
+
+
+def _fail(sentence: str) -> None:
+    logger.error("%s", sentence)
+    print(sentence, file=sys.stderr)
+    sys.exit(1)

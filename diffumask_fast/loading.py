@@ -1,0 +1,205 @@
+"""Find a model, check it before anything is drawn, and load it as a diffusers pipeline."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from diffumask_fast.errors import DiffuMaskError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+WEIGHTLESS = ("scheduler", "tokenizer", "feature_extractor")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model folder says of itself beside its weights (`diffumask.json`); defaults for folders that say nothing.
+
+    Args:
+        name: as the user gave it.
+        folder: where it lies; None for a pipeline that was composed in Python.
+        classes: class names that it can draw; empty when anything can be asked for.
+        scenes: places that its prompts name; empty for the general list.
+        num_inference_steps: steps that suit it best.
+        guidance_scale: guidance that suits it best.
+        mask: mask options that were measured best for it.
+    """
+
+    name: str
+    folder: Path | None = None
+    classes: tuple[str, ...] = ()
+    scenes: tuple[str, ...] = ()
+    num_inference_steps: int = 30
+    guidance_scale: float = 7.5
+    mask: dict[str, Any] = field(default_factory=dict)
+
+
+def find_model(model: str | Path, revision: str | None = None) -> ModelInfo:
+    """Resolve "mini", a diffusers folder or a hub id to a checked local folder.
+
+    Raises:
+        DiffuMaskError: no such model, a half-written folder, or weights that exist only as pickles.
+    """
+    if str(model) == "mini":
+        from diffumask_fast import mini
+
+        folder = mini.folder()
+    elif Path(model).expanduser().is_dir():
+        folder = Path(model).expanduser()
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not str(model).startswith("."):
+        folder = _download(str(model), revision)
+    else:
+        raise DiffuMaskError(f"There is no model folder {model}: give mini, a diffusers folder or a hub id (owner/name).")
+    check_folder(folder)
+    return _read_info(str(model), folder)
+
+
+def _download(model: str, revision: str | None) -> Path:
+    try:
+        return Path(DiffusionPipeline.download(model, revision=revision, use_safetensors=True))
+    except Exception as error:
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DiffuMaskError(
+            f"{model} is neither a folder here nor could it be fetched from the hub as safetensors ({cause[:200]}): "
+            "check the name and the connection, or give a local folder."
+        ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a diffusers folder is whole and holds safetensors.
+
+    Raises:
+        DiffuMaskError: naming the first file that is missing, cut off, or a pickle.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise DiffuMaskError(f"{folder} is no diffusers model: it has no model_index.json.")
+    try:
+        components = json.loads(index.read_text("utf-8"))
+    except ValueError as error:
+        raise DiffuMaskError(f"{index} is not valid JSON: the folder is half-written, fetch it again.") from error
+    for name, value in components.items():
+        if name.startswith("_") or not isinstance(value, list) or value[0] is None:
+            continue
+        part = folder / name
+        if not part.is_dir() or not any(part.iterdir()):
+            raise DiffuMaskError(f"{folder} is half-written: it names {name}, which is missing; fetch the model again.")
+        if not name.startswith(WEIGHTLESS):
+            _check_weights(part)
+
+
+def _check_weights(part: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(part.glob("*.safetensors"))
+    if not files:
+        pickles = [path.name for path in sorted(part.iterdir()) if path.suffix in PICKLES]
+        if pickles:
+            raise DiffuMaskError(
+                f"{part} has its weights only as a pickle ({pickles[0]}), which can run code and is never loaded: "
+                "convert them to safetensors."
+            )
+        raise DiffuMaskError(f"{part} has no weights (*.safetensors): the folder is half-written, fetch it again.")
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise DiffuMaskError(f"{path} is cut off or damaged ({error}): fetch the model again.") from error
+
+
+def _read_info(name: str, folder: Path) -> ModelInfo:
+    path = folder / "diffumask.json"
+    if not path.exists():
+        return ModelInfo(name, folder)
+    try:
+        known = json.loads(path.read_text("utf-8"))
+        return ModelInfo(
+            name, folder, tuple(known["classes"]), tuple(known["scenes"]),
+            int(known["num_inference_steps"]), float(known["guidance_scale"]), dict(known.get("mask", {})),
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError) as error:
+        raise DiffuMaskError(f"{path} is damaged ({error}): fetch the model again or delete that file.") from error
+
+
+def weight_hash(folder: Path) -> str:
+    """Return the SHA-256 of all weight and configuration files of a model folder, names included."""
+    digest = hashlib.sha256()
+    paths = (p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".txt") and p.is_file())
+    for path in sorted(paths):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """Return the device: what was asked for, else CUDA where there is one, else the CPU.
+
+    Raises:
+        DiffuMaskError: CUDA was asked for and there is none.
+    """
+    if device in (None, "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DiffuMaskError("There is no CUDA device here (torch sees none): use --device cpu.")
+    return device
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """Return the dtype: what was asked for, else fp16 on CUDA and fp32 on the CPU."""
+    if dtype in (None, "auto"):
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise DiffuMaskError(f"There is no dtype {dtype}: use auto, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
+    """Load a checked folder as the diffusers pipeline that it names, quietly and from safetensors alone.
+
+    Raises:
+        DiffuMaskError: diffusers cannot load it, or it has no UNet2DConditionModel.
+    """
+    from diffusers import UNet2DConditionModel
+    from diffusers.utils import logging as diffusers_logging
+
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            info.folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise DiffuMaskError(f"diffusers cannot load {info.folder}: {str(error).splitlines()[0][:300]}") from error
+    finally:
+        diffusers_logging.set_verbosity(level)
+    if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel):
+        raise DiffuMaskError(f"{info.name} has no UNet2DConditionModel: use a Stable Diffusion 1.x, 2.x or XL model.")
+    return pipe.to(device)
+
+
+def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
+    """Replace the pipeline's scheduler by the named one ("DDIMScheduler", or in short "ddim"), same noise schedule.
+
+    Raises:
+        DiffuMaskError: diffusers knows no such scheduler for this model; lists those there are.
+    """
+    short = lambda cls: cls.__name__.removesuffix("Scheduler")  # noqa: E731
+    compatible = {short(cls).lower(): cls for cls in pipe.scheduler.compatibles}
+    wanted = compatible.get(name.removesuffix("Scheduler").lower())
+    if wanted is None:
+        names = ", ".join(sorted(short(cls) for cls in compatible.values()))
+        raise DiffuMaskError(f"There is no scheduler {name} for this model: use one of {names}.")
+    pipe.scheduler = wanted.from_config(pipe.scheduler.config)

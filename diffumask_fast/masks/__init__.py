@@ -1,0 +1,1 @@
+"""Maps to masks: thresholds, refinement, quality."""

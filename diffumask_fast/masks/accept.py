@@ -1,0 +1,45 @@
+"""Which samples are kept: what can be said of an image and its mask without a second model."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffumask_fast.masks.options import MaskOptions
+
+
+def rejections(
+    images: Tensor, mask: Tensor, class_ids: Tensor, names: Sequence[Sequence[str]], options: MaskOptions
+) -> list[str]:
+    """Say for each sample why it is rejected.
+
+    Args:
+        images: [B, H, W, 3] uint8.
+        mask: [B, H, W] uint8; 255 is ignored.
+        class_ids: [B, K]; 0 marks a padded column.
+        names: the classes' names, for each sample those of its ids that are not 0.
+        options: `min_area` and `max_area` are read.
+
+    Returns:
+        One sentence per sample, "" where it is accepted.
+    """
+    class_ids = class_ids.to(mask.device)
+    area = (mask[:, None] == class_ids[..., None, None]).float().mean((2, 3))  # [B, K]
+    flat = images.flatten(1).amax(1) - images.flatten(1).amin(1) < 8
+    table = torch.cat([flat[:, None].to(area), area], 1).tolist()  # one transfer
+    padded = class_ids.tolist()
+    return [_reason(row[0] > 0, row[1:], ids, own, options) for row, ids, own in zip(table, padded, names, strict=True)]
+
+
+def _reason(flat: bool, area: list[float], ids: list[int], names: Sequence[str], options: MaskOptions) -> str:
+    if flat:
+        return "the image is of one colour"
+    shares = [share for share, class_id in zip(area, ids, strict=True) if class_id > 0]
+    for name, share in zip(names, shares, strict=True):
+        if share == 0:
+            return f"{name} has no pixel in the mask"
+        if share < options.min_area:
+            return f"{name} covers {share:.2%} of the image, less than {options.min_area:.2%}"
+    if sum(shares) > options.max_area:
+        return f"the classes cover {sum(shares):.2%} of the image, more than {options.max_area:.2%}"
+    return ""

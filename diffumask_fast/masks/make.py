@@ -1,0 +1,152 @@
+"""Class maps to masks: normalise, resize, refine, threshold, argmax; batched and without a word to the host."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.kernels.guided_filter import guided_filter
+from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.masks.threshold import otsu
+
+IGNORE = 255
+
+
+def quantise_maps(class_maps: Tensor) -> Tensor:
+    """Write each map in 255 steps of its own maximum: what masks are made of and what a dataset keeps.
+
+    Quantising twice changes nothing. NaN, infinity and negative values (bicubic overshoot) become 0.
+
+    Args:
+        class_maps: [B, K, h, w], float in any range or uint8.
+
+    Returns:
+        [B, K, h, w] uint8 with maximum 255, or 0 everywhere for a map without a positive value.
+    """
+    if class_maps.dtype == torch.uint8:
+        return class_maps
+    maps = class_maps.float().nan_to_num(0, 0, 0).clamp(min=0)
+    return (maps / _maximum(maps) * 255).round().to(torch.uint8)
+
+
+def make_masks(
+    class_maps: Tensor, images: Tensor, options: MaskOptions, class_ids: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Make masks of class maps and the images they belong to.
+
+    Maps pass through `quantise_maps` first, so that masks made again from stored maps are the same. A class's score is
+    0.5 at its threshold and linear on both sides; the background's is 1 minus the best class's, so that a pixel goes
+    to the class of the highest score if that is above its threshold.
+
+    Args:
+        class_maps: [B, K, h, w], one map per class; float or uint8.
+        images: [B, H, W, 3] uint8.
+        options: of the mask stage; `aggregation` and `propagate` are taken as done.
+        class_ids: [B, K] whole numbers 1..254, the values in the mask; 0 marks a padded column, which never wins.
+
+    Returns:
+        mask [B, H, W] uint8: 0 background, class ids, 255 in the ignore band;
+        scores [B, K+1, H, W] fp32 in 0..1, background first;
+        quality [B, K] fp32 in 0..1: see `mask_quality`; 0 for an empty mask.
+
+    Raises:
+        DiffuMaskError: the shapes do not fit.
+
+    Example:
+        >>> mask, scores, quality = make_masks(
+        ...     torch.rand(1, 1, 4, 4), torch.zeros(1, 32, 32, 3, dtype=torch.uint8), MaskOptions(), torch.tensor([[12]])
+        ... )
+        >>> mask.shape, scores.shape, quality.shape
+        (torch.Size([1, 32, 32]), torch.Size([1, 2, 32, 32]), torch.Size([1, 1]))
+    """
+    _check(class_maps, images, class_ids)
+    class_ids = class_ids.to(class_maps.device)
+    images = images.to(class_maps.device)
+    maps = quantise_maps(class_maps).float() * (class_ids > 0)[..., None, None]
+    maps = refine_maps(maps, images, options)
+
+    if options.threshold == "otsu":
+        threshold = otsu(maps)
+    else:
+        threshold = torch.full(maps.shape[:2], options.threshold, device=maps.device)
+    scores = _scores(maps, threshold)
+    winner = scores.argmax(1)  # [B, H, W], 0 the background, also in a tie
+
+    inside = winner[:, None] == torch.arange(1, maps.shape[1] + 1, device=maps.device)[:, None, None]
+    quality = mask_quality(maps, inside)
+    ids = F.pad(class_ids, (1, 0)).long()
+    mask = ids.gather(1, winner.flatten(1)).view(winner.shape)
+    return _with_band(mask, options.ignore_band).to(torch.uint8), scores, quality
+
+
+def refine_maps(maps: Tensor, images: Tensor, options: MaskOptions) -> Tensor:
+    """Bring maps [B, K, h, w] to the size of images [B, H, W, 3], each over its own maximum: [B, K, H, W] in 0..1."""
+    height, width = images.shape[1:3]
+    maps = F.interpolate(maps, (height, width), mode="bicubic", align_corners=False).clamp(min=0)
+    maps = maps / _maximum(maps)
+    if options.refine == "guided":
+        guide = images.permute(0, 3, 1, 2).float() / 255
+        radius = max(1, round(options.radius * min(height, width) / 128))
+        maps = guided_filter(guide, maps, radius, options.eps)
+    return maps.clamp(0, 1)
+
+
+def mask_quality(maps: Tensor, inside: Tensor) -> Tensor:
+    """Say how clearly each map stands for its mask.
+
+    The product of two shares: how much of the map's variance the split in and out of the mask explains (Otsu's
+    separability), and by how much the mean inside exceeds the mean outside, relative to the mean inside. It is 1 for a
+    map that is its mask, near 0 for one that is spread over the image, and needs no truth; it is no IoU.
+
+    Args:
+        maps: [B, K, H, W] in 0..1.
+        inside: [B, K, H, W] bool.
+
+    Returns:
+        [B, K] fp32 in 0..1; 0 for a mask that is empty or covers everything.
+    """
+    maps, inside = maps.flatten(2), inside.flatten(2).float()
+    share = inside.mean(2)
+    mean = maps.mean(2)
+    mean_in = (maps * inside).mean(2) / share.clamp(min=1e-12)
+    mean_out = (maps * (1 - inside)).mean(2) / (1 - share).clamp(min=1e-12)
+    variance = (maps - mean[..., None]).square().mean(2)
+    separability = share * (1 - share) * (mean_in - mean_out).square() / variance.clamp(min=1e-12)
+    contrast = (mean_in - mean_out) / mean_in.clamp(min=1e-12)
+    quality = (separability * contrast).clamp(0, 1)
+    return torch.where((share > 0) & (share < 1), quality, torch.zeros_like(quality))
+
+
+def _check(class_maps: Tensor, images: Tensor, class_ids: Tensor) -> None:
+    if class_maps.ndim != 4 or 0 in class_maps.shape:
+        raise DiffuMaskError(f"make_masks takes class maps [B, K, h, w], not {list(class_maps.shape)}")
+    if images.ndim != 4 or images.shape[0] != class_maps.shape[0] or images.shape[3] != 3:
+        raise DiffuMaskError(f"make_masks takes images [B, H, W, 3], not {list(images.shape)}")
+    if images.dtype != torch.uint8:
+        raise DiffuMaskError(f"make_masks takes uint8 images, not {images.dtype}")
+    if class_ids.shape != class_maps.shape[:2]:
+        raise DiffuMaskError(f"class ids {list(class_ids.shape)} do not fit class maps {list(class_maps.shape)}")
+
+
+def _maximum(maps: Tensor) -> Tensor:
+    """Return each map's maximum [B, K, 1, 1], at least the smallest normal fp32 number."""
+    return maps.amax((2, 3), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _scores(maps: Tensor, threshold: Tensor) -> Tensor:
+    threshold = threshold[..., None, None]
+    low = 0.5 * maps / threshold.clamp(min=1e-6)
+    high = 0.5 + 0.5 * (maps - threshold) / (1 - threshold).clamp(min=1e-6)
+    scores = torch.where(maps > threshold, high, low).clamp(0, 1)
+    return torch.cat([1 - scores.amax(1, keepdim=True), scores], 1)
+
+
+def _with_band(mask: Tensor, band: int) -> Tensor:
+    """Set pixels to 255 that are less than band + 1 rows and columns away from another class."""
+    if band == 0:
+        return mask
+    values = mask[:, None].float()
+    size = 2 * band + 1
+    highest = F.max_pool2d(values, size, 1, band)
+    lowest = -F.max_pool2d(-values, size, 1, band)
+    return torch.where((highest != lowest)[:, 0], torch.full_like(mask, IGNORE), mask)

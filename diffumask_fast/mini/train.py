@@ -1,0 +1,343 @@
+"""Train the embedded model on the composed world: first the VAE, then UNet and text encoder.
+
+    python -m diffumask_fast.mini.train OUT --stage vae  --steps 3200
+    python -m diffumask_fast.mini.train OUT --stage unet --steps 5000 [--init-from OUT]
+
+OUT becomes a diffusers folder of fp16 safetensors with averaged (EMA) weights, saved every few minutes, so that a
+killed run loses little: start it again with `--init-from OUT`. One CPU core suffices; with CUDA it runs in bf16 there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from diffumask_fast.mini.tokenizer import write_tokenizer
+from diffumask_fast.mini.world import SCENES, World, load_sprites
+
+SAVE_SECONDS = 240
+DEFAULTS = {"num_inference_steps": 25, "guidance_scale": 4.0, "scheduler": "DPMSolverMultistepScheduler"}
+
+
+def new_vae():
+    """Return an untrained VAE: factor 8, 4 latent channels, deterministic."""
+    from diffusers import AutoencoderTiny
+
+    return AutoencoderTiny(
+        encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4,
+        num_encoder_blocks=(0, 1, 2, 3), num_decoder_blocks=(3, 2, 2, 1), latent_channels=4, scaling_factor=1.0,
+    )  # fmt: skip
+
+
+def new_unet():
+    """Return an untrained UNet with cross-attention at 16x16, 8x8 and 4x4; heads of 16, 32 and 40."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(64, 128, 160),
+        down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3,
+        cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16,
+    )  # fmt: skip
+
+
+def new_text_encoder(tokenizer):
+    """Return an untrained CLIP text encoder without layers: a token's state depends on the token alone.
+
+    A causal encoder lets every later token know the class word, and the padding then draws most of the attention.
+    Without mixing the word's own token must carry the meaning, and its map is the object's.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=0, num_attention_heads=4,
+        max_position_embeddings=77, projection_dim=128, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return CLIPTextModel(config)
+
+
+def new_scheduler():
+    """Return the scheduler that the folder names; training uses its noise schedule."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        algorithm_type="dpmsolver++", solver_order=2, steps_offset=1, timestep_spacing="trailing",
+    )  # fmt: skip
+
+
+class Ema:
+    """Exponential moving average of the weights of some modules."""
+
+    def __init__(self, modules, decay=0.9985):
+        self.modules, self.decay, self.steps = modules, decay, 0
+        self.averages = [copy.deepcopy(module).eval().requires_grad_(False) for module in modules]
+
+    @torch.no_grad()
+    def update(self):
+        self.steps += 1
+        rate = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for module, average in zip(self.modules, self.averages, strict=True):
+            torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), rate)
+
+
+def optimiser(modules, lr, steps, warmup=150):
+    """Return AdamW with a short warm-up and a cosine decay to zero."""
+    parameters = [p for module in modules for p in module.parameters()]
+    adam = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.01)
+    shape = lambda s: min((s + 1) / warmup, 1) * (0.5 + 0.5 * math.cos(math.pi * min(s / steps, 1)))  # noqa: E731
+    return adam, torch.optim.lr_scheduler.LambdaLR(adam, shape), parameters
+
+
+def save(folder: Path, module, name: str):
+    """Write one component in fp16 under a temporary name, then put it in its place."""
+    temporary = folder / f".{name}.tmp"
+    copy.deepcopy(module).half().save_pretrained(temporary, safe_serialization=True)
+    config = json.loads((temporary / "config.json").read_text("utf-8"))
+    if "dtype" in config:  # transformers would otherwise load fp16 where diffusers' components are fp32
+        config["dtype"] = "float32"
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    final = folder / name
+    final.mkdir(parents=True, exist_ok=True)
+    for file in temporary.iterdir():
+        os.replace(file, final / file.name)
+    temporary.rmdir()
+
+
+def compose(args, first: int, num: int, world: World):
+    """Compose scenes first .. first + num of the training world: images uint8, masks uint8, prompts."""
+    drawn = [world.scene(args.seed, index) for index in range(first, first + num)]
+    images = torch.stack([torch.from_numpy(scene.image) for scene in drawn]).permute(0, 3, 1, 2).contiguous()
+    masks = torch.stack([torch.from_numpy(scene.mask) for scene in drawn])
+    return images, masks, [scene.prompt for scene in drawn]
+
+
+def train_vae(args, world: World, device):
+    """Train the VAE: L1 and squared error, weighted on the object, and gradients at three scales; noisy latents."""
+    from diffusers import AutoencoderTiny
+
+    vae = AutoencoderTiny.from_pretrained(args.init_from, subfolder="vae").float() if args.init_from else new_vae()
+    vae = vae.to(device, memory_format=torch.channels_last)
+    ema = Ema([vae])
+    adam, schedule, parameters = optimiser([vae], args.lr or 1.5e-3, args.steps)
+    images, masks, _ = compose(args, 0, args.pool, world)
+    generator = torch.Generator().manual_seed(args.seed)
+    log = Log(args, "vae")
+    for step in range(args.steps):
+        rows = torch.randint(len(images), (args.batch_size or 8,), generator=generator)
+        x = (images[rows].to(device).float() / 127.5 - 1).to(memory_format=torch.channels_last)
+        weight = 1 + 2 * F.max_pool2d((masks[rows].to(device) > 0).float()[:, None], 5, 1, 2)
+        with torch.autocast(device.type, torch.bfloat16):
+            latents = vae.encode(x).latents
+            noisy = latents + 0.1 * latents.detach().float().std() * torch.randn_like(latents)
+            decoded = vae.decode(noisy).sample
+        error, latents = decoded.float() - x, latents.float()
+        loss = (weight * (error.abs() + 2 * error.square())).mean() + gradient_loss(error)
+        loss = loss + 1e-3 * latents.square().mean() + 1e-2 * latents.mean((0, 2, 3)).square().sum()
+        descend(loss, adam, schedule, parameters)
+        ema.update()
+        if log.step(step, loss, error.detach().square().mean() / 4):
+            finish_vae(args, ema.averages[0], images)
+    finish_vae(args, ema.averages[0], images)
+    held = compose(args, 10**6, 256, world)[0]
+    log.close(step, psnr_new_scenes_db=round(psnr(ema.averages[0], held), 2))
+
+
+def gradient_loss(error):
+    """Return the mean absolute gradient of the error at three scales."""
+    total = 0.0
+    for _ in range(3):
+        total = total + error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        error = F.avg_pool2d(error, 2)
+    return total
+
+
+@torch.no_grad()
+def encode(vae, images, batch=32):
+    """Return latents fp32 [B, 4, h, w] of uint8 images, before the scaling factor."""
+    parts = [vae.encode(part.to(vae.device).float() / 127.5 - 1).latents.float().cpu() for part in images.split(batch)]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def psnr(vae, images):
+    """Return the mean PSNR in dB of the round trip of uint8 images."""
+    values = []
+    for part in images.split(32):
+        x = part.to(vae.device).float() / 255
+        y = (vae.decode(vae.encode(x * 2 - 1).latents).sample / 2 + 0.5).clamp(0, 1)
+        values.append(-10 * (x - y).square().mean((1, 2, 3)).log10())
+    return torch.cat(values).mean().item()
+
+
+def finish_vae(args, vae, images):
+    vae.register_to_config(scaling_factor=1 / encode(vae, images[:512]).std().item())
+    save(args.out, vae, "vae")
+
+
+def load_text(args):
+    """Return tokenizer and text encoder: new, or those of --init-from."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    write_tokenizer(args.out / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
+    if not args.init_from:
+        return tokenizer, new_text_encoder(tokenizer)
+    return tokenizer, CLIPTextModel.from_pretrained(args.init_from, subfolder="text_encoder").float()
+
+
+def latent_pool(args, world: World, vae, tokenizer, first: int):
+    """Compose and encode scenes: scaled latents [P, 4, 16, 16], token ids [P, 77], share of object [P, 1, 16, 16]."""
+    latents, ids, weights = [], [], []
+    for start in range(first, first + args.pool, 500):
+        images, masks, prompts = compose(args, start, min(500, first + args.pool - start), world)
+        latents.append(encode(vae, images) * vae.config.scaling_factor)
+        ids.append(tokens(tokenizer, prompts))
+        weights.append(F.avg_pool2d((masks > 0).float()[:, None], 8))
+    return torch.cat(latents), torch.cat(ids), torch.cat(weights)
+
+
+def tokens(tokenizer, prompts):
+    """Return token ids [B, 77], padded and truncated as the pipeline does."""
+    return tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+
+
+def train_unet(args, world: World, device):
+    """Train UNet and text encoder on v-prediction, squared error weighted 1 + share of object; 10 % empty prompts."""
+    from diffusers import AutoencoderTiny, UNet2DConditionModel
+    from diffusers.models.attention_processor import AttnProcessor
+
+    vae = AutoencoderTiny.from_pretrained(args.out, subfolder="vae").float().to(device)
+    tokenizer, text = load_text(args)
+    init = args.init_from
+    unet = UNet2DConditionModel.from_pretrained(init, subfolder="unet").float() if init else new_unet()
+    unet, text = unet.to(device), text.to(device)
+    if device.type == "cpu":
+        unet.set_attn_processor(AttnProcessor())  # explicit products: SDPA's backward is slower on CPU
+    ema = Ema([unet, text])
+    adam, schedule, parameters = optimiser([unet, text], args.lr or 8e-4, args.steps)
+    scheduler = new_scheduler()
+    write_index(args.out, world)
+    alphas = scheduler.alphas_cumprod.to(device)
+    empty = tokens(tokenizer, [""])
+    generator = torch.Generator().manual_seed(args.seed)
+    log, batch = Log(args, "unet"), args.batch_size or 32
+    refresh = max(1, 8 * args.pool // batch)
+    for step in range(args.steps):
+        if step % refresh == 0:
+            first = args.first + step // refresh * args.pool
+            latents, ids, weights = latent_pool(args, world, vae, tokenizer, first)
+        rows = torch.randint(len(latents), (batch,), generator=generator)
+        x, noise = latents[rows].to(device), torch.randn(batch, 4, 16, 16, generator=generator).to(device)
+        dropped = torch.rand(batch, 1, generator=generator) < 0.1
+        prompt_ids = torch.where(dropped, empty, ids[rows]).to(device)
+        timesteps = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * 1000
+        timesteps = timesteps.long().to(device)
+        a = alphas[timesteps][:, None, None, None]
+        noisy, target = a.sqrt() * x + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * x
+        with torch.autocast(device.type, torch.bfloat16):
+            states = text(prompt_ids)[0]
+            predicted = unet(noisy, timesteps, states).sample
+        error = (predicted.float() - target).square()
+        descend((error * (1 + weights[rows].to(device))).mean(), adam, schedule, parameters)
+        ema.update()
+        if log.step(step, error.detach().mean()):
+            save(args.out, ema.averages[0], "unet")
+            save(args.out, ema.averages[1], "text_encoder")
+    save(args.out, ema.averages[0], "unet")
+    save(args.out, ema.averages[1], "text_encoder")
+    log.close(step)
+
+
+def write_index(folder: Path, world: World):
+    """Write what makes the folder a diffusers pipeline, and its classes, scenes and defaults (`diffumask.json`)."""
+    import diffusers
+
+    scheduler = new_scheduler()
+    scheduler.save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline", "_diffusers_version": diffusers.__version__,
+        "feature_extractor": [None, None], "image_encoder": [None, None], "requires_safety_checker": False,
+        "safety_checker": [None, None], "scheduler": ["diffusers", type(scheduler).__name__],
+        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderTiny"],
+    }  # fmt: skip
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    if not (folder / "diffumask.json").exists():
+        known = {"classes": world.classes, "scenes": list(SCENES.values()), **DEFAULTS}
+        (folder / "diffumask.json").write_text(json.dumps(known, indent=2) + "\n", "utf-8")
+
+
+def descend(loss, adam, schedule, parameters):
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    adam.step()
+    schedule.step()
+    adam.zero_grad()
+
+
+class Log:
+    """Progress lines, and one JSON line per stage in OUT/training.jsonl when it ends."""
+
+    def __init__(self, args, stage):
+        self.args, self.stage, self.mean = args, stage, None
+        self.start = self.saved = time.monotonic()
+
+    def step(self, step, *values) -> bool:
+        """Note the losses; return True when it is time to save."""
+        now = torch.stack([value.detach().float() for value in values])
+        self.mean = now if self.mean is None else torch.lerp(self.mean, now, 0.02)
+        if step % 50 == 0:
+            seconds = time.monotonic() - self.start
+            losses = " ".join(f"{value:.4f}" for value in self.mean.tolist())
+            print(f"{self.stage} {step}/{self.args.steps} loss {losses} {seconds:.0f} s", flush=True)
+        due = time.monotonic() - self.saved > SAVE_SECONDS
+        if due:
+            self.saved = time.monotonic()
+        return due
+
+    def close(self, step, **figures):
+        row = {
+            "stage": self.stage, "steps": step + 1, "seed": self.args.seed, "first": self.args.first,
+            "init_from": bool(self.args.init_from), "lr": self.args.lr, "loss": [round(v, 4) for v in self.mean.tolist()],
+            "seconds": round(time.monotonic() - self.start), **figures,
+        }  # fmt: skip
+        print(json.dumps(row), flush=True)
+        with (self.args.out / "training.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--stage", choices=("vae", "unet"), required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--init-from", type=Path, help="folder whose weights to start from")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="first scene of the training world to use")
+    parser.add_argument("--pool", type=int, default=8000, help="scenes kept in memory at a time")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--two", type=float, default=0.25, help="share of scenes with two objects")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--assets", type=Path)
+    parser.add_argument("--list", choices=("small", "full"), default="small")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    world = World(load_sprites(args.assets, args.list), two=args.two)
+    {"vae": train_vae, "unet": train_unet}[args.stage](args, world, device)
+
+
+if __name__ == "__main__":
+    main()

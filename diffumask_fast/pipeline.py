@@ -1,0 +1,418 @@
+"""DiffuMaskPipeline: a diffusers pipeline whose images come with masks."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image
+from torch import Tensor
+
+from diffumask_fast.attention.collect import collect_maps
+from diffumask_fast.attention.tap import Levels
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.loading import ModelInfo, find_model, load_pipe, resolve_device, resolve_dtype, weight_hash
+from diffumask_fast.masks.accept import rejections
+from diffumask_fast.masks.make import make_masks, quantise_maps
+from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.prompts.request import Request
+from diffumask_fast.prompts.vocabulary import Vocabulary
+
+
+@dataclass
+class Output:
+    """What a call gives.
+
+    Attributes:
+        images: as `output_type` asks, PIL by default.
+        masks: uint8 [B, H, W], 0 background, class ids, 255 ignored.
+        quality: one list per image, a number in 0..1 per class.
+        maps: level -> [B, K, N] fp32, mean over heads, layers and UNet calls.
+        class_maps: uint8 [B, K, h, w], what the masks were made of.
+        class_ids: one tuple per image.
+        provenance: model, options and versions that made this.
+    """
+
+    images: Any
+    masks: np.ndarray
+    quality: list[list[float]]
+    maps: Levels
+    class_maps: np.ndarray
+    class_ids: list[tuple[int, ...]]
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One drawn sample: image uint8 [H, W, 3], mask uint8 [H, W], class maps uint8 [K, h, w], quality per class."""
+
+    request: Request
+    image: np.ndarray
+    mask: np.ndarray
+    quality: tuple[float, ...]
+    maps: np.ndarray
+    accepted: bool
+    reason: str
+
+
+@dataclass
+class Seconds:
+    """Seconds by stage since the pipeline was made."""
+
+    denoise: float = 0.0
+    decode: float = 0.0
+    masks: float = 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the stages by name."""
+        return dict(vars(self))
+
+
+@dataclass
+class _Drawn:
+    """One batch on its way: what a call of the diffusers pipeline gave and what became of it."""
+
+    images: Tensor  # [B, H, W, 3] uint8
+    finite: list[bool]
+    pixels: Tensor  # [B, 3, H, W] in 0..1, as diffusers gives it
+    mask: Tensor
+    quality: list[list[float]]
+    class_maps: Tensor
+    levels: Levels
+    ids: Tensor = field(repr=False)
+
+
+class DiffuMaskPipeline:
+    """Compose a diffusers pipeline; draw with it, and make a mask of each word of interest on the way.
+
+    Args:
+        pipe: any diffusers pipeline whose denoiser is a `UNet2DConditionModel`.
+        info: what its model folder says; the general defaults when None.
+
+    Example:
+        >>> pipe = DiffuMaskPipeline.from_pretrained("mini", device="cpu")
+        >>> out = pipe(["a photo of a dog on the grass"], classes=[["dog"]], seeds=[7], num_inference_steps=2)
+        >>> out.images[0].size, out.masks.shape
+        ((128, 128), (1, 128, 128))
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, info: ModelInfo | None = None):
+        self.pipe = pipe
+        self.info = info or ModelInfo(type(pipe).__name__)
+        self.vocabulary = Vocabulary.voc()
+        self.seconds = Seconds()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = "mini",
+        *,
+        engine: str = "torch",
+        engine_path: str | Path | None = None,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        revision: str | None = None,
+    ) -> DiffuMaskPipeline:
+        """Load the embedded model ("mini"), a diffusers folder or a hub id; safetensors only.
+
+        Args:
+            model: what to load.
+            engine: "torch"; others come with later versions.
+            engine_path: folder of an exported engine; none is needed for "torch".
+            dtype: "fp32", "fp16", "bf16" or a torch dtype; None is fp32 on the CPU and fp16 on CUDA.
+            device: None is CUDA where there is one.
+            revision: of a hub id.
+
+        Raises:
+            DiffuMaskError: no such model, half-written or pickled weights, no such device, engine or dtype.
+        """
+        if engine != "torch" or engine_path is not None:
+            raise DiffuMaskError(f"There is no engine {engine} in this version: use torch, without an engine path.")
+        device = resolve_device(device)
+        dtype = resolve_dtype(dtype, device)
+        info = find_model(model, revision)
+        pipe = load_pipe(info, dtype, device)
+        if dtype == torch.float16 and getattr(pipe.vae.config, "force_upcast", False):
+            if not isinstance(pipe, StableDiffusionXLPipeline):  # SDXL casts its VAE itself
+                pipe.vae.to(torch.float32)
+        return cls(pipe, info)
+
+    @classmethod
+    def from_pipe(cls, pipe: DiffusionPipeline) -> DiffuMaskPipeline:
+        """Compose a pipeline that is already loaded; it is used as it is and stays usable by itself."""
+        return cls(pipe)
+
+    def to(self, *args: Any, **kwargs: Any) -> DiffuMaskPipeline:
+        """Move the pipeline, as diffusers' `to`."""
+        self.pipe.to(*args, **kwargs)
+        return self
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+        """Save the composed pipeline as a diffusers folder of safetensors."""
+        self.pipe.save_pretrained(folder, safe_serialization=True, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet is."""
+        return self.pipe.unet.device
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        classes: Sequence[Sequence[str]] | Sequence[str] | None = None,
+        seeds: Sequence[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        mask: MaskOptions | None = None,
+        *,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> Output | tuple[Any, np.ndarray, list[list[float]]]:
+        """Draw images and make a mask of each class word.
+
+        Args:
+            prompt: one or B prompts.
+            classes: class names of each prompt (one list for all prompts is allowed); None finds the vocabulary's
+                phrases in the prompts. A name's phrase must occur in its prompt.
+            seeds: one seed per image, for images that depend on nothing else in the batch.
+            generator: as in diffusers; not together with seeds.
+            mask: options of the mask stage; None is what suits the model.
+            output_type: "pil", "np" or "pt".
+            return_dict: False gives the tuple (images, masks, quality).
+            kwargs: what the diffusers pipeline takes; its model's best steps and guidance are the defaults.
+
+        Raises:
+            DiffuMaskError: seeds together with a generator, a class that is not in its prompt or past its last
+                token, a size that is no multiple of 8, an output type without an image.
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise DiffuMaskError(f"There is no mask for output_type {output_type}: use pil, np or pt, or collect_maps.")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        if not prompts and kwargs.get("prompt_embeds") is None:
+            raise DiffuMaskError("There is nothing to draw: give at least one prompt.")
+        names = self._classes(prompts, classes, kwargs)
+        repeat = kwargs.get("num_images_per_prompt") or 1
+        generator = self._generators(seeds, generator, len(names) * repeat)
+        options = self.mask_options(mask)
+        drawn = self._draw(prompts or None, names, options, repeat, generator=generator, **kwargs)
+        images = self.pipe.image_processor.pt_to_numpy(drawn.pixels) if output_type != "pt" else drawn.pixels
+        if output_type == "pil":
+            images = [Image.fromarray(image) for image in drawn.images.cpu().numpy()]
+        masks = drawn.mask.cpu().numpy()
+        if not return_dict:
+            return images, masks, drawn.quality
+        class_ids = [tuple(i for i in row if i) for row in drawn.ids.tolist()]
+        provenance = self.provenance(options, seeds=list(seeds) if seeds is not None else None)
+        return Output(
+            images, masks, drawn.quality, drawn.levels, drawn.class_maps.cpu().numpy(), class_ids, provenance
+        )
+
+    def stream(
+        self,
+        requests: Sequence[Request],
+        batch_size: int | str = "auto",
+        mask: MaskOptions | None = None,
+        *,
+        num_phrases: int | None = None,
+        **kwargs: Any,
+    ) -> Iterator[Result]:
+        """Draw requests in order, batch by batch, and yield one Result each; closes cleanly when left early.
+
+        Args:
+            requests: what to draw.
+            batch_size: images per batch, or "auto".
+            mask: options of the mask stage; None is what suits the model.
+            num_phrases: pad all batches to this many phrases, so that shapes do not change; None: the most there are.
+            kwargs: as for a call, without prompt, classes and seeds.
+
+        Raises:
+            DiffuMaskError: as for a call.
+        """
+        requests = list(requests)
+        options = self.mask_options(mask)
+        size = self.batch_size(batch_size, kwargs.get("height"), kwargs.get("width"))
+        num_phrases = num_phrases or max((len(request.phrases) for request in requests), default=1)
+        with _quiet(self.pipe):
+            for batch in itertools.batched(requests, size) if hasattr(itertools, "batched") else _batched(requests, size):
+                yield from self._stream_batch(batch, options, num_phrases, kwargs)
+
+    def _stream_batch(self, batch, options, num_phrases, kwargs):
+        drawn = self._draw(
+            [request.prompt for request in batch], [list(request.phrases) for request in batch], options,
+            generator=self._generators([request.seed for request in batch], None, len(batch)),
+            negative_prompt=[request.negative_prompt for request in batch],
+            class_ids=[request.class_ids for request in batch], num_phrases=num_phrases, **kwargs,
+        )  # fmt: skip
+        reasons = rejections(drawn.images, drawn.mask, drawn.ids, [r.phrases for r in batch], options)
+        images, masks, maps = (t.cpu().numpy() for t in (drawn.images, drawn.mask, drawn.class_maps))
+        for row, request in enumerate(batch):
+            reason = reasons[row] if drawn.finite[row] else "the image is not finite"
+            count = len(request.phrases)
+            yield Result(
+                request, images[row], masks[row], tuple(drawn.quality[row]), maps[row, :count], not reason, reason
+            )
+
+    def _draw(self, prompts, names, options, repeat=1, *, class_ids=None, num_phrases=None, **kwargs) -> _Drawn:
+        """The flow: phrase columns, denoise while the store fills, decode, class maps, masks."""
+        kwargs.setdefault("num_inference_steps", self.info.num_inference_steps)
+        kwargs.setdefault("guidance_scale", self.info.guidance_scale)
+        check_size(self.pipe, kwargs.get("height"), kwargs.get("width"))
+        phrases = [[self.vocabulary.phrase(name) for name in row] for row in names] if class_ids is None else names
+        ids = [[self._class_id(name) for name in row] for row in names] if class_ids is None else class_ids
+        width = num_phrases or max(map(len, ids))
+        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids]).repeat_interleave(repeat, 0)
+        start = time.perf_counter()
+        with torch.no_grad(), _decoding(self.pipe, self.seconds):
+            before = self.seconds.decode
+            with collect_maps(self.pipe, phrases, propagate=options.propagate, pad_to=width) as store:
+                pixels = self.pipe(prompts, output_type="pt", return_dict=False, **kwargs)[0]
+            self.seconds.denoise += time.perf_counter() - start - (self.seconds.decode - before)
+            start = time.perf_counter()
+            finite = pixels.isfinite().flatten(1).all(1)
+            images = (pixels.nan_to_num(0).permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8)
+            class_maps = quantise_maps(store.class_maps(options))
+            mask, _, quality = make_masks(class_maps, images, options, ids)
+            counts = (ids > 0).sum(1).tolist()
+            quality = [row[:count] for row, count in zip(quality.tolist(), counts, strict=True)]
+            drawn = _Drawn(images, finite.tolist(), pixels, mask, quality, class_maps, store.levels, ids)
+            self.seconds.masks += time.perf_counter() - start
+        return drawn
+
+    def mask_options(self, mask: MaskOptions | None) -> MaskOptions:
+        """Return the options with "auto" resolved to what was measured best for the model."""
+        options = mask or MaskOptions()
+        best = {"aggregation": "paper", "propagate": 1, **self.info.mask}
+        return replace(options, **{name: best[name] for name in best if getattr(options, name) == "auto"})
+
+    def batch_size(self, batch_size: int | str, height: int | None = None, width: int | None = None) -> int:
+        """Return the batch size: as given, or for "auto" a function of model, size and the device's total memory."""
+        if batch_size != "auto":
+            try:
+                size = int(batch_size)
+            except ValueError as error:
+                raise DiffuMaskError(f"batch size must be auto or a whole number, not {batch_size!r}") from error
+            if size < 1:
+                raise DiffuMaskError(f"batch size must be at least 1, not {size}")
+            return size
+        if self.device.type != "cuda":
+            return 8
+        side = self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
+        pixels = (height or side) * (width or side)
+        weights = sum(p.nbytes for p in self.pipe.unet.parameters())
+        free = torch.cuda.get_device_properties(self.device).total_memory * 0.8 - 2 * weights
+        fitting = int(free / (pixels * 5000))  # measured need of SD 1.5 at 512x512 is about 1.2 GB an image
+        return max(1, min(64, 1 << max(fitting, 1).bit_length() - 1))
+
+    def provenance(self, options: MaskOptions, **more: Any) -> dict[str, Any]:
+        """Return model, weights, scheduler, mask options and versions, as JSON types."""
+        import diffusers
+        import transformers
+
+        from diffumask_fast import __version__
+
+        return {
+            "model": self.info.name,
+            "weights": weight_hash(self.info.folder) if self.info.folder else None,
+            "scheduler": type(self.pipe.scheduler).__name__,
+            "mask": vars(options) | {},
+            "dtype": str(self.pipe.unet.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "versions": {
+                "diffumask_fast": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__,
+                "transformers": transformers.__version__,
+            },
+            **more,
+        }  # fmt: skip
+
+    def _classes(self, prompts, classes, kwargs) -> list[list[str]]:
+        count = len(prompts) or kwargs["prompt_embeds"].shape[0]
+        if classes is None:
+            names = [self.vocabulary.names_in(prompt) for prompt in prompts]
+            for prompt, found in zip(prompts, names, strict=True):
+                if not found:
+                    raise DiffuMaskError(f'No known class is named in "{prompt[:80]}": say classes=[["..."]].')
+            return names
+        if isinstance(classes, str):
+            classes = [classes]
+        rows = [[row] if isinstance(row, str) else list(row) for row in classes]
+        if all(isinstance(row, str) for row in classes) and len(classes) != count:
+            rows = [[str(row) for row in classes]]
+        if len(rows) == 1:
+            rows = rows * count
+        if len(rows) != count or not all(rows):
+            raise DiffuMaskError(f"There are {count} prompts and {len(rows)} lists of classes: give one list for each.")
+        return rows
+
+    def _class_id(self, name: str) -> int:
+        return self.vocabulary.id(name)
+
+    def _generators(self, seeds, generator, count):
+        if seeds is None:
+            return generator
+        if generator is not None:
+            raise DiffuMaskError("seeds and generator both say where the noise comes from: give one of them.")
+        if len(seeds) != count:
+            raise DiffuMaskError(f"There are {count} images and {len(seeds)} seeds: give one seed for each image.")
+        return [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
+
+
+def check_size(pipe: DiffusionPipeline, height: int | None, width: int | None) -> None:
+    """Refuse a size that the VAE cannot make.
+
+    Raises:
+        DiffuMaskError: height or width is no positive multiple of the VAE's factor.
+    """
+    factor = pipe.vae_scale_factor
+    for name, value in (("height", height), ("width", width)):
+        if value is not None and (value <= 0 or value % factor):
+            raise DiffuMaskError(f"{name} {value} is not a multiple of {factor}: use {max(1, round(value / factor)) * factor}.")
+
+
+def _batched(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+@contextmanager
+def _quiet(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Hide the pipeline's own progress bars."""
+    config = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**config | {"disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**config)
+
+
+@contextmanager
+def _decoding(pipe: DiffusionPipeline, seconds: Seconds) -> Iterator[None]:
+    """Time the VAE's decoder, and hand it latents of its own dtype (an fp32 VAE beside an fp16 UNet)."""
+    vae = getattr(pipe, "vae", None)
+    if vae is None or "decode" in vars(vae):
+        with nullcontext():
+            yield
+        return
+    decode = vae.decode
+
+    def timed(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return decode(latents.to(next(vae.parameters()).dtype), *args, **kwargs)
+        finally:
+            if latents.is_cuda:
+                torch.cuda.synchronize(latents.device)
+            seconds.decode += time.perf_counter() - start
+
+    vae.decode = timed
+    try:
+        yield
+    finally:
+        del vae.decode

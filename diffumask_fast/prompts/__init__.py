@@ -1,0 +1,1 @@
+"""What to draw: vocabularies, requests and the planner."""

@@ -1,0 +1,54 @@
+"""What is to be drawn for one sample."""
+
+import re
+from dataclasses import dataclass
+
+from diffumask_fast.errors import DiffuMaskError
+
+_KEY = re.compile(r"\w[\w.+-]{0,199}")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sample to draw.
+
+    Args:
+        key: unique in a run and safe as a file name: letters, digits, `_`, `-`, `+` and `.`.
+        prompt: the text to draw.
+        negative_prompt: the text to keep away from.
+        phrases: the words in the prompt whose objects are wanted, one per class.
+        class_ids: the value in the mask for each phrase, 1 to 254.
+        seed: of the image, 0 to 2^63 - 1.
+        classes: names of the classes; the phrases where left out.
+
+    Raises:
+        DiffuMaskError: the fields do not fit together.
+
+    Example:
+        >>> Request("dog-000000", "a photo of a dog", "", ("dog",), (12,), seed=7).classes
+        ('dog',)
+    """
+
+    key: str
+    prompt: str
+    negative_prompt: str
+    phrases: tuple[str, ...]
+    class_ids: tuple[int, ...]
+    seed: int
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for name in ("phrases", "class_ids", "classes"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "classes", self.classes or self.phrases)
+        if not _KEY.fullmatch(self.key):
+            raise DiffuMaskError(f"key {self.key!r} is no safe file name: use letters, digits, _, -, + and .")
+        if not len(self.phrases) == len(self.class_ids) == len(self.classes) > 0:
+            raise DiffuMaskError(f"{self.key}: {len(self.phrases)} phrases need as many class ids and names, at least 1")
+        if not all(1 <= class_id <= 254 for class_id in self.class_ids):
+            raise DiffuMaskError(f"{self.key}: class ids {self.class_ids} must be from 1 to 254 (255 is ignore)")
+        if not 0 <= self.seed < 2**63:
+            raise DiffuMaskError(f"{self.key}: seed {self.seed} must be from 0 to 2^63 - 1")
+        for text in (self.prompt, self.negative_prompt, *self.phrases, *self.classes):
+            if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise DiffuMaskError(f"{self.key}: {text!r} is no readable text: write it in UTF-8")

@@ -1,0 +1,147 @@
+"""Attention whose value matrix carries extra columns: output and maps from one product.
+
+Attention is linear in its values, softmax(q k^T) [v | E] = [softmax(q k^T) v | softmax(q k^T) E]. With token weights as
+E (cross-attention) the extra columns are a phrase's map; with earlier maps as E (self-attention) they are propagated
+maps.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffumask_fast.kernels import reference
+
+IMPLS = ("auto", "sdpa", "reference")
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    columns: Tensor | None = None,
+    *,
+    heads: int,
+    scale: float | None = None,
+    first_conditional: int = 0,
+    maps: Tensor | None = None,
+    weight: float = 1.0,
+    mask: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Attend, and add the head mean of softmax(q k^T) @ columns to the maps.
+
+    Args:
+        q: [B, N, H*D] queries as the projection leaves them.
+        k: [B, T, H*D] keys.
+        v: [B, T, H*D] values.
+        columns: [Bc, T, K] extra value columns, or None for plain attention.
+        heads: H.
+        scale: factor of the scores; None is D ** -0.5.
+        first_conditional: the rows first_conditional : first_conditional + Bc own the columns.
+        maps: [Bc, K, N] fp32, added to in place; None makes a new one.
+        weight: factor of what is added.
+        mask: bias added to the scores, broadcastable to [B, H, N, T].
+        impl: "auto", "sdpa" or "reference". The extra columns have the precision of q, their sum over heads is fp32.
+
+    Returns:
+        out [B, N, H*D] in the dtype of q, bit-equal on CPU to attention without columns for head sizes of 16 and more
+        that are multiples of 8; and maps, None without columns.
+
+    Example:
+        >>> q, k = torch.zeros(2, 4, 32), torch.zeros(2, 5, 32)
+        >>> out, maps = attend(q, k, k, torch.eye(5)[None, :, :2], heads=2, first_conditional=1)
+        >>> maps.shape, round(maps.max().item(), 3)
+        (torch.Size([1, 2, 4]), 0.2)
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl is {impl!r}, here there are: {', '.join(IMPLS)}")
+    if q.shape[-1] % heads:
+        raise ValueError(f"{q.shape[-1]} channels cannot be split into {heads} heads")
+    if columns is not None and columns.shape[1] != k.shape[1]:
+        raise ValueError(f"columns are for {columns.shape[1]} keys, there are {k.shape[1]}")
+    scale = (q.shape[-1] // heads) ** -0.5 if scale is None else scale
+    if impl == "reference":
+        out, added = reference.attend(
+            q, k, v, columns, heads=heads, scale=scale, first_conditional=first_conditional, mask=mask
+        )
+    else:
+        out, added = _sdpa(q, k, v, columns, heads, scale, first_conditional, mask)
+    if added is None:
+        return out, maps
+    if maps is None:
+        return out, added.mul(weight).contiguous()
+    return out, maps.add_(added, alpha=weight)
+
+
+def cross_attention_maps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    select: Tensor,
+    maps: Tensor,
+    *,
+    heads: int,
+    scale: float | None = None,
+    first_conditional: int = 0,
+    weight: float = 1.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Cross-attend, and add weight * mean over heads(softmax(q k^T * scale)) @ select to maps in place.
+
+    Args:
+        q: [B, N, H*D] queries as the projection leaves them.
+        k: [B, T, H*D] keys.
+        v: [B, T, H*D] values.
+        select: [Bc, T, K] fp32, the weight of each token in each phrase.
+        maps: [Bc, K, N] fp32, added to in place.
+        heads: H.
+        scale: factor of the scores; None is D ** -0.5.
+        first_conditional: the rows first_conditional : first_conditional + Bc are the conditional ones.
+        weight: factor of what is added.
+        impl: "auto", "sdpa" or "reference".
+
+    Returns:
+        out [B, N, H*D] in the dtype of q.
+    """
+    out, _ = attend(
+        q,
+        k,
+        v,
+        select,
+        heads=heads,
+        scale=scale,
+        first_conditional=first_conditional,
+        maps=maps,
+        weight=weight,
+        impl=impl,
+    )
+    return out
+
+
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    columns: Tensor | None,
+    heads: int,
+    scale: float,
+    first: int,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Pad q and k with zeros, v with the columns and zeros, to one width that fused attention takes."""
+    head_dim = q.shape[-1] // heads
+    q, k, v = (x.unflatten(-1, (heads, head_dim)) for x in (q, k, v))
+    if columns is not None:
+        rows, num = columns.shape[0], columns.shape[-1]
+        width = -(-(head_dim + num) // 8) * 8
+        pad = (0, width - head_dim)
+        extra = F.pad(columns.to(v.dtype), (0, width - head_dim - num, 0, 0, first, v.shape[0] - first - rows))
+        q, k = F.pad(q, pad), F.pad(k, pad)
+        v = torch.cat([v, extra.unsqueeze(2).expand(-1, -1, heads, -1)], dim=-1)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
+    )
+    if columns is None:
+        return out.transpose(1, 2).flatten(2), None
+    added = out[first : first + rows, :, :, head_dim : head_dim + num].mean(1, dtype=torch.float32)
+    return out[..., :head_dim].transpose(1, 2).flatten(2), added.transpose(1, 2)

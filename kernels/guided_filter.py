@@ -1,0 +1,103 @@
+"""Guided filter with a colour guide: He, Sun and Tang, "Guided Image Filtering", TPAMI 2013, section 3.5."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffumask_fast.errors import DiffuMaskError
+
+# rows and columns of the upper triangle of a symmetric 3x3 matrix
+_ROWS, _COLUMNS = (0, 0, 0, 1, 1, 2), (0, 1, 2, 1, 2, 2)
+
+
+def guided_filter(guide: Tensor, maps: Tensor, radius: int, eps: float) -> Tensor:
+    """Smooth maps inside regions of the guide and keep the guide's edges in them.
+
+    Windows are cut off at the border and averaged over the pixels that are left. The statistics of the guide are
+    shared by all K maps of an image; its 3x3 covariance is factored in closed form (LDL^T, which stays accurate in
+    fp32 where the three channels are nearly equal; the adjugate does not).
+
+    Args:
+        guide: [B, 3, H, W] in 0..1.
+        maps: [B, K, H, W].
+        radius: half width of the square window; it may exceed the image.
+        eps: added to the variance of each channel; larger is smoother.
+
+    Returns:
+        [B, K, H, W] fp32, in about the range of `maps`.
+
+    Raises:
+        DiffuMaskError: the shapes do not fit, or radius or eps is out of range.
+
+    Example:
+        >>> guided_filter(torch.rand(1, 3, 9, 7), torch.rand(1, 2, 9, 7), radius=2, eps=1e-3).shape
+        torch.Size([1, 2, 9, 7])
+    """
+    _check(guide, maps, radius, eps)
+    guide, maps = guide.float(), maps.float()
+    size_b, size_k, height, width = maps.shape
+    # a shift of the guide changes nothing but the rounding of its variances
+    guide = guide - guide.mean((2, 3), keepdim=True)
+
+    pairs = guide[:, _ROWS] * guide[:, _COLUMNS]
+    mean, second = _box_mean(torch.cat([guide, pairs], 1), radius).split([3, 6], 1)
+    factors = _factor(second - mean[:, _ROWS] * mean[:, _COLUMNS], eps)
+
+    products = guide[:, None] * maps[:, :, None]  # [B, K, 3, H, W]
+    planes = torch.cat([maps[:, :, None], products], 2).flatten(1, 2)
+    planes = _box_mean(planes, radius).view(size_b, size_k, 4, height, width)
+    mean_maps, covariance = planes[:, :, 0], planes[:, :, 1:] - mean[:, None] * planes[:, :, :1]
+
+    slope = _solve(factors, covariance)
+    offset = mean_maps - (slope * mean[:, None]).sum(2)
+    planes = torch.cat([offset[:, :, None], slope], 2).flatten(1, 2)
+    planes = _box_mean(planes, radius).view(size_b, size_k, 4, height, width)
+    return planes[:, :, 0] + (planes[:, :, 1:] * guide[:, None]).sum(2)
+
+
+def _check(guide: Tensor, maps: Tensor, radius: int, eps: float) -> None:
+    if guide.ndim != 4 or guide.shape[1] != 3:
+        raise DiffuMaskError(f"guided_filter takes a guide [B, 3, H, W], not {list(guide.shape)}")
+    if maps.ndim != 4 or maps.shape[0] != guide.shape[0] or maps.shape[2:] != guide.shape[2:]:
+        raise DiffuMaskError(f"guided_filter: maps {list(maps.shape)} do not fit the guide {list(guide.shape)}")
+    if radius < 1 or eps <= 0:
+        raise DiffuMaskError(f"guided_filter takes radius >= 1 and eps > 0, not {radius} and {eps}")
+
+
+def _box_mean(planes: Tensor, radius: int) -> Tensor:
+    """Average each plane [B, P, H, W] over (2 radius + 1)^2 windows, cut off at the border."""
+    return _line_mean(_line_mean(planes, radius, 3), radius, 2)
+
+
+def _line_mean(planes: Tensor, radius: int, dim: int) -> Tensor:
+    length = planes.shape[dim]
+    sums = F.pad(planes.cumsum(dim), (1, 0) if dim == 3 else (0, 0, 1, 0))
+    index = torch.arange(length, device=planes.device)
+    low, high = (index - radius).clamp(min=0), (index + radius + 1).clamp(max=length)
+    count = (high - low).to(planes.dtype)
+    count = count if dim == 3 else count[:, None]
+    return (sums.index_select(dim, high) - sums.index_select(dim, low)) / count
+
+
+def _factor(covariance: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """Return d1, d2, d3, l21, l31, l32 of covariance [B, 6, H, W] + eps I = L D L^T, each [B, 1, H, W]."""
+    s11, s12, s13, s22, s23, s33 = covariance[:, :, None].unbind(1)
+    d1 = s11.clamp(min=0) + eps
+    l21, l31 = s12 / d1, s13 / d1
+    d2 = (s22 - l21 * s12).clamp(min=0) + eps
+    rest = s23 - l31 * s12
+    l32 = rest / d2
+    d3 = (s33 - l31 * s13 - l32 * rest).clamp(min=0) + eps
+    return d1, d2, d3, l21, l31, l32
+
+
+def _solve(factors: tuple[Tensor, ...], right: Tensor) -> Tensor:
+    """Solve L D L^T x = right for right [B, K, 3, H, W]."""
+    d1, d2, d3, l21, l31, l32 = factors
+    y1, y2, y3 = right.unbind(2)  # each [B, K, H, W]
+    y2 = y2 - l21 * y1
+    y3 = y3 - l31 * y1 - l32 * y2
+    x3 = y3 / d3
+    x2 = y2 / d2 - l32 * x3
+    x1 = y1 / d1 - l21 * x2 - l31 * x3
+    return torch.stack([x1, x2, x3], 2)

@@ -1,0 +1,71 @@
+"""The kernels in fp32 with every intermediate written out: what the fast forms are judged by."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    columns: Tensor | None = None,
+    *,
+    heads: int,
+    scale: float | None = None,
+    first_conditional: int = 0,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend with explicit fp32 probabilities.
+
+    Args:
+        q: [B, N, H*D] queries.
+        k: [B, T, H*D] keys.
+        v: [B, T, H*D] values.
+        columns: [Bc, T, K] extra value columns.
+        heads: H.
+        scale: factor of the scores; None is D ** -0.5.
+        first_conditional: the rows first_conditional : first_conditional + Bc own the columns.
+        mask: bias added to the scores, broadcastable to [B, H, N, T].
+
+    Returns:
+        out [B, N, H*D] in the dtype of q, and [Bc, K, N] fp32, the mean over heads of probabilities @ columns, or None.
+    """
+    split = [x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
+    scale = split[0].shape[-1] ** -0.5 if scale is None else scale
+    scores = split[0] @ split[1].transpose(-1, -2) * scale
+    probs = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+    out = (probs @ split[2]).transpose(1, 2).flatten(2).to(q.dtype)
+    if columns is None:
+        return out, None
+    rows = slice(first_conditional, first_conditional + columns.shape[0])
+    return out, (probs[rows].mean(1) @ columns.float()).transpose(1, 2)
+
+
+def guided_filter(guide: Tensor, maps: Tensor, radius: int, eps: float) -> Tensor:
+    """Filter maps [B, K, H, W] with a colour guide [B, 3, H, W]: He, Sun and Tang, TPAMI 2013, equations 19 to 21.
+
+    Args:
+        guide: [B, 3, H, W] in 0..1.
+        maps: [B, K, H, W].
+        radius: half width of the window.
+        eps: added to the variance of each channel.
+
+    Returns:
+        [B, K, H, W] fp32.
+    """
+
+    def mean(planes: Tensor) -> Tensor:
+        size = 2 * radius + 1
+        return avg_pool2d(planes.flatten(0, -3), size, 1, radius, count_include_pad=False).view(planes.shape)
+
+    guide, maps = guide.float(), maps.float()
+    mean_guide, mean_maps = mean(guide), mean(maps)
+    outer = guide[:, :, None] * guide[:, None]  # [B, 3, 3, H, W]
+    sigma = mean(outer) - mean_guide[:, :, None] * mean_guide[:, None]
+    cross = guide[:, None] * maps[:, :, None]  # [B, K, 3, H, W]
+    covariance = mean(cross) - mean_guide[:, None] * mean_maps[:, :, None]
+    sigma = sigma.permute(0, 3, 4, 1, 2) + eps * torch.eye(3, device=guide.device)
+    a = torch.linalg.solve(sigma, covariance.permute(0, 3, 4, 2, 1)).permute(0, 4, 3, 1, 2)  # [B, K, 3, H, W]
+    b = mean_maps - (a * mean_guide[:, None]).sum(2)
+    return (mean(a) * guide[:, None]).sum(2) + mean(b)

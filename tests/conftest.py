@@ -1,0 +1,171 @@
+"""Tiny real pipelines, shared by all tests."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+import json  # noqa: E402
+import string  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+from diffusers import (  # noqa: E402
+    AutoencoderTiny,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: E402
+
+WORDS = "a photo of the dog cat car bus horse sofa and on grass street table plant dining potted red".split()
+SPLIT_WORDS = {"potted": ("pot", "ted"), "dining": ("din", "ing")}
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a CLIP tokenizer that knows WORDS: one token each, two for those of SPLIT_WORDS, letters for all others."""
+    letters = [chr(c) for c in range(33, 127)]
+    merges: dict[tuple[str, str], None] = {}
+    for word in sorted(WORDS, key=lambda w: (w in SPLIT_WORDS, w)):
+        parts = SPLIT_WORDS.get(word, (word,))
+        for part in parts:
+            symbols = [*part[:-1], part[-1] + "</w>" * (part is parts[-1])]
+            while len(symbols) > 1:
+                merges[symbols[0], symbols[1]] = None
+                symbols[:2] = ["".join(symbols[:2])]
+    tokens = [*letters, *(c + "</w>" for c in letters), *("".join(pair) for pair in merges)]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    settings = {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer", "pad_token": "<|endoftext|>", **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer, projected: bool = False) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=32,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+
+
+def make_unet(**changes) -> UNet2DConditionModel:
+    """Cross-attention at three levels, as the embedded model has it, heads of 16 and 32."""
+    config = dict(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(32, 32, 64),
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        attention_head_dim=2,
+        norm_num_groups=8,
+        cross_attention_dim=32,
+    )
+    return UNet2DConditionModel(**{**config, **changes}).eval()
+
+
+def make_vae() -> AutoencoderTiny:
+    wide = dict(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+    return AutoencoderTiny(**wide, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4).eval()
+
+
+def sharpen(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Scale the queries, for random attention is so flat that wrong maps would look right."""
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if name.endswith("to_q.weight"):
+                parameter.mul_(12)
+    return unet
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory) -> CLIPTokenizer:
+    folder = tmp_path_factory.mktemp("clip") / "tokenizer"
+    write_tokenizer(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def sd_parts(tokenizer) -> dict:
+    torch.manual_seed(1)
+    return dict(
+        vae=make_vae(),
+        text_encoder=make_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        unet=sharpen(make_unet()),
+        safety_checker=None,
+        feature_extractor=None,
+    )
+
+
+@pytest.fixture
+def tiny_sd(sd_parts) -> StableDiffusionPipeline:
+    """An SD-shaped pipeline, 64x64 pixels; the parts are shared, the pipeline and the scheduler are new for each test."""
+    pipe = StableDiffusionPipeline(**sd_parts, scheduler=DDIMScheduler(), requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def sdxl_parts(tokenizer) -> dict:
+    torch.manual_seed(2)
+    unet = make_unet(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 2),
+        attention_head_dim=(2, 2, 4),
+        cross_attention_dim=64,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=32 + 6 * 8,
+    )
+    return dict(
+        vae=make_vae(),
+        text_encoder=make_text_encoder(tokenizer),
+        text_encoder_2=make_text_encoder(tokenizer, projected=True),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=sharpen(unet),
+    )
+
+
+@pytest.fixture
+def tiny_sdxl(sdxl_parts) -> StableDiffusionXLPipeline:
+    """An SDXL-shaped pipeline: two text encoders, no attention at the finest level."""
+    pipe = StableDiffusionXLPipeline(**sdxl_parts, scheduler=DDIMScheduler(), add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(sd_parts, tmp_path_factory) -> Path:
+    """A diffusers folder with the parts of tiny_sd, safetensors; treat it as read-only."""
+    folder = tmp_path_factory.mktemp("tiny") / "sd"
+    pipe = StableDiffusionPipeline(**sd_parts, scheduler=DDIMScheduler(), requires_safety_checker=False)
+    pipe.save_pretrained(folder, safe_serialization=True)
+    for path in (folder / "tokenizer").iterdir():
+        path.unlink()
+    (folder / "tokenizer").rmdir()
+    write_tokenizer(folder / "tokenizer")
+    return folder
