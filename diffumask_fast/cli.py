@@ -27,7 +27,9 @@ def generate(
     out: Annotated[Path, typer.Argument(help="Folder of the dataset; run again to finish it.")],
     model: Annotated[str, typer.Option(help="mini, a diffusers folder, or a hub id.")] = "mini",
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
-    classes: Annotated[str | None, typer.Option(help="dog,cat | voc | FILE; all that the model lists, else VOC.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="dog,cat | voc | FILE; all that the model lists, else VOC.")
+    ] = None,
     classes_per_image: Annotated[int, typer.Option(help="Distinct classes joined in one prompt.")] = 1,
     num: Annotated[int, typer.Option(help="Images drawn in all, classes taken in turn.")] = 24,
     seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
@@ -90,7 +92,9 @@ def bench(
         print(json.dumps({"rows": rows}))
         return
     for row in rows:
-        print(f"{row['name']:24} {row['value']:8.3f} {row['unit']:8} ({row['low']:.3f} to {row['high']:.3f}, n {row['n']})")
+        print(
+            f"{row['name']:24} {row['value']:8.3f} {row['unit']:8} ({row['low']:.3f} to {row['high']:.3f}, n {row['n']})"
+        )
 
 
 @app.command()

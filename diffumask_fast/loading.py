@@ -27,7 +27,7 @@ class ModelInfo:
         name: as the user gave it.
         folder: where it lies; None for a pipeline that was composed in Python.
         classes: class names that it can draw; empty when anything can be asked for.
-        scenes: places that its prompts name; empty for the general list.
+        scenes: places that its prompts name, each with the classes that it suits; None for the general list.
         num_inference_steps: steps that suit it best.
         guidance_scale: guidance that suits it best.
         mask: mask options that were measured best for it.
@@ -36,7 +36,7 @@ class ModelInfo:
     name: str
     folder: Path | None = None
     classes: tuple[str, ...] = ()
-    scenes: tuple[str, ...] = ()
+    scenes: dict[str, tuple[str, ...]] | None = None
     num_inference_steps: int = 30
     guidance_scale: float = 7.5
     mask: dict[str, Any] = field(default_factory=dict)
@@ -57,7 +57,9 @@ def find_model(model: str | Path, revision: str | None = None) -> ModelInfo:
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not str(model).startswith("."):
         folder = _download(str(model), revision)
     else:
-        raise DiffuMaskError(f"There is no model folder {model}: give mini, a diffusers folder or a hub id (owner/name).")
+        raise DiffuMaskError(
+            f"There is no model folder {model}: give mini, a diffusers folder or a hub id (owner/name)."
+        )
     check_folder(folder)
     return _read_info(str(model), folder)
 
@@ -123,10 +125,10 @@ def _read_info(name: str, folder: Path) -> ModelInfo:
     try:
         known = json.loads(path.read_text("utf-8"))
         return ModelInfo(
-            name, folder, tuple(known["classes"]), tuple(known["scenes"]),
+            name, folder, tuple(known["classes"]), {k: tuple(v) for k, v in known["scenes"].items()},
             int(known["num_inference_steps"]), float(known["guidance_scale"]), dict(known.get("mask", {})),
         )  # fmt: skip
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DiffuMaskError(f"{path} is damaged ({error}): fetch the model again or delete that file.") from error
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
+import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,6 @@ class DiffuMaskPipeline:
     def __init__(self, pipe: DiffusionPipeline, info: ModelInfo | None = None):
         self.pipe = pipe
         self.info = info or ModelInfo(type(pipe).__name__)
-        self.vocabulary = Vocabulary.voc()
         self.seconds = Seconds()
 
     @classmethod
@@ -211,9 +210,7 @@ class DiffuMaskPipeline:
             return images, masks, drawn.quality
         class_ids = [tuple(i for i in row if i) for row in drawn.ids.tolist()]
         provenance = self.provenance(options, seeds=list(seeds) if seeds is not None else None)
-        return Output(
-            images, masks, drawn.quality, drawn.levels, drawn.class_maps.cpu().numpy(), class_ids, provenance
-        )
+        return Output(images, masks, drawn.quality, drawn.levels, drawn.class_maps.cpu().numpy(), class_ids, provenance)
 
     def stream(
         self,
@@ -241,8 +238,8 @@ class DiffuMaskPipeline:
         size = self.batch_size(batch_size, kwargs.get("height"), kwargs.get("width"))
         num_phrases = num_phrases or max((len(request.phrases) for request in requests), default=1)
         with _quiet(self.pipe):
-            for batch in itertools.batched(requests, size) if hasattr(itertools, "batched") else _batched(requests, size):
-                yield from self._stream_batch(batch, options, num_phrases, kwargs)
+            for start in range(0, len(requests), size):
+                yield from self._stream_batch(requests[start : start + size], options, num_phrases, kwargs)
 
     def _stream_batch(self, batch, options, num_phrases, kwargs):
         drawn = self._draw(
@@ -265,8 +262,7 @@ class DiffuMaskPipeline:
         kwargs.setdefault("num_inference_steps", self.info.num_inference_steps)
         kwargs.setdefault("guidance_scale", self.info.guidance_scale)
         check_size(self.pipe, kwargs.get("height"), kwargs.get("width"))
-        phrases = [[self.vocabulary.phrase(name) for name in row] for row in names] if class_ids is None else names
-        ids = [[self._class_id(name) for name in row] for row in names] if class_ids is None else class_ids
+        phrases, ids = (names, class_ids) if class_ids is not None else phrases_and_ids(names)
         width = num_phrases or max(map(len, ids))
         ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids]).repeat_interleave(repeat, 0)
         start = time.perf_counter()
@@ -335,7 +331,7 @@ class DiffuMaskPipeline:
     def _classes(self, prompts, classes, kwargs) -> list[list[str]]:
         count = len(prompts) or kwargs["prompt_embeds"].shape[0]
         if classes is None:
-            names = [self.vocabulary.names_in(prompt) for prompt in prompts]
+            names = [names_in(prompt) for prompt in prompts]
             for prompt, found in zip(prompts, names, strict=True):
                 if not found:
                     raise DiffuMaskError(f'No known class is named in "{prompt[:80]}": say classes=[["..."]].')
@@ -350,9 +346,6 @@ class DiffuMaskPipeline:
         if len(rows) != count or not all(rows):
             raise DiffuMaskError(f"There are {count} prompts and {len(rows)} lists of classes: give one list for each.")
         return rows
-
-    def _class_id(self, name: str) -> int:
-        return self.vocabulary.id(name)
 
     def _generators(self, seeds, generator, count):
         if seeds is None:
@@ -373,12 +366,24 @@ def check_size(pipe: DiffusionPipeline, height: int | None, width: int | None) -
     factor = pipe.vae_scale_factor
     for name, value in (("height", height), ("width", width)):
         if value is not None and (value <= 0 or value % factor):
-            raise DiffuMaskError(f"{name} {value} is not a multiple of {factor}: use {max(1, round(value / factor)) * factor}.")
+            raise DiffuMaskError(
+                f"{name} {value} is not a multiple of {factor}: use {max(1, round(value / factor)) * factor}."
+            )
 
 
-def _batched(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def names_in(prompt: str) -> list[str]:
+    """Return the VOC classes whose phrase stands in a prompt as whole words, in the prompt's order."""
+    words = f" {re.sub(r'[^a-z0-9]+', ' ', prompt.lower())} "
+    found = {entry.name: words.find(f" {entry.phrase} ") for entry in Vocabulary.voc().entries}
+    return sorted((name for name, at in found.items() if at >= 0), key=found.get)
+
+
+def phrases_and_ids(names: Sequence[Sequence[str]]) -> tuple[list[list[str]], list[list[int]]]:
+    """Return the phrases and mask values of class names; names outside VOC are numbered from 21 in their order."""
+    vocabulary = Vocabulary.named(dict.fromkeys(name for row in names for name in row))
+    by_name = dict(zip(dict.fromkeys(name for row in names for name in row), vocabulary.entries, strict=True))
+    phrases = [[by_name[name].phrase for name in row] for row in names]
+    return phrases, [[by_name[name].id for name in row] for row in names]
 
 
 @contextmanager
@@ -397,8 +402,7 @@ def _decoding(pipe: DiffusionPipeline, seconds: Seconds) -> Iterator[None]:
     """Time the VAE's decoder, and hand it latents of its own dtype (an fp32 VAE beside an fp16 UNet)."""
     vae = getattr(pipe, "vae", None)
     if vae is None or "decode" in vars(vae):
-        with nullcontext():
-            yield
+        yield
         return
     decode = vae.decode
 

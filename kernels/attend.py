@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels import reference
 
 IMPLS = ("auto", "sdpa", "reference")
@@ -54,11 +55,11 @@ def attend(
         (torch.Size([1, 2, 4]), 0.2)
     """
     if impl not in IMPLS:
-        raise ValueError(f"impl is {impl!r}, here there are: {', '.join(IMPLS)}")
+        raise DiffuMaskError(f"impl is {impl!r}, here there are: {', '.join(IMPLS)}")
     if q.shape[-1] % heads:
-        raise ValueError(f"{q.shape[-1]} channels cannot be split into {heads} heads")
+        raise DiffuMaskError(f"{q.shape[-1]} channels cannot be split into {heads} heads")
     if columns is not None and columns.shape[1] != k.shape[1]:
-        raise ValueError(f"columns are for {columns.shape[1]} keys, there are {k.shape[1]}")
+        raise DiffuMaskError(f"columns are for {columns.shape[1]} keys, there are {k.shape[1]}")
     scale = (q.shape[-1] // heads) ** -0.5 if scale is None else scale
     if impl == "reference":
         out, added = reference.attend(

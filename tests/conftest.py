@@ -9,7 +9,6 @@ if not torch.cuda.is_available():
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 import json  # noqa: E402
-import string  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -23,6 +22,7 @@ from diffusers import (  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: E402
 
 WORDS = "a photo of the dog cat car bus horse sofa and on grass street table plant dining potted red".split()
+NOISE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1)
 SPLIT_WORDS = {"potted": ("pot", "ted"), "dining": ("din", "ing")}
 
 
@@ -31,17 +31,23 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+def merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Apply the merges to the symbols of a word, lowest rank first."""
+    while pairs := [(ranks[p], i) for i, p in enumerate(zip(symbols, symbols[1:], strict=False)) if p in ranks]:
+        i = min(pairs)[1]
+        symbols = [*symbols[:i], symbols[i] + symbols[i + 1], *symbols[i + 2 :]]
+    return symbols
+
+
 def write_tokenizer(folder: Path) -> None:
     """Write a CLIP tokenizer that knows WORDS: one token each, two for those of SPLIT_WORDS, letters for all others."""
     letters = [chr(c) for c in range(33, 127)]
-    merges: dict[tuple[str, str], None] = {}
-    for word in sorted(WORDS, key=lambda w: (w in SPLIT_WORDS, w)):
+    merges: dict[tuple[str, str], int] = {}
+    for word in WORDS:
         parts = SPLIT_WORDS.get(word, (word,))
-        for part in parts:
-            symbols = [*part[:-1], part[-1] + "</w>" * (part is parts[-1])]
-            while len(symbols) > 1:
-                merges[symbols[0], symbols[1]] = None
-                symbols[:2] = ["".join(symbols[:2])]
+        while len(symbols := merge([*word[:-1], word[-1] + "</w>"], merges)) > len(parts):
+            at = 1 if symbols[0] == parts[0] else 0
+            merges[symbols[at], symbols[at + 1]] = len(merges)
     tokens = [*letters, *(c + "</w>" for c in letters), *("".join(pair) for pair in merges)]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True)
@@ -120,8 +126,8 @@ def sd_parts(tokenizer) -> dict:
 
 @pytest.fixture
 def tiny_sd(sd_parts) -> StableDiffusionPipeline:
-    """An SD-shaped pipeline, 64x64 pixels; the parts are shared, the pipeline and the scheduler are new for each test."""
-    pipe = StableDiffusionPipeline(**sd_parts, scheduler=DDIMScheduler(), requires_safety_checker=False)
+    """An SD-shaped pipeline, 64x64 pixels; parts are shared, pipeline and scheduler are new for each test."""
+    pipe = StableDiffusionPipeline(**sd_parts, scheduler=DDIMScheduler(**NOISE), requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -153,7 +159,7 @@ def sdxl_parts(tokenizer) -> dict:
 @pytest.fixture
 def tiny_sdxl(sdxl_parts) -> StableDiffusionXLPipeline:
     """An SDXL-shaped pipeline: two text encoders, no attention at the finest level."""
-    pipe = StableDiffusionXLPipeline(**sdxl_parts, scheduler=DDIMScheduler(), add_watermarker=False)
+    pipe = StableDiffusionXLPipeline(**sdxl_parts, scheduler=DDIMScheduler(**NOISE), add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -162,7 +168,7 @@ def tiny_sdxl(sdxl_parts) -> StableDiffusionXLPipeline:
 def tiny_folder(sd_parts, tmp_path_factory) -> Path:
     """A diffusers folder with the parts of tiny_sd, safetensors; treat it as read-only."""
     folder = tmp_path_factory.mktemp("tiny") / "sd"
-    pipe = StableDiffusionPipeline(**sd_parts, scheduler=DDIMScheduler(), requires_safety_checker=False)
+    pipe = StableDiffusionPipeline(**sd_parts, scheduler=DDIMScheduler(**NOISE), requires_safety_checker=False)
     pipe.save_pretrained(folder, safe_serialization=True)
     for path in (folder / "tokenizer").iterdir():
         path.unlink()

@@ -152,8 +152,8 @@ class MapStore:
             kept = self._kept(key, getattr(options, "propagate", PROPAGATE[0]))
             maps = kept.mean(each_over_maximum=aggregation == "paper").unflatten(-1, sizes[key])
             if key != keys[0]:
-                maps = F.interpolate(maps, sizes[keys[0]], mode="bicubic", align_corners=False).clamp(0, 1)
-            total = total + (maps if aggregation == "paper" else over_maximum(maps.flatten(2)).view_as(maps))
+                maps = F.interpolate(maps, sizes[keys[0]], mode="bicubic", align_corners=False).clamp_min(0)
+            total = total + (maps.clamp(max=1) if aggregation == "paper" else _over_maximum_2d(maps))
         return total / len(chosen)
 
     def __getitem__(self, phrase: str) -> "PhraseMaps":
@@ -227,6 +227,10 @@ def level_size(latent_size: tuple[int, int], num_pixels: int) -> tuple[int, int]
     if h * w != num_pixels:
         raise DiffuMaskError(f"{num_pixels} query pixels are no level of latents of {latent_size[0]}x{latent_size[1]}")
     return h, w
+
+
+def _over_maximum_2d(maps: Tensor) -> Tensor:
+    return over_maximum(maps.flatten(2)).view_as(maps)
 
 
 def _ready(orders: list[Mean]) -> list[Mean]:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from diffumask_fast.mini.tokenizer import write_tokenizer
-from diffumask_fast.mini.world import SCENES, World, load_sprites
+from diffumask_fast.mini.world import HOME, SCENES, World, load_sprites
 
 SAVE_SECONDS = 240
 DEFAULTS = {"num_inference_steps": 25, "guidance_scale": 4.0, "scheduler": "DPMSolverMultistepScheduler"}
@@ -272,8 +272,13 @@ def write_index(folder: Path, world: World):
     }  # fmt: skip
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
     if not (folder / "diffumask.json").exists():
-        known = {"classes": world.classes, "scenes": list(SCENES.values()), **DEFAULTS}
+        known = {"classes": world.classes, "scenes": suited(), **DEFAULTS}
         (folder / "diffumask.json").write_text(json.dumps(known, indent=2) + "\n", "utf-8")
+
+
+def suited() -> dict[str, list[str]]:
+    """Return each scene's words with the classes that are at home there."""
+    return {words: [name for name, home in HOME.items() if scene in home] for scene, words in SCENES.items()}
 
 
 def descend(loss, adam, schedule, parameters):

@@ -1,11 +1,25 @@
 """What is to be drawn for one sample."""
 
-import re
+import unicodedata
 from dataclasses import dataclass
 
 from diffumask_fast.errors import DiffuMaskError
 
-_KEY = re.compile(r"\w[\w.+-]{0,199}")
+
+def is_file_stem(text: str, also: str = "_-", limit: int = 200) -> bool:
+    """Tell whether text is safe in a file name everywhere: letters and digits of any script and what `also` lists."""
+    kinds = [unicodedata.category(letter)[0] for letter in text]
+    return (
+        all(kind in "LMN" or letter in also for kind, letter in zip(kinds, text, strict=True))
+        and kinds[:1] in (["L"], ["N"])
+        and len(text.encode()) <= limit
+    )
+
+
+def check_text(text: str, what: str) -> None:
+    """Raise a DiffuMaskError if text holds what no UTF-8 file can hold, or a zero byte."""
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise DiffuMaskError(f"{what} {text!r} is no readable text: write it in UTF-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +27,7 @@ class Request:
     """One sample to draw.
 
     Args:
-        key: unique in a run and safe as a file name: letters, digits, `_`, `-`, `+` and `.`.
+        key: unique in a run and safe as a file name: letters, digits, `_`, `-`, `+` and `.`, at most 200 bytes.
         prompt: the text to draw.
         negative_prompt: the text to keep away from.
         phrases: the words in the prompt whose objects are wanted, one per class.
@@ -22,7 +36,7 @@ class Request:
         classes: names of the classes; the phrases where left out.
 
     Raises:
-        DiffuMaskError: the fields do not fit together.
+        DiffuMaskError: a field is out of range, or the fields do not fit together.
 
     Example:
         >>> Request("dog-000000", "a photo of a dog", "", ("dog",), (12,), seed=7).classes
@@ -41,14 +55,13 @@ class Request:
         for name in ("phrases", "class_ids", "classes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "classes", self.classes or self.phrases)
-        if not _KEY.fullmatch(self.key):
+        for text in (self.key, self.prompt, self.negative_prompt, *self.phrases, *self.classes):
+            check_text(text, "the request's")
+        if not is_file_stem(self.key, "_-+."):
             raise DiffuMaskError(f"key {self.key!r} is no safe file name: use letters, digits, _, -, + and .")
         if not len(self.phrases) == len(self.class_ids) == len(self.classes) > 0:
-            raise DiffuMaskError(f"{self.key}: {len(self.phrases)} phrases need as many class ids and names, at least 1")
+            raise DiffuMaskError(f"{self.key}: give one class id and one name for each phrase, and at least one phrase")
         if not all(1 <= class_id <= 254 for class_id in self.class_ids):
-            raise DiffuMaskError(f"{self.key}: class ids {self.class_ids} must be from 1 to 254 (255 is ignore)")
+            raise DiffuMaskError(f"{self.key}: class ids {self.class_ids} must be from 1 to 254")
         if not 0 <= self.seed < 2**63:
             raise DiffuMaskError(f"{self.key}: seed {self.seed} must be from 0 to 2^63 - 1")
-        for text in (self.prompt, self.negative_prompt, *self.phrases, *self.classes):
-            if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise DiffuMaskError(f"{self.key}: {text!r} is no readable text: write it in UTF-8")

@@ -1,0 +1,37 @@
+"""masks/accept.py: why a sample is rejected."""
+
+import torch
+
+from diffumask_fast.masks.accept import rejections
+from diffumask_fast.masks.options import MaskOptions
+
+
+def test_reasons():
+    images = torch.randint(0, 256, (6, 20, 20, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images[4] = 0
+    mask = torch.zeros(6, 20, 20, dtype=torch.uint8)
+    mask[0, :10] = 12  # fine
+    mask[1, 0, :1] = 12  # 0.25 %
+    mask[3] = 12  # all of it
+    mask[4, :10] = 12  # on a black image
+    mask[5, :5], mask[5, 5:10] = 12, 7  # fine, two classes
+    ids = torch.tensor([[12, 0]] * 5 + [[12, 7]])
+    names = [["dog"]] * 5 + [["dog", "car"]]
+    assert rejections(images, mask, ids, names, MaskOptions()) == [
+        "",
+        "dog covers 0.25% of the image, less than 0.50%",
+        "dog has no pixel in the mask",
+        "the classes cover 100.00% of the image, more than 95.00%",
+        "the image is of one colour",
+        "",
+    ]
+    loose = MaskOptions(min_area=0, max_area=1)
+    assert [bool(reason) for reason in rejections(images, mask, ids, names, loose)] == [0, 0, 1, 0, 1, 0]
+
+
+def test_the_second_class_counts():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(-1, -1, -1, 3)
+    mask = torch.zeros(1, 16, 16, dtype=torch.uint8)
+    mask[0, :8] = 12
+    reason = rejections(images, mask, torch.tensor([[12, 7]]), [["dog", "car"]], MaskOptions())
+    assert reason == ["car has no pixel in the mask"]
