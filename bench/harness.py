@@ -77,7 +77,7 @@ def compare(
         The ratio; above 1 the candidate is the slower one.
 
     Example:
-        >>> compare(lambda: sum(range(20_000)), lambda: sum(range(10_000)), pairs=3).value > 1
+        >>> compare(lambda: sum(range(40_000)), lambda: sum(range(10_000)), pairs=3).value > 1
         True
     """
     cuda = torch.device(device).type == "cuda"
@@ -129,12 +129,15 @@ def _time_rounds(
     times: dict[str, list[float]] = {name: [] for name in workloads}
     collects = gc.isenabled()
     gc.disable()
+    gc.collect()
+    gc.freeze()
     try:
         for order in orders(list(workloads), rounds):
             gc.collect()
             for name in order:
                 times[name].append(seconds(workloads[name]))
     finally:
+        gc.unfreeze()
         if collects:
             gc.enable()
     return times

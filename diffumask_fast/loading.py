@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,21 +178,42 @@ def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device) -> Diff
         DiffuMaskError: diffusers cannot load it, or it has no UNet2DConditionModel.
     """
     from diffusers import UNet2DConditionModel
-    from diffusers.utils import logging as diffusers_logging
 
-    level = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            info.folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
-        )
+        with _quietly():
+            pipe = DiffusionPipeline.from_pretrained(
+                info.folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+            )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise DiffuMaskError(f"diffusers cannot load {info.folder}: {str(error).splitlines()[0][:300]}") from error
-    finally:
-        diffusers_logging.set_verbosity(level)
     if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel):
         raise DiffuMaskError(f"{info.name} has no UNet2DConditionModel: use a Stable Diffusion 1.x, 2.x or XL model.")
     return pipe.to(device)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Hide loading bars and advice of diffusers and transformers; errors are raised all the same."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    levels = [(module, module.get_verbosity()) for module in (diffusers_logging, transformers_logging)]
+    try:
+        for module, _ in levels:
+            module.set_verbosity_error()
+            module.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for module, level in levels:
+            module.set_verbosity(level)
+            module.enable_progress_bar()
+
+
+def _short(scheduler: type) -> str:
+    """Return "ddim" for DDIMScheduler, "euler" for EulerDiscreteScheduler, "dpmsolver" for the multistep solver."""
+    return re.sub("(Discrete|Multistep)?Scheduler$", "", scheduler.__name__).lower()
 
 
 def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
@@ -198,10 +222,8 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     Raises:
         DiffuMaskError: diffusers knows no such scheduler for this model; lists those there are.
     """
-    short = lambda cls: cls.__name__.removesuffix("Scheduler")  # noqa: E731
-    compatible = {short(cls).lower(): cls for cls in pipe.scheduler.compatibles}
-    wanted = compatible.get(name.removesuffix("Scheduler").lower())
+    compatible = {_short(cls): cls for cls in pipe.scheduler.compatibles}
+    wanted = next((cls for cls in compatible.values() if cls.__name__ == name), compatible.get(name.lower()))
     if wanted is None:
-        names = ", ".join(sorted(short(cls) for cls in compatible.values()))
-        raise DiffuMaskError(f"There is no scheduler {name} for this model: use one of {names}.")
+        raise DiffuMaskError(f"There is no scheduler {name} for this model: use one of {', '.join(sorted(compatible))}.")
     pipe.scheduler = wanted.from_config(pipe.scheduler.config)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -140,8 +140,7 @@ class DiffuMaskPipeline:
         info = find_model(model, revision)
         pipe = load_pipe(info, dtype, device)
         if dtype == torch.float16 and getattr(pipe.vae.config, "force_upcast", False):
-            if not isinstance(pipe, StableDiffusionXLPipeline):  # SDXL casts its VAE itself
-                pipe.vae.to(torch.float32)
+            pipe.vae.to(torch.float32)
         return cls(pipe, info)
 
     @classmethod

@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 import json  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -19,6 +20,7 @@ from diffusers import (  # noqa: E402
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention_processor import AttnProcessor2_0  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: E402
 
 WORDS = "a photo of the dog cat car bus horse sofa and on grass street table plant dining potted red".split()
@@ -175,3 +177,49 @@ def tiny_folder(sd_parts, tmp_path_factory) -> Path:
     (folder / "tokenizer").rmdir()
     write_tokenizer(folder / "tokenizer")
     return folder
+
+
+class Recorder(AttnProcessor2_0):
+    """An independent store of all probabilities: draws as the plain processor, and keeps an explicit fp32 softmax."""
+
+    def __init__(self):
+        super().__init__()
+        self.cross, self.own = [], []
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        projected = (attn.to_q(hidden_states), attn.to_k(context))
+        q, k = (x.float().unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)
+        probs = torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, dim=-1)
+        (self.own if encoder_hidden_states is None else self.cross).append(probs.detach())
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+    def maps(self, select, rows):
+        """Average kept cross-attention over heads, layers and calls: a list of [Bc, K, N], the finest level first."""
+        pixels = sorted({p.shape[2] for p in self.cross}, reverse=True)
+        out = []
+        for num in pixels:
+            means = torch.stack([p[rows].mean(1) for p in self.cross if p.shape[2] == num]).mean(0)
+            out.append((means @ select).transpose(1, 2))
+        return out
+
+    def propagate(self, prior, rows):
+        """Apply each layer's self-attention to a prior [Bc, M, N] of its level, and average."""
+        seen = [p[rows].mean(1) for p in self.own if p.shape[2] == prior.shape[-1]]
+        return torch.stack([prior @ p.transpose(1, 2) for p in seen]).mean(0)
+
+
+@pytest.fixture
+def recording():
+    """Give a context manager that records the probabilities of a UNet."""
+
+    @contextmanager
+    def record(unet):
+        kept, recorder = unet.attn_processors, Recorder()
+        unet.set_attn_processor(recorder)
+        try:
+            yield recorder
+        finally:
+            unet.set_attn_processor(kept)
+
+    return record

@@ -9,6 +9,20 @@ import os
 import pytest
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests marked `gpu` where there is none, whatever `-m` says."""
+    for_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if for_gpu and not torch_sees_a_gpu():
+        config.hook.pytest_deselected(items=for_gpu)
+        items[:] = [item for item in items if item not in for_gpu]
+
+
+def torch_sees_a_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def in_ci() -> bool:
     return os.environ.get("CI", "").lower() not in ("", "0", "false")
 

@@ -31,7 +31,7 @@ def test_no_edge_of_the_histogram_splits_better(shape, share):
             best = max(between_class_variance(bins, edge) for edge in range(1, 256))
             here = between_class_variance(bins, found[b, k].item() * 256)
             assert here == pytest.approx(best, rel=1e-9) and best > 0
-            assert between_class_variance(bins, found[b, k].item() * 256 + 20) < best
+            assert between_class_variance(bins, 64) < best  # a fixed guess, to see that the bound bites
 
 
 def test_takes_the_middle_of_equal_thresholds():

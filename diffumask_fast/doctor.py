@@ -1,0 +1,74 @@
+"""What `diffumask-fast doctor` tells: versions, devices, what works here and what does not."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from importlib import metadata
+from typing import Any
+
+PACKAGES = (
+    "diffumask-fast", "torch", "diffusers", "transformers", "triton", "safetensors", "numpy", "pillow", "pyarrow",
+)  # fmt: skip
+
+
+def examine() -> dict[str, dict[str, Any]]:
+    """Return versions, devices and, for each thing the program does, "works" or the reason why it does not."""
+    return {"versions": _versions(), "devices": _devices(), "works": _works()}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _devices() -> dict[str, Any]:
+    import torch
+
+    found: dict[str, Any] = {
+        "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    }
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    if not torch.cuda.is_available():
+        found["cuda"] = "none that torch sees"
+    return found
+
+
+def _works() -> dict[str, str]:
+    checks = {"embedded model": _embedded_model, "maps in attention": _maps, "torch engine": _torch_engine}
+    report = {}
+    for name, check in checks.items():
+        try:
+            check()
+            report[name] = "works"
+        except Exception as error:  # noqa: BLE001 - the reason is the answer
+            report[name] = f"does not work: {' '.join(str(error).split())[:200] or type(error).__name__}"
+    return report
+
+
+def _embedded_model() -> None:
+    from diffumask_fast.loading import find_model
+
+    find_model("mini")
+
+
+def _maps() -> None:
+    import torch
+
+    from diffumask_fast.kernels import attend
+
+    q = torch.randn(1, 4, 32)
+    out, maps = attend(q, q, q, torch.eye(4)[None], heads=2)
+    if not torch.allclose(maps.sum(1), torch.ones(1, 4), atol=1e-4):
+        raise RuntimeError("attention weights do not sum to 1")
+
+
+def _torch_engine() -> None:
+    importlib.import_module("diffusers").StableDiffusionPipeline  # noqa: B018 - a lazy import that can fail

@@ -1,0 +1,189 @@
+"""What `diffumask-fast generate` does: plan, draw shard by shard, write, show."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffumask_fast.attention.phrases import PhraseNotFound, phrase_columns
+from diffumask_fast.dataset.preview import write_preview
+from diffumask_fast.dataset.run import open_run
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.loading import set_scheduler
+from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.pipeline import DiffuMaskPipeline, check_size
+from diffumask_fast.prompts.planner import Plan, plan
+from diffumask_fast.prompts.vocabulary import Vocabulary
+
+logger = logging.getLogger("diffumask_fast")
+PREVIEW = 24
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """The flags of `generate`; see `diffumask-fast generate --help`."""
+
+    out: Path
+    model: str = "mini"
+    revision: str | None = None
+    classes: str | None = None
+    classes_per_image: int = 1
+    num: int = 24
+    seed: int = 0
+    batch_size: str = "auto"
+    shard_size: int = 64
+    steps: int | None = None
+    guidance_scale: float | None = None
+    scheduler: str | None = None
+    size: str | None = None
+    dtype: str = "auto"
+    mask: MaskOptions = MaskOptions()
+    engine: str = "torch"
+    device: str = "auto"
+    allow_drift: bool = False
+
+
+def run_generate(options: GenerateOptions, progress: Callable[[int], Any]) -> dict[str, Any]:
+    """Draw a dataset, or finish one that was begun with the same options.
+
+    Args:
+        options: the flags.
+        progress: gets the number of images and gives a rich Progress.
+
+    Returns:
+        images, accepted, drawn (in this call), images_per_s, seconds by stage, dropped_captions, folder.
+
+    Raises:
+        DiffuMaskError: anything that keeps the run from starting or from going on, in one sentence.
+    """
+    _check_numbers(options)
+    pipe = DiffuMaskPipeline.from_pretrained(
+        options.model, engine=options.engine, dtype=options.dtype, device=options.device, revision=options.revision
+    )
+    if options.scheduler:
+        set_scheduler(pipe.pipe, options.scheduler)
+    size = parse_size(options.size, pipe)
+    requests = make_plan(options, pipe)
+    resolved, batch_size = _resolve(options, pipe, size)
+    run = open_run(
+        options.out, requests.requests, resolved, environment(pipe),
+        shard_size=options.shard_size, allow_drift=options.allow_drift,
+    )  # fmt: skip
+    started, drawn, writing = time.perf_counter(), 0, 0.0
+    missing = run.missing_shards()
+    with progress(len(requests)) as bar:
+        task = bar.add_task("drawing", total=len(requests))
+        bar.advance(task, len(requests) - sum(len(part) for _, part in missing))
+        for index, part in missing:
+            results = []
+            for result in pipe.stream(
+                part, batch_size, options.mask, num_phrases=options.classes_per_image,
+                num_inference_steps=resolved["steps"], guidance_scale=resolved["guidance_scale"],
+                height=size[0], width=size[1],
+            ):  # fmt: skip
+                results.append(result)
+                bar.advance(task)
+                drawn += 1
+                if drawn == min(batch_size, len(part)):
+                    _check_first_batch(results)
+            begin = time.perf_counter()
+            run.write(index, results)
+            writing += time.perf_counter() - begin
+            logger.info("shard %d written, %d images", index, len(results))
+    seconds = time.perf_counter() - started
+    run.finish()
+    accepted = sum(run.accepted_flags())
+    write_preview(options.out, PREVIEW)
+    return {
+        "folder": str(options.out), "images": len(requests), "accepted": accepted, "drawn": drawn,
+        "dropped_captions": requests.dropped, "images_per_s": drawn / seconds if drawn else 0.0,
+        "seconds": {**pipe.seconds.as_dict(), "write": writing, "all": seconds},
+    }  # fmt: skip
+
+
+def _check_numbers(options: GenerateOptions) -> None:
+    for name in ("num", "classes_per_image", "shard_size"):
+        if getattr(options, name) < 1:
+            flag = name.replace("_", "-")
+            raise DiffuMaskError(f"--{flag} {getattr(options, name)} leaves nothing to draw: give a number from 1 on.")
+    if options.steps is not None and options.steps < 1:
+        raise DiffuMaskError(f"--steps {options.steps} draws nothing: give a number from 1 on.")
+    if not 0 <= options.seed < 2**63:
+        raise DiffuMaskError(f"--seed {options.seed} is out of range: give a whole number from 0 to 2^63 - 1.")
+
+
+def parse_size(size: str | None, pipe: DiffuMaskPipeline) -> tuple[int | None, int | None]:
+    """Return height and width of "HxW", (None, None) for the model's own.
+
+    Raises:
+        DiffuMaskError: it is written otherwise, or is no multiple of the VAE's factor.
+    """
+    if size is None:
+        return None, None
+    parts = size.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise DiffuMaskError(f"--size {size} is not HxW: write height and width in pixels, such as 512x512.")
+    height, width = map(int, parts)
+    check_size(pipe.pipe, height, width)
+    return height, width
+
+
+def make_plan(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Plan:
+    """Plan the run's requests from its flags and what the model knows."""
+    known = Vocabulary.named(pipe.info.classes) if pipe.info.classes else None
+    vocabulary = Vocabulary.parse(options.classes, known, options.model)
+    tokenizer = pipe.pipe.tokenizer
+
+    def fits(prompt: str, phrases: tuple[str, ...]) -> bool:
+        try:
+            phrase_columns(tokenizer, [prompt], [list(phrases)], length=tokenizer.model_max_length)
+        except PhraseNotFound:
+            return False
+        return True
+
+    return plan(
+        vocabulary, options.num, options.seed, options.classes_per_image, scenes=pipe.info.scenes, fits=fits
+    )
+
+
+def _resolve(options: GenerateOptions, pipe: DiffuMaskPipeline, size: tuple) -> tuple[dict[str, Any], int]:
+    """Return all options that decide what a shard holds, with "auto" resolved, and the batch size."""
+    batch_size = pipe.batch_size(options.batch_size, *size)
+    provenance = pipe.provenance(pipe.mask_options(options.mask))
+    steps = options.steps or pipe.info.num_inference_steps
+    guidance = pipe.info.guidance_scale if options.guidance_scale is None else options.guidance_scale
+    resolved = {
+        "model": options.model, "revision": options.revision, "weights": provenance["weights"],
+        "classes": options.classes, "classes_per_image": options.classes_per_image, "num": options.num,
+        "seed": options.seed, "batch_size": batch_size, "shard_size": options.shard_size, "steps": steps,
+        "guidance_scale": guidance, "scheduler": provenance["scheduler"], "size": options.size,
+        "dtype": provenance["dtype"], "engine": options.engine, **provenance["mask"],
+    }  # fmt: skip
+    return resolved, batch_size
+
+
+def environment(pipe: DiffuMaskPipeline) -> dict[str, Any]:
+    """Return what else the bytes of a run depend on: device, threads, versions."""
+    device = pipe.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {
+        "device": name, "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability(),
+        **pipe.provenance(MaskOptions())["versions"],
+    }  # fmt: skip
+
+
+def _check_first_batch(results: list[Any]) -> None:
+    """Stop a run whose first batch is over 90 % rejected: its settings are wrong, not its luck."""
+    reasons = [result.reason for result in results if not result.accepted]
+    if len(reasons) > 0.9 * len(results):
+        common = max(set(reasons), key=reasons.count)
+        raise DiffuMaskError(
+            f"{len(reasons)} of the first {len(results)} images were rejected ({common}): nothing was written; "
+            "check model, dtype, steps and guidance scale."
+        )

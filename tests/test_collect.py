@@ -1,0 +1,369 @@
+import copy
+import gc
+import threading
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import NOISE
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+from PIL import Image
+
+from diffumask_fast import collect_maps
+from diffumask_fast.attention import PhraseNotFound, UNetWithMaps, phrase_columns
+from diffumask_fast.errors import DiffuMaskError
+
+PROMPTS = ["a photo of a potted plant and a dog", "the cat on the sofa", "a red bus, a car and a bus", "a horse"]
+PHRASES = [["potted plant", "dog"], ["cat"], ["bus", "car", "red"], ["horse"]]
+SCHEDULERS = {
+    "DDIMScheduler": 6,
+    "DDPMScheduler": 6,
+    "PNDMScheduler": 15,
+    "EulerDiscreteScheduler": 6,
+    "EulerAncestralDiscreteScheduler": 6,
+    "DPMSolverMultistepScheduler": 6,
+    "HeunDiscreteScheduler": 11,
+    "UniPCMultistepScheduler": 6,
+    "LCMScheduler": 6,
+}
+
+
+def draw(pipe, prompt, steps=3, seed=0, **kwargs):
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(prompt, num_inference_steps=steps, generator=generator, output_type="np", **kwargs).images
+
+
+def relative(value, truth):
+    return ((value - truth).abs().max() / truth.abs().max()).item()
+
+
+def footprint(pipe):
+    processors = {name: id(p) for name, p in pipe.unet.attn_processors.items()}
+    return set(pipe.__dict__), set(pipe.unet.__dict__), processors
+
+
+def check_against_the_recorder(pipe, recording, prompts, phrases, guidance, **kwargs):
+    """Plain images and all probabilities first, then the same with maps."""
+    num = len(prompts)
+    with recording(pipe.unet) as recorder:
+        plain = draw(pipe, prompts, guidance_scale=guidance, **kwargs)
+    select = phrase_columns(pipe.tokenizer, prompts, phrases, length=77)
+    before = footprint(pipe)
+    with collect_maps(pipe, phrases) as maps:
+        drawn = draw(pipe, prompts, guidance_scale=guidance, **kwargs)
+    assert footprint(pipe) == before
+    assert np.array_equal(drawn, plain) and np.array_equal(
+        draw(pipe, prompts, guidance_scale=guidance, **kwargs), plain
+    )
+    truth = recorder.maps(select, slice(num, 2 * num) if guidance > 1 else slice(0, num))
+    assert list(maps.levels) == [str(i) for i in range(len(truth))]
+    for level, expected in zip(maps.levels.values(), truth, strict=True):
+        assert relative(level, expected) < 1e-5
+        for b, row in enumerate(phrases):
+            for k in range(len(row)):
+                assert relative(level[b, k], expected[b, k]) < 1e-5
+            assert (level[b, len(row) :] == 0).all()
+        assert relative(torch.full_like(expected, 1 / 77), expected) > 0.1
+    return maps
+
+
+@pytest.mark.parametrize("guidance", [7.5, 1.0])
+@pytest.mark.parametrize("num", [1, 4])
+def test_maps_equal_the_store_of_all_probabilities(tiny_sd, recording, num, guidance):
+    maps = check_against_the_recorder(tiny_sd, recording, PROMPTS[:num], PHRASES[:num], guidance)
+    assert maps.store.calls == 3 and maps.levels["0"].shape == (num, 2 if num == 1 else 3, 64)
+    assert maps.store.sizes == {"0": (8, 8), "1": (4, 4), "2": (2, 2)}
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (104, 72)])
+def test_maps_of_other_sizes(tiny_sd, recording, height, width):
+    maps = check_against_the_recorder(tiny_sd, recording, PROMPTS[:2], PHRASES[:2], 7.5, height=height, width=width)
+    assert maps.store.sizes["0"] == (height // 8, width // 8)
+    assert maps.class_maps().shape == (2, 2, height // 8, width // 8)
+
+
+@pytest.mark.parametrize("guidance", [7.5, 1.0])
+def test_sdxl(tiny_sdxl, recording, guidance):
+    maps = check_against_the_recorder(tiny_sdxl, recording, PROMPTS[:2], PHRASES[:2], guidance, height=64, width=64)
+    assert maps.store.sizes == {"0": (4, 4), "1": (2, 2)}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("propagate", ["none", "auto", 3])
+def test_images_are_bit_equal_with_every_scheduler(tiny_sd, name, propagate):
+    settings = {"clip_sample": False} if name == "DDPMScheduler" else {}
+    make = getattr(diffusers, name)
+    tiny_sd.scheduler = make.from_config({k: v for k, v in {**NOISE, **settings}.items()})
+    plain = draw(tiny_sd, PROMPTS[:2], steps=6)
+    with collect_maps(tiny_sd, PHRASES[:2], propagate=propagate) as maps:
+        assert np.array_equal(draw(tiny_sd, PROMPTS[:2], steps=6), plain)
+    calls = SCHEDULERS[name]
+    assert maps.store.calls == maps.store.num_calls == calls
+    orders = maps.store._propagated.get("0", [])
+    last_third = -(-calls // 3)
+    counts = {"none": [], "auto": [last_third], 3: [max(3, last_third) - i for i in range(3)]}
+    assert [mean.weight for mean in orders] == counts[propagate]
+
+
+def test_propagated_maps_are_self_attention_on_the_prior(tiny_sd, recording):
+    with collect_maps(tiny_sd, ["dog"], propagate="none") as earlier:
+        draw(tiny_sd, PROMPTS[0], steps=1)
+    with recording(tiny_sd.unet) as recorder:
+        draw(tiny_sd, PROMPTS[0], steps=1)
+    denoiser = UNetWithMaps(tiny_sd.unet)
+    priors = []
+
+    def spy(latents, *args, **kwargs):
+        priors.append(args[3])
+        return denoiser(latents, *args, **kwargs)
+
+    with recording(tiny_sd.unet) as recorder, collect_maps(tiny_sd, ["dog"], denoiser=spy) as maps:
+        draw(tiny_sd, PROMPTS[0], steps=3)
+    assert [bool(prior) for prior in priors] == [False, False, True] and set(priors[2]) == {"0", "1", "2"}
+    del earlier
+    recorder.own = recorder.own[-10:]
+    for key, prior in priors[2].items():
+        assert relative(maps.store.propagated[key], recorder.propagate(prior, slice(1, 2))) < 1e-6
+
+
+def test_several_images_for_each_prompt(tiny_sd):
+    with collect_maps(tiny_sd, PHRASES[:2]) as maps:
+        images = draw(tiny_sd, PROMPTS[:2], num_images_per_prompt=2, negative_prompt=["red", "a dog"])
+    assert np.array_equal(images, draw(tiny_sd, PROMPTS[:2], num_images_per_prompt=2, negative_prompt=["red", "a dog"]))
+    assert maps["dog"].rows == [0, 1] and maps["cat"].rows == [2, 3] and maps.levels["0"].shape[0] == 4
+    assert not torch.allclose(maps["dog"].maps[0], maps["dog"].maps[1])
+
+
+def test_image_to_image_propagates_in_the_last_third_of_its_own_calls(tiny_sd):
+    pipe = StableDiffusionImg2ImgPipeline(**tiny_sd.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    image = Image.new("RGB", (64, 64), (200, 100, 50))
+    plain = draw(pipe, PROMPTS[0], steps=12, image=image, strength=0.5)
+    with collect_maps(pipe, ["dog"]) as maps:
+        assert np.array_equal(draw(pipe, PROMPTS[0], steps=12, image=image, strength=0.5), plain)
+    assert maps.store.calls == maps.store.num_calls == 6 and maps.store._propagated["0"][0].weight == 2
+
+
+def test_sdxl_image_to_image(tiny_sdxl):
+    parts = {k: v for k, v in tiny_sdxl.components.items() if v is not None}
+    pipe = StableDiffusionXLImg2ImgPipeline(**parts, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    image = Image.new("RGB", (64, 64), (200, 100, 50))
+    plain = draw(pipe, PROMPTS[0], steps=4, image=image, strength=0.5)
+    with collect_maps(pipe, ["dog", "potted plant"]) as maps:
+        assert np.array_equal(draw(pipe, PROMPTS[0], steps=4, image=image, strength=0.5), plain)
+    assert maps.levels["0"].shape == (1, 2, 16)
+
+
+def test_embeddings_need_token_indices(tiny_sd):
+    embeds, negative = tiny_sd.encode_prompt(PROMPTS[:2], "cpu", 1, True)
+    given = dict(prompt_embeds=embeds, negative_prompt_embeds=negative)
+    with pytest.raises(DiffuMaskError, match="give token_indices="), collect_maps(tiny_sd, ["dog"]):
+        draw(tiny_sd, None, **given)
+    with collect_maps(tiny_sd, PHRASES[:2]) as truth:
+        draw(tiny_sd, PROMPTS[:2])
+    with collect_maps(tiny_sd, PHRASES[:2], token_indices=[[[5, 6, 7], [10]], [[2]]]) as maps:
+        draw(tiny_sd, None, **given)
+    assert all(torch.equal(maps.levels[key], truth.levels[key]) for key in truth.levels)
+    with pytest.raises(DiffuMaskError, match=r"for \[1, 1\] phrases, there are \[2, 1\]"):
+        with collect_maps(tiny_sd, PHRASES[:2], token_indices=[[[5]], [[2]]]):
+            draw(tiny_sd, None, **given)
+
+
+def test_textual_inversion_of_several_tokens(tiny_sd):
+    pipe = diffusers.StableDiffusionPipeline(
+        **{**tiny_sd.components, "tokenizer": copy.deepcopy(tiny_sd.tokenizer)}, requires_safety_checker=False
+    )
+    pipe.text_encoder = copy.deepcopy(pipe.text_encoder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_textual_inversion({"<toy>": torch.randn(2, 32)}, token="<toy>")
+    with collect_maps(pipe, ["<toy>", "sofa"]) as maps:
+        draw(pipe, "a <toy> on the sofa")
+    assert [c.nonzero().flatten().tolist() for c in pipe_select(pipe, "a <toy> on the sofa")] == [[2, 3], [6]]
+    assert (maps.levels["0"].amax(-1) > 0).all()
+
+
+def pipe_select(pipe, prompt):
+    rows = [pipe.maybe_convert_prompt(p, pipe.tokenizer) for p in ("<toy>", "sofa")]
+    return phrase_columns(pipe.tokenizer, [pipe.maybe_convert_prompt(prompt, pipe.tokenizer)], rows, length=77)[0].T
+
+
+def test_padding_to_a_run_maximum_changes_nothing_else(tiny_sd):
+    with collect_maps(tiny_sd, ["dog"]) as one:
+        draw(tiny_sd, PROMPTS[0])
+    with collect_maps(tiny_sd, ["dog"], pad_to=4) as four:
+        draw(tiny_sd, PROMPTS[0])
+    assert four.levels["0"].shape == (1, 4, 64) and (four.class_maps()[:, 1:] == 0).all()
+    assert torch.equal(four.class_maps()[:, :1], one.class_maps())
+
+
+def test_each_call_of_the_pipeline_begins_anew(tiny_sd):
+    with collect_maps(tiny_sd, ["dog"]) as maps:
+        draw(tiny_sd, "a cat and a dog", steps=4)
+        first = maps.levels
+        draw(tiny_sd, "a dog", seed=1)
+    assert maps.store.calls == 3 and not torch.allclose(maps.levels["0"], first["0"])
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["callback", "layer"])
+def test_the_pipeline_is_restored_after_an_exception(tiny_sd, error, where):
+    before, plain = footprint(tiny_sd), draw(tiny_sd, PROMPTS[0])
+
+    def fail(*_, **__):
+        raise error
+
+    hook = tiny_sd.unet.mid_block.register_forward_pre_hook(fail) if where == "layer" else None
+    with pytest.raises(error), collect_maps(tiny_sd, ["dog"]) as maps:
+        draw(tiny_sd, PROMPTS[0], callback_on_step_end=fail)
+    if hook:
+        hook.remove()
+        assert maps._store.calls == 0
+    assert footprint(tiny_sd) == before and np.array_equal(draw(tiny_sd, PROMPTS[0]), plain)
+
+
+def test_a_missing_phrase_is_an_error_before_anything_is_drawn(tiny_sd):
+    before, calls = footprint(tiny_sd), []
+    hook = tiny_sd.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(PhraseNotFound, match="'sofa' is not there"), collect_maps(tiny_sd, ["sofa"]):
+        draw(tiny_sd, PROMPTS[0])
+    with pytest.raises(PhraseNotFound, match="'dog' is only past token 77"), collect_maps(tiny_sd, ["dog"]):
+        draw(tiny_sd, "on " * 80 + "dog")
+    hook.remove()
+    assert footprint(tiny_sd) == before and not calls
+
+
+def test_nothing_captured_says_what_was_seen(tiny_sd):
+    with (
+        pytest.raises(DiffuMaskError, match="the pipeline was not called in the context"),
+        collect_maps(tiny_sd, ["dog"]),
+    ):
+        pass
+    with pytest.raises(DiffuMaskError, match="but the UNet was not called"), collect_maps(tiny_sd, ["dog"]):
+        tiny_sd.encode_prompt("a dog", "cpu", 1, False)
+    with pytest.raises(DiffuMaskError, match=r"encoder_hidden_states of \(1, 77, 32\) that do not contain them"):
+        with collect_maps(tiny_sd, ["dog"]):
+            tiny_sd.encode_prompt("a dog", "cpu", 1, False)
+            tiny_sd.unet(torch.randn(1, 4, 8, 8), 1, torch.randn(1, 77, 32))
+    with pytest.raises(DiffuMaskError, match="has no UNet"):
+        collect_maps(SimpleNamespace(transformer=1), ["dog"])
+
+
+def test_guidance_may_be_turned_off_on_the_way(tiny_sd):
+    def turn_off(pipe, step, timestep, tensors):
+        if step == 1:
+            pipe._guidance_scale = 1.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+        return tensors
+
+    rest = dict(callback_on_step_end=turn_off, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
+    plain = draw(tiny_sd, PROMPTS[:2], steps=4, **rest)
+    with collect_maps(tiny_sd, PHRASES[:2]) as maps:
+        assert np.array_equal(draw(tiny_sd, PROMPTS[:2], steps=4, **rest), plain)
+    assert maps.store.calls == 4
+
+
+def test_contexts_nest_and_may_be_left_out_of_order(tiny_sd):
+    before, plain = footprint(tiny_sd), draw(tiny_sd, PROMPTS[0])
+    outer, inner = collect_maps(tiny_sd, ["dog"]), collect_maps(tiny_sd, ["potted plant"])
+    outer.__enter__()
+    inner.__enter__()
+    assert np.array_equal(draw(tiny_sd, PROMPTS[0]), plain)
+    outer.__exit__(None, None, None)
+    assert np.array_equal(draw(tiny_sd, PROMPTS[0], seed=0), plain)
+    inner.__exit__(None, None, None)
+    assert footprint(tiny_sd) == before
+    with collect_maps(tiny_sd, ["dog", "potted plant"]) as both:
+        draw(tiny_sd, PROMPTS[0])
+    assert torch.allclose(both.levels["0"][:, :1], outer.levels["0"])
+    assert torch.allclose(both.levels["0"][:, 1:], inner.levels["0"])
+
+
+def test_a_copy_made_in_the_context_is_plain(tiny_sd):
+    with collect_maps(tiny_sd, ["dog"]):
+        twin = copy.deepcopy(tiny_sd.unet)
+        draw(tiny_sd, PROMPTS[0])
+    assert "_compiled_call_impl" not in twin.__dict__
+
+
+def test_a_compiled_unet_stays_compiled(tiny_sd):
+    plain, before = draw(tiny_sd, PROMPTS[0]), tiny_sd.unet
+    calls = []
+
+    def compiled(*args, **kwargs):
+        calls.append(1)
+        return tiny_sd.unet._call_impl(*args, **kwargs)
+
+    tiny_sd.unet._compiled_call_impl = compiled
+    try:
+        with collect_maps(tiny_sd, ["dog"]) as maps:
+            assert np.array_equal(draw(tiny_sd, PROMPTS[0]), plain)
+        assert len(calls) == maps.store.calls == 3 and tiny_sd.unet._compiled_call_impl is compiled
+    finally:
+        del before._compiled_call_impl
+
+
+def test_calls_of_another_thread_pass_through(tiny_sd):
+    with collect_maps(tiny_sd, ["dog"]) as maps:
+        draw(tiny_sd, PROMPTS[0])
+        kept = {key: value.clone() for key, value in maps.levels.items()}
+        thread = threading.Thread(target=draw, args=(tiny_sd, "a cat"))
+        thread.start()
+        thread.join()
+    assert maps.store.calls == 3 and all(torch.equal(maps.levels[key], kept[key]) for key in kept)
+
+
+def test_a_foreign_denoiser_stands_at_the_same_place(tiny_sd):
+    seen, inner = [], UNetWithMaps(tiny_sd.unet)
+
+    def denoiser(latents, timestep, encoder_hidden_states, select, prior, added=None):
+        seen.append((latents.shape, select.shape, sorted(prior)))
+        return inner(latents, timestep, encoder_hidden_states, select, prior, added)
+
+    plain = draw(tiny_sd, PROMPTS[:2])
+    with collect_maps(tiny_sd, PHRASES[:2], denoiser=denoiser) as maps:
+        assert np.array_equal(draw(tiny_sd, PROMPTS[:2]), plain)
+    assert maps.store.calls == 3
+    assert seen[0] == ((4, 4, 8, 8), (2, 77, 2), []) and seen[2][2] == ["0", "1", "2"]
+
+
+def test_an_overlay_of_a_word(tiny_sd):
+    with collect_maps(tiny_sd, phrases=["dog"]) as maps:
+        image = tiny_sd("a dog on a sofa", num_inference_steps=2).images[0]
+    shown = maps["dog"].overlay(image)
+    assert shown.size == image.size == (64, 64) and shown.mode == "RGB"
+    heat = np.asarray(torch.nn.functional.interpolate(maps["dog"].maps[None], (64, 64), mode="bilinear")[0, 0])
+    red = np.asarray(shown)[..., 0].astype(float) - np.asarray(image)[..., 0] * 0.4
+    assert np.corrcoef(heat.ravel(), red.ravel())[0, 1] > 0.5
+
+
+def live_bytes():
+    kept = {}
+    for item in gc.get_objects():
+        if isinstance(item, torch.Tensor):
+            storage = item.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+    return sum(kept.values())
+
+
+def test_live_bytes_for_maps_do_not_grow_with_the_steps(tiny_sd):
+    def at_the_end(steps):
+        seen = []
+
+        def look(pipe, step, timestep, tensors):
+            if step == steps - 1:
+                gc.collect()
+                seen.append(live_bytes())
+            return {}
+
+        draw(tiny_sd, PROMPTS[:2], steps=steps, callback_on_step_end=look)
+        return seen[0]
+
+    extra = []
+    for steps in (2, 12):
+        plain = at_the_end(steps)
+        with collect_maps(tiny_sd, PHRASES[:2]) as maps:
+            extra.append(at_the_end(steps) - plain)
+    assert extra[0] == extra[1] >= maps.store.num_bytes > 0

@@ -1,0 +1,215 @@
+import gc
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffumask_fast.bench import harness
+from diffumask_fast.bench.harness import Ratio, append_rows, compare, environment, live_tensor_bytes, orders, row
+
+NAMES = ["candidate", "baseline", "control"]
+
+
+class FakeClock:
+    """A process clock that each call of a workload moves on by the next of the durations."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, durations: list[float]) -> None:
+        self.now = 0.0
+        self.durations = iter(durations)
+        monkeypatch.setattr(harness.time, "process_time", lambda: self.now)
+
+    def __call__(self) -> None:
+        self.now += next(self.durations)
+
+
+def by_name(rounds: int, names: list[str], seconds: dict[str, float], drift: float = 0.0) -> list[float]:
+    called = itertools.chain.from_iterable(orders(names, rounds))
+    return [seconds[name] + drift * index for index, name in enumerate(called)]
+
+
+def test_orders_are_abba() -> None:
+    assert orders(["a", "b"], 4) == [("a", "b"), ("b", "a"), ("b", "a"), ("a", "b")]
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["a", "b", "c"]])
+def test_orders_give_every_name_the_same_place_on_average(names: list[str]) -> None:
+    rounds = orders(names, 2 * len(names))
+    places = [sum(order.index(name) for order in rounds) for name in names]
+    assert len(set(places)) == 1
+    assert all(second == first[::-1] for first, second in zip(rounds[::2], rounds[1::2], strict=True))
+
+
+def test_the_control_deviation_is_subtracted(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"candidate": 1.2, "baseline": 1.0, "control": 1.05}
+    clock = FakeClock(monkeypatch, by_name(14, NAMES, seconds))
+    ratio = compare(clock, clock, warmup=0)
+    assert (ratio.raw, ratio.deviation, ratio.value) == pytest.approx((1.2, 0.05, 1.15))
+    assert (ratio.low, ratio.high) == pytest.approx((1.15, 1.15))
+    assert (ratio.n, ratio.baseline_s) == (14, pytest.approx(1.0))
+    assert "control 1.050" in str(ratio)
+
+
+def test_without_a_control_nothing_is_subtracted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock(monkeypatch, by_name(14, NAMES[:2], {"candidate": 1.2, "baseline": 1.0}))
+    ratio = compare(clock, clock, warmup=0, control=False)
+    assert (ratio.value, ratio.raw, ratio.deviation) == pytest.approx((1.2, 1.2, 0))
+
+
+def test_a_steady_drift_falls_on_both_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock(monkeypatch, by_name(12, NAMES[:2], dict.fromkeys(NAMES, 1.0), drift=0.01))
+    assert compare(clock, clock, pairs=12, warmup=0, control=False).value == pytest.approx(1, abs=0.011)
+
+
+def test_disturbed_calls_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"candidate": 1.2, "baseline": 1.0, "control": 1.0}
+    durations = by_name(14, NAMES, seconds)
+    durations = [time * (1 if index < 12 else 3) for index, time in enumerate(durations)]
+    clock = FakeClock(monkeypatch, durations)
+    assert compare(clock, clock, warmup=0).value == pytest.approx(1.2)
+
+
+def test_bounds_hold_the_value_and_show_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = torch.rand(42, generator=torch.Generator().manual_seed(0)).tolist()
+    quiet = by_name(14, NAMES, {"candidate": 1.2, "baseline": 1.0, "control": 1.0})
+    noisy = FakeClock(monkeypatch, [a * (1 + 0.2 * b) for a, b in zip(quiet, noise, strict=True)])
+    ratio = compare(noisy, noisy, warmup=0)
+    assert ratio.low <= ratio.value <= ratio.high
+    assert 0.01 < ratio.high - ratio.low < 0.3
+    assert ratio.value == pytest.approx(1.2, abs=0.08)
+
+
+def test_a_known_ratio_is_measured() -> None:
+    left, right = torch.randn(192, 192), torch.randn(192, 192)
+
+    def once(times: int) -> None:
+        for _ in range(times):
+            torch.mm(left, right)
+
+    ratio = compare(lambda: once(60), lambda: once(20), pairs=14)
+    assert ratio.value == pytest.approx(3, rel=0.2), ratio
+    assert ratio.clock == "process CPU time"
+
+
+def test_threads_and_collector_are_restored_also_after_an_exception() -> None:
+    before, seen = torch.get_num_threads(), []
+
+    def fails() -> None:
+        seen.append((torch.get_num_threads(), gc.isenabled()))
+        raise RuntimeError("no")
+
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError, match="no"):
+            compare(fails, fails, warmup=0)
+        assert (torch.get_num_threads(), gc.isenabled()) == (2, True)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [(1, False)]
+
+
+def test_at_least_one_round() -> None:
+    with pytest.raises(ValueError, match="at least one round"):
+        compare(dict, dict, pairs=-1)
+
+
+def test_warmup_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    durations = [100.0] * 4 + by_name(3, NAMES, {"candidate": 1.5, "baseline": 1.0, "control": 1.0})
+    clock = FakeClock(monkeypatch, durations)
+    assert compare(clock, clock, pairs=3, warmup=2).value == pytest.approx(1.5)
+
+
+def test_a_row_of_a_ratio_keeps_how_it_was_measured() -> None:
+    ratio = Ratio(1.04, 1.03, 1.06, 14, raw=1.05, deviation=0.01, baseline_s=2.0, clock="process CPU time")
+    made = row("end_to_end", "maps_overhead", ratio, config={"batch": 8})
+    assert list(made) == ["suite", "name", "value", "unit", "low", "high", "n", "config"]
+    assert (made["value"], made["low"], made["high"], made["n"], made["unit"]) == (1.04, 1.03, 1.06, 14, "ratio")
+    assert made["config"] == {
+        "batch": 8, "raw": 1.05, "control_deviation": 0.01, "baseline_s": 2.0, "clock": "process CPU time",
+    }  # fmt: skip
+
+
+def test_a_row_of_a_number_is_its_own_bounds() -> None:
+    made = row("masks", "guided_filter", 0.25, unit="ms")
+    assert (made["value"], made["low"], made["high"], made["n"], made["config"]) == (0.25, 0.25, 0.25, 1, {})
+
+
+def test_rows_are_appended_as_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "end_to_end.jsonl"
+    first, second = row("s", "a", 1.0, unit="s"), row("s", "b", 2.0, unit="s", config=environment())
+    append_rows([first], path)
+    append_rows([second], path)
+    assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == [first, second]
+
+
+def test_environment_says_what_a_timing_depends_on() -> None:
+    facts = environment("cpu", threads=1)
+    assert facts["torch"] == torch.__version__
+    assert (facts["device"], facts["threads"]) == ("cpu", 1)
+    assert facts["diffusers"] and facts["cpu"]
+    assert "commit" in facts
+    json.dumps(facts)
+
+
+def test_live_bytes_count_what_lives() -> None:
+    outside = torch.ones(1000)
+    with live_tensor_bytes() as live:
+        kept = torch.ones(256)
+        assert live.now == 1024
+        kept.mul_(2)
+        views = [kept[:10], kept.view(16, 16).t()]
+        outside.add_(1)
+        assert live.now == 1024
+        temporary = kept.double()
+        assert (live.now, live.peak) == (3072, 3072)
+        del temporary
+        assert (live.now, live.peak) == (1024, 3072)
+        del kept
+        assert live.now == 1024
+        views.clear()
+        assert live.now == 0
+        made = torch.tensor([1.0, 2.0])
+        assert live.now == 8
+    del made
+    assert (live.now, live.peak) == (0, 3072)
+
+
+def test_live_bytes_follow_a_growing_tensor_and_inference_mode() -> None:
+    with live_tensor_bytes() as live, torch.inference_mode():
+        out = torch.empty(0)
+        torch.add(torch.ones(50), 1, out=out)
+        assert live.now == 200
+
+
+def test_live_bytes_of_an_accumulator_do_not_grow_with_steps() -> None:
+    def run(steps: int) -> int:
+        with live_tensor_bytes() as live:
+            maps = torch.zeros(2, 3, 64)
+            for _ in range(steps):
+                maps += torch.rand(2, 4, 3, 64).mean(1)
+        assert maps.shape == (2, 3, 64)
+        return live.now
+
+    def run_keeping(steps: int) -> int:
+        with live_tensor_bytes() as live:
+            kept = [torch.rand(2, 3, 64) for _ in range(steps)]
+        assert len(kept) == steps
+        return live.now
+
+    assert run(2) == run(12) == 2 * 3 * 64 * 4
+    assert run_keeping(12) == 6 * run_keeping(2)
+
+
+@pytest.mark.gpu
+def test_a_known_ratio_is_measured_by_events() -> None:
+    left, right = (torch.randn(2048, 2048, device="cuda") for _ in range(2))
+
+    def once(times: int) -> None:
+        for _ in range(times):
+            torch.mm(left, right)
+
+    ratio = compare(lambda: once(30), lambda: once(10), device="cuda", warmup=3)
+    assert ratio.value == pytest.approx(3, rel=0.1), ratio
+    assert (ratio.n, ratio.clock) == (10, "CUDA events")
+    assert environment("cuda")["gpu"]

@@ -1,0 +1,113 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from diffumask_fast import mini
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.loading import (
+    check_folder,
+    find_model,
+    load_pipe,
+    resolve_device,
+    resolve_dtype,
+    set_scheduler,
+    weight_hash,
+)
+
+
+@pytest.fixture
+def copy(tiny_folder, tmp_path):
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+def test_mini_lists_what_it_knows():
+    info = find_model("mini")
+    assert info.folder == mini.folder() and len(info.classes) == 12
+    assert {"dog", "aeroplane", "pottedplant"} <= set(info.classes)
+    assert info.num_inference_steps > 0 and info.scenes["on the water"]
+
+
+def test_mini_is_small_and_holds_no_pickle():
+    files = [path for path in mini.folder().rglob("*") if path.is_file()]
+    weights = sum(path.stat().st_size for path in files if path.suffix == ".safetensors")
+    assert 0 < weights <= 20 * 2**20
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".txt"}
+
+
+def test_other_folders_have_the_general_defaults(tiny_folder):
+    info = find_model(tiny_folder)
+    assert (info.num_inference_steps, info.guidance_scale, info.classes) == (30, 7.5, ())
+
+
+def test_a_missing_model_is_one_sentence(tmp_path):
+    with pytest.raises(DiffuMaskError, match="no model folder"):
+        find_model(tmp_path / "nowhere" / "deeper")
+    with pytest.raises(DiffuMaskError, match="no model_index.json"):
+        find_model(tmp_path)
+
+
+def test_a_half_written_folder_is_refused(copy):
+    weights = next((copy / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(DiffuMaskError, match="cut off or damaged"):
+        check_folder(copy)
+    weights.unlink()
+    with pytest.raises(DiffuMaskError, match="no weights"):
+        check_folder(copy)
+    shutil.rmtree(copy / "unet")
+    with pytest.raises(DiffuMaskError, match="names unet, which is missing"):
+        check_folder(copy)
+
+
+def test_pickles_are_refused(copy):
+    weights = next((copy / "unet").glob("*.safetensors"))
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(DiffuMaskError, match="pickle"):
+        check_folder(copy)
+
+
+def test_a_damaged_index_is_one_sentence(copy):
+    (copy / "model_index.json").write_text("{")
+    with pytest.raises(DiffuMaskError, match="not valid JSON"):
+        check_folder(copy)
+
+
+def test_a_damaged_diffumask_json_is_one_sentence(copy):
+    (copy / "diffumask.json").write_text(json.dumps({"classes": 3}))
+    with pytest.raises(DiffuMaskError, match="diffumask.json is damaged"):
+        find_model(copy)
+
+
+def test_the_hash_sees_every_weight(copy):
+    before = weight_hash(copy)
+    weights = next((copy / "unet").glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert weight_hash(copy) != before
+
+
+def test_dtype_and_device():
+    assert resolve_dtype(None, torch.device("cpu")) is torch.float32
+    assert resolve_dtype("auto", torch.device("cuda")) is torch.float16
+    assert resolve_dtype("bf16", torch.device("cpu")) is torch.bfloat16
+    with pytest.raises(DiffuMaskError, match="no dtype int8"):
+        resolve_dtype("int8", torch.device("cpu"))
+    if not torch.cuda.is_available():
+        assert resolve_device(None).type == "cpu"
+        with pytest.raises(DiffuMaskError, match="no CUDA device"):
+            resolve_device("cuda")
+
+
+def test_schedulers_by_name(tiny_folder):
+    pipe = load_pipe(find_model(tiny_folder), torch.float32, torch.device("cpu"))
+    before = pipe.scheduler.config.beta_end
+    set_scheduler(pipe, "euler")
+    assert type(pipe.scheduler).__name__ == "EulerDiscreteScheduler"
+    assert pipe.scheduler.config.beta_end == before
+    set_scheduler(pipe, "DDIMScheduler")
+    assert type(pipe.scheduler).__name__ == "DDIMScheduler"
+    with pytest.raises(DiffuMaskError, match="no scheduler nonsense.*ddim"):
+        set_scheduler(pipe, "nonsense")

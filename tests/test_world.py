@@ -1,0 +1,91 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.mini.world import BACKGROUNDS, HOME, SCENES, VOC, World, load_sprites
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World(load_sprites())
+
+
+def test_a_scene_depends_on_seed_and_index_alone(world):
+    first, again, other = world.scene(3, 5), World(load_sprites()).scene(3, 5), world.scene(3, 6)
+    assert np.array_equal(first.image, again.image) and np.array_equal(first.mask, again.mask)
+    assert first.prompt == again.prompt
+    assert not np.array_equal(first.image, other.image)
+
+
+def test_the_mask_holds_the_named_classes_and_is_where_the_object_is(world):
+    for index in range(24):
+        scene = world.scene(1, index)
+        assert set(np.unique(scene.mask)) == {0, *(VOC.index(name) for name in scene.classes)}
+        for name in scene.classes:
+            share = (scene.mask == VOC.index(name)).mean()
+            assert share > 0.01, (index, name, share)
+
+
+def test_the_mask_is_exactly_what_was_pasted(world):
+    # Colours under the mask come from the cut-out: on two different backgrounds they are the same inside.
+    scene = world.scene(2, 0, ("car",))
+    flat = World(load_sprites())
+    assert scene.image.shape == (128, 128, 3) and scene.image.dtype == scene.mask.dtype == np.uint8
+    inside, outside = scene.image[scene.mask == 7], scene.image[scene.mask == 0]
+    assert abs(inside.mean(0) - outside.mean(0)).max() > 5
+    assert flat.classes == sorted(HOME)
+
+
+def test_two_objects_are_named_from_left_to_right(world):
+    for index in range(12):
+        scene = world.scene(4, index, ("dog", "car"))
+        columns = [np.nonzero(scene.mask == VOC.index(name))[1].mean() for name in ("dog", "car")]
+        assert columns[0] < columns[1]
+        assert "a dog and a car" in scene.prompt
+
+
+def test_a_fifth_of_the_scenes_has_two_objects(world):
+    counts = [len(world.scene(9, index).classes) for index in range(300)]
+    assert 0.12 < np.mean(np.array(counts) == 2) < 0.28
+
+
+def test_all_backgrounds_are_pictures_of_their_own():
+    means = {}
+    for name, draw in BACKGROUNDS.items():
+        canvas = draw(np.random.default_rng(0), 128)
+        assert canvas.shape == (128, 128, 3) and canvas.dtype == np.uint8 and canvas.std() > 5, name
+        means[name] = tuple(canvas.reshape(-1, 3).mean(0).round())
+    assert set(BACKGROUNDS) == set(SCENES) and len(set(means.values())) == len(SCENES)
+
+
+def test_only_permissive_pictures_are_packaged():
+    for sprite in load_sprites():
+        assert "GPL" not in sprite.licence and "-SA" not in sprite.licence, sprite
+    models = {(sprite.name, sprite.model) for sprite in load_sprites()}
+    assert len({name for name, _ in models}) == 12 and min(
+        sum(name == other for other, _ in models) for name in HOME
+    ) >= 2
+
+
+def test_missing_assets_are_one_sentence(tmp_path):
+    with pytest.raises(DiffuMaskError, match="no sprites.csv"):
+        load_sprites(tmp_path)
+    with pytest.raises(DiffuMaskError, match="no permissive cut-out of .*bicycle"):
+        load_sprites(names="full")
+
+
+def test_the_command_writes_a_dataset(tmp_path):
+    from diffumask_fast.dataset.reader import read_rows
+
+    out = tmp_path / "world"
+    command = [sys.executable, "-m", "diffumask_fast.mini.world", str(out), "--num", "5", "--seed", "8"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = list(read_rows(out))
+    assert len(rows) == 5 and json.loads((out / "dataset.json").read_text())
+    scene = World(load_sprites()).scene(8, 2)
+    assert np.array_equal(np.asarray(rows[2].mask), scene.mask) and rows[2].prompt == scene.prompt
