@@ -269,12 +269,19 @@ def row(
     }
 
 
-def append_rows(rows: Sequence[dict], path: str | os.PathLike) -> None:
+def append_rows(path: str | os.PathLike, rows: Sequence[dict]) -> None:
     """Append rows to a JSON lines file, made with its folder when it is not there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(one) + "\n" for one in rows)
+
+
+def describe(one: dict) -> str:
+    """Return a row as one line of text, with its control where it has one."""
+    text = f"{one['name']:<24} {one['value']:8.3f} {one['unit']} ({one['low']:.3f} to {one['high']:.3f}, n {one['n']}"
+    deviation = one["config"].get("control_deviation")
+    return text + (f"; control {1 + deviation:.3f}, subtracted)" if deviation is not None else ")")
 
 
 def environment(device: str = "cpu", threads: int = 1) -> dict:

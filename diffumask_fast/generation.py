@@ -69,17 +69,32 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Any]) -> di
     if options.scheduler:
         set_scheduler(pipe.pipe, options.scheduler)
     size = parse_size(options.size, pipe)
-    requests = make_plan(options, pipe)
+    vocabulary = read_vocabulary(options, pipe)
+    requests = make_plan(options, pipe, vocabulary)
     resolved, batch_size = _resolve(options, pipe, size)
-    run = open_run(
-        options.out, requests.requests, resolved, environment(pipe),
-        shard_size=options.shard_size, allow_drift=options.allow_drift,
-    )  # fmt: skip
-    started, drawn, writing = time.perf_counter(), 0, 0.0
-    missing = run.missing_shards()
-    with progress(len(requests)) as bar:
-        task = bar.add_task("drawing", total=len(requests))
-        bar.advance(task, len(requests) - sum(len(part) for _, part in missing))
+    provenance = pipe.provenance(options.mask)
+    model = {"id": options.model, "weights": provenance["weights"]}
+    with open_run(
+        options.out, requests.requests, resolved, environment(pipe), options.shard_size, options.allow_drift,
+        model=model, vocabulary=vocabulary,
+    ) as run:  # fmt: skip
+        start = time.perf_counter()
+        drawn, writing = _draw_missing(run, pipe, options, resolved, batch_size, size, progress)
+        seconds = time.perf_counter() - start
+        accepted = sum(run.accepted_flags())
+        write_preview(options.out, PREVIEW)
+    return {
+        "folder": str(options.out), "images": len(requests), "accepted": accepted, "drawn": drawn,
+        "dropped_captions": requests.dropped, "images_per_s": drawn / seconds if drawn else 0.0,
+        "seconds": {**pipe.seconds.as_dict(), "write": writing, "all": seconds},
+    }  # fmt: skip
+
+
+def _draw_missing(run, pipe, options, resolved, batch_size, size, progress) -> tuple[int, float]:
+    """Draw and write the shards that are not there; return the number of images and the seconds spent writing."""
+    missing, total, drawn, writing = run.missing_shards(), len(run.requests), 0, 0.0
+    with progress(total) as bar:
+        task = bar.add_task("drawing", total=total, completed=total - sum(len(part) for _, part in missing))
         for index, part in missing:
             results = []
             for result in pipe.stream(
@@ -92,19 +107,11 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Any]) -> di
                 drawn += 1
                 if drawn == min(batch_size, len(part)):
                     _check_first_batch(results)
-            begin = time.perf_counter()
+            start = time.perf_counter()
             run.write(index, results)
-            writing += time.perf_counter() - begin
+            writing += time.perf_counter() - start
             logger.info("shard %d written, %d images", index, len(results))
-    seconds = time.perf_counter() - started
-    run.finish()
-    accepted = sum(run.accepted_flags())
-    write_preview(options.out, PREVIEW)
-    return {
-        "folder": str(options.out), "images": len(requests), "accepted": accepted, "drawn": drawn,
-        "dropped_captions": requests.dropped, "images_per_s": drawn / seconds if drawn else 0.0,
-        "seconds": {**pipe.seconds.as_dict(), "write": writing, "all": seconds},
-    }  # fmt: skip
+    return drawn, writing
 
 
 def _check_numbers(options: GenerateOptions) -> None:
@@ -134,10 +141,14 @@ def parse_size(size: str | None, pipe: DiffuMaskPipeline) -> tuple[int | None, i
     return height, width
 
 
-def make_plan(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Plan:
-    """Plan the run's requests from its flags and what the model knows."""
+def read_vocabulary(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Vocabulary:
+    """Return the classes to draw: those asked for, checked against what the model lists."""
     known = Vocabulary.named(pipe.info.classes) if pipe.info.classes else None
-    vocabulary = Vocabulary.parse(options.classes, known, options.model)
+    return Vocabulary.parse(options.classes, known, options.model)
+
+
+def make_plan(options: GenerateOptions, pipe: DiffuMaskPipeline, vocabulary: Vocabulary) -> Plan:
+    """Plan the run's requests from its flags and what the model knows."""
     tokenizer = pipe.pipe.tokenizer
 
     def fits(prompt: str, phrases: tuple[str, ...]) -> bool:
@@ -159,9 +170,9 @@ def _resolve(options: GenerateOptions, pipe: DiffuMaskPipeline, size: tuple) -> 
     steps = options.steps or pipe.info.num_inference_steps
     guidance = pipe.info.guidance_scale if options.guidance_scale is None else options.guidance_scale
     resolved = {
-        "model": options.model, "revision": options.revision, "weights": provenance["weights"],
+        "revision": options.revision,
         "classes": options.classes, "classes_per_image": options.classes_per_image, "num": options.num,
-        "seed": options.seed, "batch_size": batch_size, "shard_size": options.shard_size, "steps": steps,
+        "seed": options.seed, "batch_size": batch_size, "steps": steps,
         "guidance_scale": guidance, "scheduler": provenance["scheduler"], "size": options.size,
         "dtype": provenance["dtype"], "engine": options.engine, **provenance["mask"],
     }  # fmt: skip

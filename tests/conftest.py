@@ -106,6 +106,23 @@ def sharpen(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return unet
 
 
+def draw(pipe, prompt, steps=3, seed=0, **kwargs):
+    """Draw as an array, in a few steps."""
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(prompt, num_inference_steps=steps, generator=generator, output_type="np", **kwargs).images
+
+
+def relative(value, truth):
+    """Return the largest error over the largest true value."""
+    return ((value - truth).abs().max() / truth.abs().max()).item()
+
+
+def footprint(pipe):
+    """Return what collecting must leave as it is; names with an underscore are the pipeline's own state."""
+    processors = {name: id(p) for name, p in pipe.unet.attn_processors.items()}
+    return {name for name in pipe.__dict__ if not name.startswith("_")}, set(pipe.unet.__dict__), processors
+
+
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory) -> CLIPTokenizer:
     folder = tmp_path_factory.mktemp("clip") / "tokenizer"

@@ -56,6 +56,20 @@ def test_attend_output_is_bit_equal_to_plain_attention(shape, dtype):
     assert torch.equal(attend(q, k, v, heads=where["heads"])[0], plain)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attend_is_one_product_of_a_width_that_fused_attention_takes(shape, monkeypatch):
+    widths, plain = [], F.scaled_dot_product_attention
+
+    def spy(*tensors, **kwargs):
+        widths.append({x.shape[-1] for x in tensors})
+        return plain(*tensors, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    q, k, v, columns, where = make(shape)
+    attend(q, k, v, columns, **where)
+    assert widths == [{-(-(shape[6] + shape[7]) // 8) * 8}]
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
 def test_attend_columns_have_the_precision_of_the_queries(dtype, bound):
     q, k, v, columns, where = make((2, 1, 1, 64, 77, 8, 40, 2), dtype)

@@ -1,18 +1,18 @@
 import copy
 import gc
-import threading
 from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import NOISE
+from conftest import NOISE, draw, footprint, make_unet, relative, sharpen
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 
 from diffumask_fast import collect_maps
 from diffumask_fast.attention import PhraseNotFound, UNetWithMaps, phrase_columns
+from diffumask_fast.attention.collect import _num_calls
 from diffumask_fast.errors import DiffuMaskError
 
 PROMPTS = ["a photo of a potted plant and a dog", "the cat on the sofa", "a red bus, a car and a bus", "a horse"]
@@ -28,20 +28,6 @@ SCHEDULERS = {
     "UniPCMultistepScheduler": 6,
     "LCMScheduler": 6,
 }
-
-
-def draw(pipe, prompt, steps=3, seed=0, **kwargs):
-    generator = torch.Generator().manual_seed(seed)
-    return pipe(prompt, num_inference_steps=steps, generator=generator, output_type="np", **kwargs).images
-
-
-def relative(value, truth):
-    return ((value - truth).abs().max() / truth.abs().max()).item()
-
-
-def footprint(pipe):
-    processors = {name: id(p) for name, p in pipe.unet.attn_processors.items()}
-    return set(pipe.__dict__), set(pipe.unet.__dict__), processors
 
 
 def check_against_the_recorder(pipe, recording, prompts, phrases, guidance, **kwargs):
@@ -129,11 +115,14 @@ def test_propagated_maps_are_self_attention_on_the_prior(tiny_sd, recording):
 
 
 def test_several_images_for_each_prompt(tiny_sd):
+    negative = ["red", "a dog"]
     with collect_maps(tiny_sd, PHRASES[:2]) as maps:
-        images = draw(tiny_sd, PROMPTS[:2], num_images_per_prompt=2, negative_prompt=["red", "a dog"])
-    assert np.array_equal(images, draw(tiny_sd, PROMPTS[:2], num_images_per_prompt=2, negative_prompt=["red", "a dog"]))
+        images = draw(tiny_sd, PROMPTS[:2], num_images_per_prompt=2, negative_prompt=negative)
+    twice = [[x for x in items for _ in range(2)] for items in (PROMPTS[:2], PHRASES[:2], negative)]
+    with collect_maps(tiny_sd, twice[1]) as truth:
+        assert np.array_equal(draw(tiny_sd, twice[0], negative_prompt=twice[2]), images)
+    assert all(torch.equal(maps.levels[key], truth.levels[key]) for key in truth.levels)
     assert maps["dog"].rows == [0, 1] and maps["cat"].rows == [2, 3] and maps.levels["0"].shape[0] == 4
-    assert not torch.allclose(maps["dog"].maps[0], maps["dog"].maps[1])
 
 
 def test_image_to_image_propagates_in_the_last_third_of_its_own_calls(tiny_sd):
@@ -144,6 +133,21 @@ def test_image_to_image_propagates_in_the_last_third_of_its_own_calls(tiny_sd):
     with collect_maps(pipe, ["dog"]) as maps:
         assert np.array_equal(draw(pipe, PROMPTS[0], steps=12, image=image, strength=0.5), plain)
     assert maps.store.calls == maps.store.num_calls == 6 and maps.store._propagated["0"][0].weight == 2
+
+
+@pytest.mark.parametrize(
+    ("pipe", "timestep", "left"),
+    [
+        (SimpleNamespace(), 5, None),
+        (SimpleNamespace(scheduler=SimpleNamespace(timesteps=torch.tensor([]))), 5, None),
+        (SimpleNamespace(scheduler=SimpleNamespace(timesteps=torch.tensor([9, 7, 7, 5, 3]))), 7, 4),
+        (SimpleNamespace(scheduler=SimpleNamespace(timesteps=torch.tensor([9, 7, 7, 5, 3]))), torch.tensor([5, 5]), 2),
+        (SimpleNamespace(scheduler=SimpleNamespace(timesteps=torch.tensor([9, 7, 7, 5, 3]))), 8, 5),
+        (SimpleNamespace(scheduler=SimpleNamespace(timesteps=torch.tensor([9, 7, 5])), _num_timesteps=2), 9, 2),
+    ],
+)
+def test_the_calls_that_are_left_are_counted(pipe, timestep, left):
+    assert _num_calls(pipe, timestep) == left
 
 
 def test_sdxl_image_to_image(tiny_sdxl):
@@ -265,56 +269,6 @@ def test_guidance_may_be_turned_off_on_the_way(tiny_sd):
     assert maps.store.calls == 4
 
 
-def test_contexts_nest_and_may_be_left_out_of_order(tiny_sd):
-    before, plain = footprint(tiny_sd), draw(tiny_sd, PROMPTS[0])
-    outer, inner = collect_maps(tiny_sd, ["dog"]), collect_maps(tiny_sd, ["potted plant"])
-    outer.__enter__()
-    inner.__enter__()
-    assert np.array_equal(draw(tiny_sd, PROMPTS[0]), plain)
-    outer.__exit__(None, None, None)
-    assert np.array_equal(draw(tiny_sd, PROMPTS[0], seed=0), plain)
-    inner.__exit__(None, None, None)
-    assert footprint(tiny_sd) == before
-    with collect_maps(tiny_sd, ["dog", "potted plant"]) as both:
-        draw(tiny_sd, PROMPTS[0])
-    assert torch.allclose(both.levels["0"][:, :1], outer.levels["0"])
-    assert torch.allclose(both.levels["0"][:, 1:], inner.levels["0"])
-
-
-def test_a_copy_made_in_the_context_is_plain(tiny_sd):
-    with collect_maps(tiny_sd, ["dog"]):
-        twin = copy.deepcopy(tiny_sd.unet)
-        draw(tiny_sd, PROMPTS[0])
-    assert "_compiled_call_impl" not in twin.__dict__
-
-
-def test_a_compiled_unet_stays_compiled(tiny_sd):
-    plain, before = draw(tiny_sd, PROMPTS[0]), tiny_sd.unet
-    calls = []
-
-    def compiled(*args, **kwargs):
-        calls.append(1)
-        return tiny_sd.unet._call_impl(*args, **kwargs)
-
-    tiny_sd.unet._compiled_call_impl = compiled
-    try:
-        with collect_maps(tiny_sd, ["dog"]) as maps:
-            assert np.array_equal(draw(tiny_sd, PROMPTS[0]), plain)
-        assert len(calls) == maps.store.calls == 3 and tiny_sd.unet._compiled_call_impl is compiled
-    finally:
-        del before._compiled_call_impl
-
-
-def test_calls_of_another_thread_pass_through(tiny_sd):
-    with collect_maps(tiny_sd, ["dog"]) as maps:
-        draw(tiny_sd, PROMPTS[0])
-        kept = {key: value.clone() for key, value in maps.levels.items()}
-        thread = threading.Thread(target=draw, args=(tiny_sd, "a cat"))
-        thread.start()
-        thread.join()
-    assert maps.store.calls == 3 and all(torch.equal(maps.levels[key], kept[key]) for key in kept)
-
-
 def test_a_foreign_denoiser_stands_at_the_same_place(tiny_sd):
     seen, inner = [], UNetWithMaps(tiny_sd.unet)
 
@@ -329,23 +283,10 @@ def test_a_foreign_denoiser_stands_at_the_same_place(tiny_sd):
     assert seen[0] == ((4, 4, 8, 8), (2, 77, 2), []) and seen[2][2] == ["0", "1", "2"]
 
 
-def test_an_overlay_of_a_word(tiny_sd):
-    with collect_maps(tiny_sd, phrases=["dog"]) as maps:
-        image = tiny_sd("a dog on a sofa", num_inference_steps=2).images[0]
-    shown = maps["dog"].overlay(image)
-    assert shown.size == image.size == (64, 64) and shown.mode == "RGB"
-    heat = np.asarray(torch.nn.functional.interpolate(maps["dog"].maps[None], (64, 64), mode="bilinear")[0, 0])
-    red = np.asarray(shown)[..., 0].astype(float) - np.asarray(image)[..., 0] * 0.4
-    assert np.corrcoef(heat.ravel(), red.ravel())[0, 1] > 0.5
-
-
 def live_bytes():
-    kept = {}
-    for item in gc.get_objects():
-        if isinstance(item, torch.Tensor):
-            storage = item.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-    return sum(kept.values())
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+    storages = {storage._cdata: storage.nbytes() for storage in (x.untyped_storage() for x in tensors)}
+    return sum(storages.values())
 
 
 def test_live_bytes_for_maps_do_not_grow_with_the_steps(tiny_sd):
@@ -366,4 +307,35 @@ def test_live_bytes_for_maps_do_not_grow_with_the_steps(tiny_sd):
         plain = at_the_end(steps)
         with collect_maps(tiny_sd, PHRASES[:2]) as maps:
             extra.append(at_the_end(steps) - plain)
-    assert extra[0] == extra[1] >= maps.store.num_bytes > 0
+        kept = maps.store.num_bytes
+        del maps
+    assert extra[0] == extra[1] >= kept > 0
+
+
+def test_rows_are_found_where_the_prompt_is_first(tiny_sd, recording):
+    torch.manual_seed(3)
+    parts = {**tiny_sd.components, "unet": sharpen(make_unet(in_channels=8))}
+    pipe = diffusers.StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    rest = dict(image=[Image.new("RGB", (64, 64), (200, 100, 50))] * 2)
+    with recording(pipe.unet) as recorder:
+        plain = draw(pipe, PROMPTS[:2], **rest)
+    with collect_maps(pipe, PHRASES[:2]) as maps:
+        assert np.array_equal(draw(pipe, PROMPTS[:2], **rest), plain)
+    truth = recorder.maps(phrase_columns(pipe.tokenizer, PROMPTS[:2], PHRASES[:2], length=77), slice(0, 2))
+    assert all(relative(a, b) < 1e-5 for a, b in zip(maps.levels.values(), truth, strict=True))
+    assert "_encode_prompt" not in pipe.__dict__
+
+
+def test_controlnet_residuals_reach_the_unet(tiny_sd):
+    net = diffusers.ControlNetModel.from_unet(tiny_sd.unet)
+    torch.nn.init.normal_(net.controlnet_mid_block.weight)
+    pipe = diffusers.StableDiffusionControlNetPipeline(
+        **tiny_sd.components, controlnet=net, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    rest = dict(image=Image.new("RGB", (64, 64), (200, 100, 50)))
+    plain = draw(pipe, PROMPTS[0], **rest)
+    assert not np.array_equal(plain, draw(tiny_sd, PROMPTS[0]))
+    with collect_maps(pipe, ["dog"]):
+        assert np.array_equal(draw(pipe, PROMPTS[0], **rest), plain)

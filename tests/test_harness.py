@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from diffumask_fast.bench import harness
-from diffumask_fast.bench.harness import Ratio, append_rows, compare, environment, live_tensor_bytes, orders, row
+from diffumask_fast.bench.harness import (
+    Ratio,
+    append_rows,
+    compare,
+    describe,
+    environment,
+    live_tensor_bytes,
+    orders,
+    row,
+)
 
 NAMES = ["candidate", "baseline", "control"]
 
@@ -135,11 +144,18 @@ def test_a_row_of_a_number_is_its_own_bounds() -> None:
     assert (made["value"], made["low"], made["high"], made["n"], made["config"]) == (0.25, 0.25, 0.25, 1, {})
 
 
+def test_a_row_is_described_with_its_control() -> None:
+    ratio = Ratio(1.04, 1.03, 1.06, 14, raw=1.05, deviation=0.01, baseline_s=2.0, clock="process CPU time")
+    text = describe(row("end_to_end", "maps_overhead", ratio))
+    assert text == "maps_overhead               1.040 ratio (1.030 to 1.060, n 14; control 1.010, subtracted)"
+    assert describe(row("s", "x", 2.0, unit="ms")) == "x                           2.000 ms (2.000 to 2.000, n 1)"
+
+
 def test_rows_are_appended_as_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "results" / "end_to_end.jsonl"
     first, second = row("s", "a", 1.0, unit="s"), row("s", "b", 2.0, unit="s", config=environment())
-    append_rows([first], path)
-    append_rows([second], path)
+    append_rows(path, [first])
+    append_rows(path, [second])
     assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == [first, second]
 
 

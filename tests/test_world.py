@@ -86,6 +86,8 @@ def test_the_command_writes_a_dataset(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = list(read_rows(out))
-    assert len(rows) == 5 and json.loads((out / "dataset.json").read_text())
+    assert len(rows) == 5 and json.loads((out / "dataset.json").read_text())["options"]["seed"] == 8
     scene = World(load_sprites()).scene(8, 2)
-    assert np.array_equal(np.asarray(rows[2].mask), scene.mask) and rows[2].prompt == scene.prompt
+    assert np.array_equal(rows[2].mask, scene.mask) and rows[2].prompt == scene.prompt
+    again = subprocess.run([*command[:-1], "9"], capture_output=True, text=True)
+    assert again.returncode == 1 and "--seed" in again.stderr and "Traceback" not in again.stderr

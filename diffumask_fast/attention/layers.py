@@ -29,6 +29,7 @@ class Layer:
     """An attribute of one object in whose place it stands, with the collectors that listen."""
 
     attribute: str
+    guard = threading.Lock()
 
     def __init__(self, owner: Any) -> None:
         self.owner = owner
@@ -39,19 +40,22 @@ class Layer:
     @classmethod
     def join(cls, owner: Any, listener: Listener) -> None:
         """Install the layer where there is none, and listen."""
-        layer = owner.__dict__.get(cls.attribute)
-        if not isinstance(layer, cls):
-            layer = owner.__dict__[cls.attribute] = cls(owner)
-        layer.listeners.append(listener)
+        with cls.guard:
+            layer = owner.__dict__.get(cls.attribute)
+            if not isinstance(layer, cls):
+                layer = owner.__dict__[cls.attribute] = cls(owner)
+            layer.listeners.append(listener)
 
     @classmethod
     def leave(cls, owner: Any, listener: Listener) -> None:
         """Stop listening, and take the layer out after the last listener."""
-        layer = owner.__dict__.get(cls.attribute)
-        if not isinstance(layer, cls):
-            return
-        layer.listeners = [other for other in layer.listeners if other is not listener]
-        if not layer.listeners:
+        with cls.guard:
+            layer = owner.__dict__.get(cls.attribute)
+            if not isinstance(layer, cls):
+                return
+            layer.listeners = [other for other in layer.listeners if other is not listener]
+            if layer.listeners:
+                return
             if layer.had_own:
                 owner.__dict__[cls.attribute] = layer.shadowed
             else:

@@ -13,6 +13,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.prompts.request import Request
 
 SCHEMA_VERSION = 1
+MANIFEST = "dataset.json"
 PNG_LEVEL = 6
 
 _PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -57,3 +58,78 @@ SCHEMA = pa.schema(
         "huggingface": json.dumps({"info": {"features": _datasets_features()}}),
     },
 )
+
+
+class Sample(Protocol):
+    """What a row is made of: `pipeline.Result` or anything with these attributes."""
+
+    request: Request
+    image: np.ndarray  # [H, W, 3] uint8
+    mask: np.ndarray  # [H, W] uint8
+    quality: Sequence[float]  # one per class
+    maps: np.ndarray | None  # [K, h, w] uint8, as `masks.quantise_maps` leaves them
+    accepted: bool
+    reason: str
+
+
+def make_row(sample: Sample) -> dict:
+    """Turn a sample into a row of `SCHEMA`.
+
+    Args:
+        sample: see `Sample`. `maps` are what its mask was made of, so that it can be made again; None stores none.
+
+    Returns:
+        One value per column; `map_sizes` holds [h, w] for each class, whose maps lie one after the other in `maps`.
+
+    Raises:
+        DiffuMaskError: an array has the wrong type or size.
+    """
+    request = sample.request
+    image, mask = np.asarray(sample.image), np.asarray(sample.mask)
+    maps = np.zeros((0, 0, 0), np.uint8) if sample.maps is None else np.asarray(sample.maps)
+    size = len(request.class_ids)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise DiffuMaskError(f"{request.key}: the image must be uint8 [H, W, 3], not {image.dtype} {image.shape}")
+    if mask.dtype != np.uint8 or mask.shape != image.shape[:2]:
+        raise DiffuMaskError(f"{request.key}: the mask must be uint8 {image.shape[:2]}, not {mask.dtype} {mask.shape}")
+    if maps.dtype != np.uint8 or maps.ndim != 3 or len(maps) not in (0, size):
+        raise DiffuMaskError(f"{request.key}: maps must be uint8 [{size}, h, w], not {maps.dtype} {maps.shape}")
+    quality = [float(value) for value in sample.quality]
+    if len(quality) != size:
+        raise DiffuMaskError(f"{request.key}: quality has {len(quality)} numbers for {size} classes")
+    return {
+        "key": request.key,
+        "image": {"bytes": encode_png(image), "path": f"{request.key}.png"},
+        "mask": {"bytes": encode_png(mask), "path": f"{request.key}_mask.png"},
+        "classes": list(request.classes),
+        "class_ids": list(request.class_ids),
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "seed": request.seed,
+        "quality": quality,
+        "maps": maps.reshape(-1),
+        "map_sizes": [list(maps.shape[1:])] * len(maps),
+        "accepted": bool(sample.accepted),
+        "reason": sample.reason or "",
+    }
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Encode [H, W, 3] or [H, W] uint8 as PNG, mode RGB or L."""
+    stream = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(stream, "PNG", compress_level=PNG_LEVEL)
+    return stream.getvalue()
+
+
+def decode_png(picture: dict) -> np.ndarray:
+    """Decode the `image` or `mask` of a row: [H, W, 3] or [H, W] uint8."""
+    with Image.open(io.BytesIO(picture["bytes"])) as image:
+        return np.array(image)
+
+
+def decode_maps(values: dict) -> np.ndarray | None:
+    """Give the `maps` of a row their shape: [K, h, w] uint8; None where none are stored."""
+    sizes = values["map_sizes"]
+    if not sizes:
+        return None
+    return np.asarray(values["maps"], np.uint8).reshape(len(sizes), *sizes[0])

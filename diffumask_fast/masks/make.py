@@ -53,9 +53,8 @@ def make_masks(
         DiffuMaskError: the shapes do not fit.
 
     Example:
-        >>> mask, scores, quality = make_masks(
-        ...     torch.rand(1, 1, 4, 4), torch.zeros(1, 32, 32, 3, dtype=torch.uint8), MaskOptions(), torch.tensor([[12]])
-        ... )
+        >>> images = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+        >>> mask, scores, quality = make_masks(torch.rand(1, 1, 4, 4), images, MaskOptions(), torch.tensor([[12]]))
         >>> mask.shape, scores.shape, quality.shape
         (torch.Size([1, 32, 32]), torch.Size([1, 2, 32, 32]), torch.Size([1, 1]))
     """

@@ -108,6 +108,7 @@ def save(folder: Path, module, name: str):
     final = folder / name
     final.mkdir(parents=True, exist_ok=True)
     for file in temporary.iterdir():
+        file.chmod(0o644)
         os.replace(file, final / file.name)
     temporary.rmdir()
 

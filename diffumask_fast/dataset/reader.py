@@ -1,0 +1,114 @@
+"""Rows out of a dataset's shards."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffumask_fast.dataset.schema import MANIFEST, SCHEMA_VERSION, decode_maps, decode_png
+from diffumask_fast.errors import DiffuMaskError
+
+
+class Row:
+    """One row: every column that was read is an attribute; pictures and maps are decoded when asked for.
+
+    Args:
+        values: column names and values, as they are stored.
+    """
+
+    def __init__(self, values: dict):
+        self.values = values
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return self.__dict__["values"][name]
+        except KeyError:
+            raise AttributeError(f"the row has no column {name}, or it was not read") from None
+
+    @cached_property
+    def image(self) -> np.ndarray:
+        """The image, [H, W, 3] uint8."""
+        return decode_png(self.values["image"])
+
+    @cached_property
+    def mask(self) -> np.ndarray:
+        """The mask, [H, W] uint8: class ids, 0 background, 255 ignored."""
+        return decode_png(self.values["mask"])
+
+    @cached_property
+    def maps(self) -> np.ndarray | None:
+        """What the mask was made of, [K, h, w] uint8; None where no maps are stored."""
+        return decode_maps(self.values)
+
+
+def read_rows(folder: str | Path, *, accepted_only: bool = True, columns: Sequence[str] | None = None) -> Iterator[Row]:
+    """Yield the rows of a dataset in the order of its shards; one shard is in memory at a time.
+
+    Args:
+        folder: the dataset.
+        accepted_only: leave out rejected rows.
+        columns: those to read; None reads all.
+
+    Raises:
+        DiffuMaskError: there are no shards, or one cannot be read.
+
+    Example:
+        for row in read_rows("demo", columns=["key", "mask"]):
+            print(row.key, row.mask.shape)
+    """
+    paths = shard_paths(folder)
+    if not paths:
+        raise DiffuMaskError(f"{folder} holds no data/shard-*.parquet: name the folder that generate wrote")
+    if columns is not None:
+        columns = dict.fromkeys([*columns, "accepted", *(["map_sizes"] if "maps" in columns else [])])
+    for path in paths:
+        for row in read_shard(path, columns):
+            if row.accepted or not accepted_only:
+                yield row
+
+
+def read_shard(path: Path, columns: Iterable[str] | None = None) -> list[Row]:
+    """Read the rows of one shard.
+
+    Raises:
+        DiffuMaskError: it is damaged or written by a newer version.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            version = int((file.schema_arrow.metadata or {}).get(b"schema_version", b"0"))
+            table = file.read(columns=None if columns is None else list(columns))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DiffuMaskError(f"{path} cannot be read: delete it and run generate again to draw it anew") from error
+    if version > SCHEMA_VERSION:
+        raise DiffuMaskError(
+            f"{path} has schema version {version}, newer than this program's {SCHEMA_VERSION}: update it"
+        )
+    return [Row(values) for values in table.to_pylist()]
+
+
+def shard_paths(folder: str | Path) -> list[Path]:
+    """List the shards of a dataset in order."""
+    return sorted(Path(folder).glob("data/shard-*.parquet"), key=lambda path: (len(path.name), path.name))
+
+
+def read_manifest(folder: str | Path) -> dict:
+    """Read a dataset's `dataset.json`.
+
+    Raises:
+        DiffuMaskError: it is missing or damaged, or a newer version wrote it.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        version = manifest["schema_version"]
+    except FileNotFoundError as error:
+        raise DiffuMaskError(f"{path} is missing: name the folder that generate wrote") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DiffuMaskError(f"{path} is no manifest of a dataset: use another folder") from error
+    if version != SCHEMA_VERSION:
+        raise DiffuMaskError(f"{path} has schema version {version}, not {SCHEMA_VERSION}: use another folder")
+    return manifest

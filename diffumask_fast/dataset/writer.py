@@ -1,0 +1,118 @@
+"""Files that are there whole or not at all: temporary name, fsync, rename, fsync of the folder."""
+
+import contextlib
+import errno
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffumask_fast.dataset.schema import SCHEMA
+from diffumask_fast.errors import DiffuMaskError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+
+
+def shard_path(folder: str | Path, index: int) -> Path:
+    """Return the place of a shard in a dataset."""
+    return Path(folder) / "data" / f"shard-{index:05d}.parquet"
+
+
+def write_shard(folder: str | Path, index: int, rows: Sequence[dict]) -> Path:
+    """Write rows as a shard; equal rows give equal bytes.
+
+    Args:
+        folder: of the dataset.
+        index: of the shard.
+        rows: as `make_row` makes them.
+
+    Returns:
+        The shard's path, at which it is there whole or not at all.
+
+    Raises:
+        DiffuMaskError: the folder cannot be written; nothing is left of the attempt.
+    """
+    stream = io.BytesIO()
+    table = pa.Table.from_pylist(list(rows), SCHEMA)
+    pq.write_table(table, stream, compression="zstd", compression_level=3, use_dictionary=False, version="2.6")
+    path = shard_path(folder, index)
+    write_file(path, stream.getbuffer())
+    return path
+
+
+def dump_manifest(manifest: dict) -> bytes:
+    """Return the bytes of a `dataset.json`."""
+    return (json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_file(path: Path, data: bytes | memoryview) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        DiffuMaskError: it cannot be written; nothing is left of the attempt.
+    """
+    temporary = temporary_path(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        _remove(temporary)
+        raise explain(error, path.parent) from error
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        DiffuMaskError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise explain(error, path) from error
+
+
+def temporary_path(path: Path) -> Path:
+    """Return the name under which a file is written; no reader of datasets picks it up."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last through a power cut, where the file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def explain(error: OSError, folder: Path) -> DiffuMaskError:
+    """Say in one sentence why a folder cannot be written and what to do."""
+    if error.errno in _FULL:
+        return DiffuMaskError(f"no space left for {folder}: free some and run the same command again to finish it")
+    if error.errno in _CLOSED:
+        return DiffuMaskError(f"cannot write in {folder} ({error.strerror}): choose a folder that you may write")
+    if error.errno in _NO_FOLDER:
+        return DiffuMaskError(f"{folder} is no folder: choose another name")
+    return DiffuMaskError(f"cannot write in {folder}: {error.strerror or error}")
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,99 @@
+"""dataset/reader.py, and the `datasets` library as the consumer."""
+
+import json
+import pickle
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from samples import draw, requests
+
+from diffumask_fast.dataset.reader import read_manifest, read_rows, shard_paths
+from diffumask_fast.dataset.schema import make_row
+from diffumask_fast.dataset.writer import make_folder, write_shard
+from diffumask_fast.errors import DiffuMaskError
+
+DRAWN = [draw(request) for request in requests(9)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_folder(tmp_path / "data")
+    for index in range(3):
+        write_shard(tmp_path, index, [make_row(sample) for sample in DRAWN[3 * index : 3 * index + 3]])
+    return tmp_path
+
+
+def test_rows_come_in_order_and_rejected_ones_on_demand(folder):
+    assert 0 < sum(sample.accepted for sample in DRAWN) < 9
+    accepted = [sample.request.key for sample in DRAWN if sample.accepted]
+    assert [row.key for row in read_rows(folder)] == accepted
+    rows = list(read_rows(folder, accepted_only=False))
+    for row, sample in zip(rows, DRAWN, strict=True):
+        assert (row.key, row.accepted, row.reason) == (sample.request.key, sample.accepted, sample.reason)
+        assert np.array_equal(row.image, sample.image) and np.array_equal(row.mask, sample.mask)
+        assert np.array_equal(row.maps, sample.maps) and row.quality == pytest.approx(sample.quality)
+
+
+def test_only_the_columns_asked_for(folder):
+    row = next(read_rows(folder, columns=["key", "maps"]))
+    assert row.maps.shape == (1, 3, 5)
+    assert set(row.values) == {"key", "maps", "map_sizes", "accepted"}
+    with pytest.raises(AttributeError, match="prompt"):
+        row.prompt  # noqa: B018
+    assert pickle.loads(pickle.dumps(row)).key == row.key
+
+
+def test_more_than_100000_shards_stay_in_order(folder):
+    for index in (99_999, 100_000, 100_001):
+        write_shard(folder, index, [make_row(DRAWN[0])])
+    assert [int(path.stem.split("-")[1]) for path in shard_paths(folder)] == [0, 1, 2, 99_999, 100_000, 100_001]
+
+
+def test_a_damaged_shard_is_named(folder):
+    path = shard_paths(folder)[1]
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DiffuMaskError, match="shard-00001.parquet cannot be read: delete it and run generate again"):
+        list(read_rows(folder))
+
+
+def test_a_newer_shard_is_refused(folder):
+    path = shard_paths(folder)[0]
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({"schema_version": "2"}), path)
+    with pytest.raises(DiffuMaskError, match="schema version 2"):
+        next(read_rows(folder))
+
+
+def test_no_dataset(tmp_path):
+    with pytest.raises(DiffuMaskError, match="holds no data"):
+        next(read_rows(tmp_path / "nothing"))
+    with pytest.raises(DiffuMaskError, match="is missing"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1}', '{"schema_version": 99}'])
+def test_foreign_manifests(tmp_path, text):
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(DiffuMaskError, match="use another folder"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_load_dataset_opens_the_folder_as_it_is(folder, tmp_path_factory, shards):
+    datasets = pytest.importorskip("datasets")
+    for path in shard_paths(folder)[shards:]:
+        path.unlink()
+    (folder / "dataset.json").write_text(json.dumps({"options": {}}))
+    (folder / "preview.png").write_bytes(make_row(DRAWN[0])["image"]["bytes"])
+    cache = str(tmp_path_factory.mktemp("cache"))
+    loaded = datasets.load_dataset(str(folder), cache_dir=cache, split="train")
+    named = datasets.load_dataset("parquet", data_files=str(folder / "data" / "*.parquet"), cache_dir=cache)["train"]
+    for data in (loaded, named):
+        assert data["key"][:] == [sample.request.key for sample in DRAWN[: 3 * shards]]
+        row, sample = data[2], DRAWN[2]
+        assert (row["image"].mode, row["mask"].mode) == ("RGB", "L")
+        assert np.array_equal(np.asarray(row["image"]), sample.image)
+        assert np.array_equal(np.asarray(row["mask"]), sample.mask)
+        assert np.array_equal(np.asarray(row["maps"], np.uint8), sample.maps.ravel())
+        assert row["map_sizes"] == [[3, 5]] and row["class_ids"] == list(sample.request.class_ids)

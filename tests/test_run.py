@@ -1,0 +1,219 @@
+"""dataset/run.py: a run can be killed at any moment and finished by the same command."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from samples import draw, requests
+
+from diffumask_fast.dataset.run import open_run
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.prompts.vocabulary import Vocabulary
+
+OPTIONS = {"num": 7, "seed": 0, "guidance_scale": 5.0, "classes": None, "mask": {"threshold": "otsu"}}
+ENVIRONMENT = {"torch": "2.13.0", "threads": 2}
+MODEL = {"id": "mini", "weights": "0123"}
+
+
+def begin(folder, options=OPTIONS, environment=ENVIRONMENT, shard_size=3, model=MODEL, plan=None, **keywords):
+    plan = plan or requests(7)
+    vocabulary = Vocabulary.parse("dog,car")
+    return open_run(
+        folder, plan, options, environment, shard_size, model=model, vocabulary=vocabulary, **keywords
+    )  # fmt: skip
+
+
+def finish(folder, shards=99, **keywords):
+    with begin(folder, **keywords) as run:
+        for index, part in run.missing_shards()[:shards]:
+            run.write(index, [draw(request) for request in part])
+    return tree(folder)
+
+
+def tree(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()
+    }
+
+
+def test_a_whole_run(tmp_path):
+    files = finish(tmp_path / "a" / "deep")
+    assert list(files) == [*(f"data/shard-0000{index}.parquet" for index in range(3)), "dataset.json"]
+    with begin(tmp_path / "a" / "deep") as run:
+        assert run.missing_shards() == []
+        keys = [row.key for row in run.rows(accepted_only=False, columns=["key"])]
+        assert keys == [request.key for request in requests(7)]
+        assert run.accepted_flags() == [draw(request).accepted for request in requests(7)]
+    manifest = json.loads(files["dataset.json"])
+    assert manifest["options"] == {**OPTIONS, "shard_size": 3}
+    assert (manifest["model"], manifest["environment"], manifest["schema_version"]) == (MODEL, ENVIRONMENT, 1)
+    assert manifest["classes"][1] == {"id": 7, "name": "car", "phrase": "car"}
+    assert (manifest["plan"]["rows"], manifest["plan"]["shards"]) == (7, 3)
+    assert finish(tmp_path / "a" / "deep") == files == finish(tmp_path / "b")
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[2])
+from test_run import finish
+calls = 0
+def die(*paths, real=os.replace):
+    global calls
+    calls += 1
+    if calls == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(*paths)
+os.replace = die
+finish(sys.argv[1])
+"""
+
+
+def test_killed_four_times_ends_with_the_same_bytes(tmp_path):
+    out = tmp_path / "out"
+    leftovers = []
+    # before the manifest is there, in the first shard, in the second, in the last (the manifest of a begun run stays)
+    for call in (1, 2, 3, 2):
+        command = [sys.executable, "-c", KILLED, out, os.path.dirname(__file__), str(call)]
+        assert subprocess.run(command).returncode == -signal.SIGKILL
+        leftovers.append([name for name in tree(out) if name.endswith(".tmp")])
+    shards = [[f"data/.shard-0000{index}.parquet.tmp"] for index in range(3)]
+    assert leftovers == [[".dataset.json.tmp"], *shards]
+    with begin(out) as run:
+        assert [index for index, _ in run.missing_shards()] == [2]
+    assert finish(out) == finish(tmp_path / "whole")
+
+
+def test_a_lost_shard_is_drawn_again(tmp_path):
+    files = finish(tmp_path)
+    (tmp_path / "data" / "shard-00001.parquet").unlink()
+    with begin(tmp_path) as run:
+        assert run.missing_shards() == [(1, requests(7)[3:6])]
+    assert finish(tmp_path) == files
+
+
+def change(**changes):
+    return {"options": {**OPTIONS, **changes}}
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (change(seed=1), "--seed was 0 and is 1 now"),
+        (change(guidance_scale=7.5), "--guidance-scale was 5.0 and is 7.5 now"),
+        (change(classes="dog"), "--classes was null and is dog now"),
+        (change(mask={"threshold": 0.45}), "--mask.threshold was otsu and is 0.45 now"),
+        (change(size="128x128"), "--size was not set and is 128x128 now"),
+        (change(num=8, seed=2), "--num was 7 and is 8 now, --seed was 0 and is 2 now"),
+        ({"shard_size": 4}, "--shard-size was 3 and is 4 now"),
+        ({"model": {**MODEL, "id": "other"}}, "--model was mini and is other now"),
+        ({"model": {**MODEL, "weights": "4567"}}, "the model's weights was 0123 and is 4567 now"),
+        ({"plan": requests(7, seed=9)}, "begun with other prompts"),
+        ({"environment": {"torch": "2.14.0", "threads": 2}}, "torch was 2.13.0 and is 2.14.0 now.*--allow-drift"),
+    ],
+)
+def test_a_change_is_refused_by_name(tmp_path, changes, words):
+    before = finish(tmp_path, shards=1)
+    with pytest.raises(DiffuMaskError, match=words) as caught:
+        begin(tmp_path, **changes)
+    assert "\n" not in str(caught.value)
+    assert tree(tmp_path) == before
+
+
+def test_drift_is_recorded_once_and_only_where_something_is_drawn(tmp_path):
+    with begin(tmp_path) as run:
+        run.write(0, [draw(request) for request in requests(7)[:3]])
+    begin(tmp_path, allow_drift=True).finish()
+    assert "drift" not in json.loads((tmp_path / "dataset.json").read_text())
+
+    other = {"torch": "2.14.0", "threads": 2}
+    begin(tmp_path, environment=other, allow_drift=True).finish()
+    files = finish(tmp_path, environment=other, allow_drift=True)
+    manifest = json.loads(files["dataset.json"])
+    assert manifest["environment"] == ENVIRONMENT
+    assert manifest["drift"] == [{"environment": other, "shards": [1, 2]}]
+    third = {"torch": "2.15.0", "threads": 2}
+    assert finish(tmp_path, environment=third, allow_drift=True) == files  # nothing was left to draw
+
+
+def test_tuples_and_ints_survive_json(tmp_path):
+    options = {"size": (64, 128), "scales": {1: 2}}
+    assert finish(tmp_path, options=options) == finish(tmp_path, options=options)
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    with begin(tmp_path):
+        with pytest.raises(DiffuMaskError, match="another run is writing"):
+            begin(tmp_path)
+    begin(tmp_path).finish()
+    assert list(tree(tmp_path)) == ["dataset.json"]
+
+
+def test_a_run_that_raised_lets_go_of_the_folder(tmp_path):
+    with pytest.raises(ZeroDivisionError), begin(tmp_path):
+        raise ZeroDivisionError
+    finish(tmp_path, shards=1)
+    with pytest.raises(DiffuMaskError, match="--num"):
+        begin(tmp_path, **change(num=9))
+    begin(tmp_path).finish()
+
+
+def test_a_run_that_has_drawn_nothing_binds_nobody(tmp_path):
+    begin(tmp_path, **change(seed=3)).finish()
+    assert finish(tmp_path) == finish(tmp_path.with_name("fresh"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "dataset.json").write_text('{"name": "somebody else\'s"}')
+    with pytest.raises(DiffuMaskError, match="no manifest"):
+        begin(tmp_path / "other")
+
+
+def test_a_shard_takes_its_own_samples(tmp_path):
+    with begin(tmp_path) as run:
+        (_, part), *_ = run.missing_shards()
+        for wrong in (part[:2], part[::-1], requests(7)[3:6]):
+            with pytest.raises(DiffuMaskError, match="shard 0 takes the samples of its requests"):
+                run.write(0, [draw(request) for request in wrong])
+        assert len(run.missing_shards()) == 3
+
+
+def test_folders_that_hold_something_else(tmp_path):
+    finish(tmp_path)
+    (tmp_path / "dataset.json").write_text('{"schema_version": 1, "world": true}')
+    with pytest.raises(DiffuMaskError, match="did not begin"):
+        begin(tmp_path)
+    (tmp_path / "dataset.json").write_text("{half")
+    with pytest.raises(DiffuMaskError, match="no manifest"):
+        begin(tmp_path)
+    (tmp_path / "dataset.json").unlink()
+    with pytest.raises(DiffuMaskError, match="holds shards but no dataset.json"):
+        begin(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nothing"])
+def test_a_place_that_cannot_be_written(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiffuMaskError, match="no folder|cannot write"):
+        begin(tmp_path / place)
+
+
+def test_requests_that_make_no_run(tmp_path):
+    with pytest.raises(DiffuMaskError, match="each key once"):
+        open_run(tmp_path, [*requests(1), *requests(1)], {}, {})
+    with pytest.raises(DiffuMaskError, match="at least one request"):
+        open_run(tmp_path, [], {}, {})
+    with pytest.raises(DiffuMaskError, match="shard_size is 0"):
+        open_run(tmp_path, requests(1), {}, {}, 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_hostile_prompts_come_back(tmp_path):
+    prompt = 'a "dog", \u202e../../x\n\t犬 \U0001f415, {objects}; DROP'
+    plan = [dataclasses.replace(request, prompt=prompt, negative_prompt="'") for request in requests(2)]
+    with open_run(tmp_path, plan, {}, {}) as run:
+        run.write(0, [draw(request) for request in plan])
+        rows = list(run.rows(accepted_only=False))
+    assert [(row.prompt, row.negative_prompt) for row in rows] == [(prompt, "'")] * 2
