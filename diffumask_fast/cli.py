@@ -92,9 +92,8 @@ def bench(
         print(json.dumps({"rows": rows}))
         return
     for row in rows:
-        print(
-            f"{row['name']:24} {row['value']:8.3f} {row['unit']:8} ({row['low']:.3f} to {row['high']:.3f}, n {row['n']})"
-        )
+        spread = f"({row['low']:.3f} to {row['high']:.3f}, n {row['n']})"
+        print(f"{row['name']:24} {row['value']:8.3f} {row['unit']:8} {spread}")
 
 
 @app.command()

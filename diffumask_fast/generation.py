@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from diffumask_fast.attention.phrases import PhraseNotFound, phrase_columns
 from diffumask_fast.dataset.preview import write_preview
@@ -63,6 +65,8 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Any]) -> di
         DiffuMaskError: anything that keeps the run from starting or from going on, in one sentence.
     """
     _check_numbers(options)
+    for library in (diffusers_logging, transformers_logging):  # their advice is for programmers
+        library.set_verbosity_error()
     pipe = DiffuMaskPipeline.from_pretrained(
         options.model, engine=options.engine, dtype=options.dtype, device=options.device, revision=options.revision
     )
@@ -158,9 +162,7 @@ def make_plan(options: GenerateOptions, pipe: DiffuMaskPipeline, vocabulary: Voc
             return False
         return True
 
-    return plan(
-        vocabulary, options.num, options.seed, options.classes_per_image, scenes=pipe.info.scenes, fits=fits
-    )
+    return plan(vocabulary, options.num, options.seed, options.classes_per_image, scenes=pipe.info.scenes, fits=fits)
 
 
 def _resolve(options: GenerateOptions, pipe: DiffuMaskPipeline, size: tuple) -> tuple[dict[str, Any], int]:

@@ -225,5 +225,7 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     compatible = {_short(cls): cls for cls in pipe.scheduler.compatibles}
     wanted = next((cls for cls in compatible.values() if cls.__name__ == name), compatible.get(name.lower()))
     if wanted is None:
-        raise DiffuMaskError(f"There is no scheduler {name} for this model: use one of {', '.join(sorted(compatible))}.")
+        raise DiffuMaskError(
+            f"There is no scheduler {name} for this model: use one of {', '.join(sorted(compatible))}."
+        )
     pipe.scheduler = wanted.from_config(pipe.scheduler.config)

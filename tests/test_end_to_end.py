@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from diffumask_fast import DiffuMaskError
@@ -13,9 +15,9 @@ def folder(tiny_folder, tmp_path):
     copy.mkdir()
     for part in tiny_folder.iterdir():
         (copy / part.name).symlink_to(part)
-    (copy / "diffumask.json").write_text(
-        '{"classes": ["dog", "cat"], "scenes": {"on the grass": ["dog", "cat"]}, "num_inference_steps": 2, "guidance_scale": 3.0}'
-    )
+    known = {"classes": ["dog", "cat"], "scenes": {"on the grass": ["dog", "cat"]}}
+    known |= {"num_inference_steps": 2, "guidance_scale": 3.0}
+    (copy / "diffumask.json").write_text(json.dumps(known))
     return copy
 
 

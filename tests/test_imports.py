@@ -13,7 +13,7 @@ LAYERS = (
     ("errors",),
     ("kernels",),
     ("masks", "attention", "prompts", "mini"),
-    ("export", "loading"),
+    ("export", "loading", "results"),
     ("pipeline",),
     ("dataset",),
     ("generation",),

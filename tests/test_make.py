@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.masks.make import make_masks, mask_quality, quantise_maps
+from diffumask_fast.kernels import guided_filter
+from diffumask_fast.masks.make import make_masks, mask_quality, quantise_maps, refine_maps
 from diffumask_fast.masks.options import MaskOptions
 
 SIDE, CELLS = 96, 12
@@ -100,6 +101,15 @@ def test_sizes_that_are_not_square(height, width, cells):
         torch.tensor([[200]]),
     )[0]
     assert mask.shape == (1, height, width) and iou(mask[0] == 200, shape) > 0.8
+
+
+@pytest.mark.parametrize("height, width, radius", [(64, 64, 4), (192, 160, 10), (16, 300, 1)])
+def test_the_filters_window_grows_with_the_image(height, width, radius):
+    image = picture(height=height, width=width)[None]
+    maps = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    wanted = refine_maps(maps, image, MaskOptions(refine="none"))
+    wanted = guided_filter(image.permute(0, 3, 1, 2) / 255, wanted, radius, 1e-3).clamp(0, 1)
+    assert torch.equal(refine_maps(maps, image, MaskOptions(radius=8)), wanted)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,13 @@ def test_images_are_those_of_the_plain_pipeline(pipe, propagate, guidance_scale)
     plain = pipe.pipe(PROMPTS, latents=x, num_inference_steps=4, guidance_scale=guidance_scale, output_type="np").images
     options = MaskOptions(propagate=propagate)
     out = pipe(
-        PROMPTS, CLASSES, latents=x, num_inference_steps=4, guidance_scale=guidance_scale, output_type="np", mask=options
+        PROMPTS,
+        CLASSES,
+        latents=x,
+        num_inference_steps=4,
+        guidance_scale=guidance_scale,
+        output_type="np",
+        mask=options,
     )
     assert np.array_equal(plain, out.images) and plain.std() > 0
 
@@ -182,7 +188,9 @@ def test_an_fp16_vae_that_must_be_upcast_runs_in_fp32(sd_parts, tiny_sd, tmp_pat
     wide = dict(block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=4, force_upcast=True)
     blocks = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
     parts = sd_parts | {"vae": AutoencoderKL(**wide, **blocks)}
-    StableDiffusionPipeline(**parts, scheduler=tiny_sd.scheduler, requires_safety_checker=False).save_pretrained(tmp_path)
+    StableDiffusionPipeline(**parts, scheduler=tiny_sd.scheduler, requires_safety_checker=False).save_pretrained(
+        tmp_path
+    )
     pipe = DiffuMaskPipeline.from_pretrained(tmp_path, device="cpu", dtype="fp16")
     pipe.pipe.set_progress_bar_config(disable=True)
     assert pipe.pipe.vae.dtype == torch.float32 and pipe.pipe.unet.dtype == torch.float16

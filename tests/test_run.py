@@ -88,6 +88,13 @@ def test_killed_four_times_ends_with_the_same_bytes(tmp_path):
     assert finish(out) == finish(tmp_path / "whole")
 
 
+def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
+    files = finish(tmp_path)
+    for name in (".dataset.json.tmp", ".preview.png.tmp", "data/.shard-00001.parquet.tmp", "notes.tmp", "data/x.tmp"):
+        (tmp_path / name).write_text("half")
+    assert finish(tmp_path) == files | {"notes.tmp": b"half", "data/x.tmp": b"half"}
+
+
 def test_a_lost_shard_is_drawn_again(tmp_path):
     files = finish(tmp_path)
     (tmp_path / "data" / "shard-00001.parquet").unlink()

@@ -11,9 +11,7 @@ from samples import draw, requests
 from diffumask_fast.dataset.schema import SCHEMA, decode_maps, decode_png, encode_png, make_row
 from diffumask_fast.errors import DiffuMaskError
 
-COLUMNS = (
-    "key image mask classes class_ids prompt negative_prompt seed quality maps map_sizes accepted reason"  # DESIGN
-)
+COLUMNS = "key image mask classes class_ids prompt negative_prompt seed quality maps map_sizes accepted reason"
 
 
 def sample(**changes):
@@ -22,6 +20,7 @@ def sample(**changes):
 
 def test_columns():
     assert SCHEMA.names == COLUMNS.split()
+    assert SCHEMA.field("maps").type == pa.list_(pa.uint8()) and SCHEMA.field("seed").type == pa.int64()
     assert SCHEMA.metadata[b"schema_version"] == b"1"
     assert SCHEMA.field("image").type == SCHEMA.field("mask").type
     assert [field.name for field in SCHEMA.field("image").type] == ["bytes", "path"]

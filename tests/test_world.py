@@ -66,9 +66,9 @@ def test_only_permissive_pictures_are_packaged():
     for sprite in load_sprites():
         assert "GPL" not in sprite.licence and "-SA" not in sprite.licence, sprite
     models = {(sprite.name, sprite.model) for sprite in load_sprites()}
-    assert len({name for name, _ in models}) == 12 and min(
-        sum(name == other for other, _ in models) for name in HOME
-    ) >= 2
+    assert (
+        len({name for name, _ in models}) == 12 and min(sum(name == other for other, _ in models) for name in HOME) >= 2
+    )
 
 
 def test_missing_assets_are_one_sentence(tmp_path):

@@ -313,7 +313,8 @@ class Log:
     def close(self, step, **figures):
         row = {
             "stage": self.stage, "steps": step + 1, "seed": self.args.seed, "first": self.args.first,
-            "init_from": bool(self.args.init_from), "lr": self.args.lr, "loss": [round(v, 4) for v in self.mean.tolist()],
+            "init_from": bool(self.args.init_from), "lr": self.args.lr,
+            "loss": [round(value, 4) for value in self.mean.tolist()],
             "seconds": round(time.monotonic() - self.start), **figures,
         }  # fmt: skip
         print(json.dumps(row), flush=True)

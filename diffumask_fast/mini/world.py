@@ -336,7 +336,7 @@ def write_world(
     """Write the first `num` scenes of world `seed` as a dataset; run again, it finishes what is missing.
 
     Raises:
-        DiffuMaskError: no scenes are asked for, no usable cut-outs, a folder that cannot be written or holds another run.
+        DiffuMaskError: no scenes are asked for, no usable cut-outs, or a folder that is closed or holds another run.
     """
     from diffumask_fast.dataset.run import open_run
     from diffumask_fast.prompts.request import Request
