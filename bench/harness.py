@@ -184,7 +184,7 @@ def _torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class live_tensor_bytes(TorchDispatchMode):  # noqa: N801
+class live_tensor_bytes(TorchDispatchMode):
     """Count the bytes of tensors born inside the context and still alive, on any device, views once.
 
     `now` is what lives at this moment, also after the context; `peak` the most that lived at once inside it. Counted

@@ -64,7 +64,11 @@ def generate(
         seed=seed, batch_size=batch_size, shard_size=shard_size, steps=steps, guidance_scale=guidance_scale,
         scheduler=scheduler, size=size, dtype=dtype, mask=mask, engine=engine, device=device, allow_drift=allow_drift,
     )  # fmt: skip
-    summary = run_generate(options, progress=_progress)
+    try:
+        summary = run_generate(options, progress=_progress)
+    except KeyboardInterrupt:
+        print("Stopped; run the same command again to finish.", file=sys.stderr)
+        raise typer.Exit(130) from None
     if as_json:
         print(json.dumps(summary))
     else:
@@ -151,9 +155,6 @@ def main() -> None:
         app()
     except DiffuMaskError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        print("Stopped; run the same command again to go on.", file=sys.stderr)
-        sys.exit(130)
     except Exception as error:  # noqa: BLE001 - no traceback reaches a user; the log has it
         logger.error("%s", traceback.format_exc())
         detail = " ".join(str(error).split())[:300]

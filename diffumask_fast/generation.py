@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from diffumask_fast import __version__
 from diffumask_fast.attention.phrases import PhraseNotFound, phrase_columns
 from diffumask_fast.dataset.preview import write_preview
 from diffumask_fast.dataset.run import open_run
@@ -25,6 +28,7 @@ from diffumask_fast.prompts.vocabulary import Vocabulary
 
 logger = logging.getLogger("diffumask_fast")
 PREVIEW = 24
+FEWEST = 8  # images that one can judge a run by
 
 
 @dataclass(frozen=True)
@@ -75,9 +79,8 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Any]) -> di
     size = parse_size(options.size, pipe)
     vocabulary = read_vocabulary(options, pipe)
     requests = make_plan(options, pipe, vocabulary)
-    resolved, batch_size = _resolve(options, pipe, size)
-    provenance = pipe.provenance(options.mask)
-    model = {"id": options.model, "weights": provenance["weights"]}
+    resolved, batch_size = _resolve(options, pipe, size, vocabulary)
+    model = {"id": pipe.info.identity, "weights": pipe.weights}
     with open_run(
         options.out, requests.requests, resolved, environment(pipe), options.shard_size, options.allow_drift,
         model=model, vocabulary=vocabulary,
@@ -109,7 +112,7 @@ def _draw_missing(run, pipe, options, resolved, batch_size, size, progress) -> t
                 results.append(result)
                 bar.advance(task)
                 drawn += 1
-                if drawn == min(batch_size, len(part)):
+                if index == 0 and len(results) == min(max(batch_size, FEWEST), len(part)):
                     _check_first_batch(results)
             start = time.perf_counter()
             run.write(index, results)
@@ -125,6 +128,10 @@ def _check_numbers(options: GenerateOptions) -> None:
             raise DiffuMaskError(f"--{flag} {getattr(options, name)} leaves nothing to draw: give a number from 1 on.")
     if options.steps is not None and options.steps < 1:
         raise DiffuMaskError(f"--steps {options.steps} draws nothing: give a number from 1 on.")
+    if options.guidance_scale is not None and not math.isfinite(options.guidance_scale):
+        raise DiffuMaskError(
+            f"--guidance-scale {options.guidance_scale} is no number to draw with: give one such as 7.5."
+        )
     if not 0 <= options.seed < 2**63:
         raise DiffuMaskError(f"--seed {options.seed} is out of range: give a whole number from 0 to 2^63 - 1.")
 
@@ -165,18 +172,19 @@ def make_plan(options: GenerateOptions, pipe: DiffuMaskPipeline, vocabulary: Voc
     return plan(vocabulary, options.num, options.seed, options.classes_per_image, scenes=pipe.info.scenes, fits=fits)
 
 
-def _resolve(options: GenerateOptions, pipe: DiffuMaskPipeline, size: tuple) -> tuple[dict[str, Any], int]:
-    """Return all options that decide what a shard holds, with "auto" resolved, and the batch size."""
+def _resolve(
+    options: GenerateOptions, pipe: DiffuMaskPipeline, size: tuple[int | None, int | None], vocabulary: Vocabulary
+) -> tuple[dict[str, Any], int]:
+    """Return all options that decide what a shard holds, resolved, and the batch size."""
     batch_size = pipe.batch_size(options.batch_size, *size)
-    provenance = pipe.provenance(pipe.mask_options(options.mask))
-    steps = options.steps or pipe.info.num_inference_steps
     guidance = pipe.info.guidance_scale if options.guidance_scale is None else options.guidance_scale
     resolved = {
-        "revision": options.revision,
-        "classes": options.classes, "classes_per_image": options.classes_per_image, "num": options.num,
-        "seed": options.seed, "batch_size": batch_size, "steps": steps,
-        "guidance_scale": guidance, "scheduler": provenance["scheduler"], "size": options.size,
-        "dtype": provenance["dtype"], "engine": options.engine, **provenance["mask"],
+        "revision": options.revision, "classes": ",".join(vocabulary.names),
+        "classes_per_image": options.classes_per_image, "num": options.num, "seed": options.seed,
+        "batch_size": batch_size, "steps": options.steps or pipe.info.num_inference_steps, "guidance_scale": guidance,
+        "scheduler": type(pipe.pipe.scheduler).__name__, "size": "x".join(map(str, pipe.size(*size))),
+        "dtype": str(pipe.pipe.unet.dtype).removeprefix("torch."), "engine": options.engine,
+        **vars(pipe.mask_options(options.mask)),
     }  # fmt: skip
     return resolved, batch_size
 
@@ -185,18 +193,19 @@ def environment(pipe: DiffuMaskPipeline) -> dict[str, Any]:
     """Return what else the bytes of a run depend on: device, threads, versions."""
     device = pipe.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    libraries = ("torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow")
     return {
         "device": name, "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability(),
-        **pipe.provenance(MaskOptions())["versions"],
+        "diffumask_fast": __version__, **{library: metadata.version(library) for library in libraries},
     }  # fmt: skip
 
 
 def _check_first_batch(results: list[Any]) -> None:
     """Stop a run whose first batch is over 90 % rejected: its settings are wrong, not its luck."""
     reasons = [result.reason for result in results if not result.accepted]
-    if len(reasons) > 0.9 * len(results):
+    if len(results) >= 4 and len(reasons) > 0.9 * len(results):
         common = max(set(reasons), key=reasons.count)
         raise DiffuMaskError(
-            f"{len(reasons)} of the first {len(results)} images were rejected ({common}): nothing was written; "
+            f"{len(reasons)} of the first {len(results)} images were rejected ({common}), so nothing was written; "
             "check model, dtype, steps and guidance scale."
         )

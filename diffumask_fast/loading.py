@@ -44,6 +44,11 @@ class ModelInfo:
     guidance_scale: float = 7.5
     mask: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def identity(self) -> str:
+        """The name that a dataset records: a folder's own name, wherever it lies; the hash of its weights decides."""
+        return self.folder.name if self.folder and Path(self.name).expanduser().is_dir() else self.name
+
 
 def find_model(model: str | Path, revision: str | None = None) -> ModelInfo:
     """Resolve "mini", a diffusers folder or a hub id to a checked local folder.
@@ -56,7 +61,7 @@ def find_model(model: str | Path, revision: str | None = None) -> ModelInfo:
 
         folder = mini.folder()
     elif Path(model).expanduser().is_dir():
-        folder = Path(model).expanduser()
+        folder = Path(model).expanduser().resolve()
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not str(model).startswith("."):
         folder = _download(str(model), revision)
     else:
@@ -91,8 +96,10 @@ def check_folder(folder: Path) -> None:
         components = json.loads(index.read_text("utf-8"))
     except ValueError as error:
         raise DiffuMaskError(f"{index} is not valid JSON: the folder is half-written, fetch it again.") from error
+    if not isinstance(components, dict):
+        raise DiffuMaskError(f"{index} is no index of a diffusers model: fetch the model again.")
     for name, value in components.items():
-        if name.startswith("_") or not isinstance(value, list) or value[0] is None:
+        if name.startswith("_") or not isinstance(value, list) or not value or value[0] is None:
             continue
         part = folder / name
         if not part.is_dir() or not any(part.iterdir()):
@@ -154,9 +161,16 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     """
     if device in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise DiffuMaskError("There is no CUDA device here (torch sees none): use --device cpu.")
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise DiffuMaskError(f"There is no device {device}: use auto, cpu or cuda.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise DiffuMaskError(f"Device {device} is not supported: use auto, cpu or cuda.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DiffuMaskError(
+            f"There is no CUDA device {device} here (torch sees {torch.cuda.device_count()}): use --device cpu."
+        )
     return device
 
 
@@ -169,6 +183,12 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
     if dtype not in DTYPES:
         raise DiffuMaskError(f"There is no dtype {dtype}: use auto, {', '.join(DTYPES)}.")
     return DTYPES[dtype]
+
+
+def says_force_upcast(folder: Path) -> bool:
+    """Tell whether the folder's VAE says that it overflows in fp16; diffusers fills in True where it is silent."""
+    path = folder / "vae" / "config.json"
+    return bool(path.is_file() and json.loads(path.read_text("utf-8")).get("force_upcast", False))
 
 
 def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
@@ -184,8 +204,9 @@ def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device) -> Diff
             pipe = DiffusionPipeline.from_pretrained(
                 info.folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise DiffuMaskError(f"diffusers cannot load {info.folder}: {str(error).splitlines()[0][:300]}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise DiffuMaskError(f"diffusers cannot load {info.folder}: {cause}") from error
     if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel):
         raise DiffuMaskError(f"{info.name} has no UNet2DConditionModel: use a Stable Diffusion 1.x, 2.x or XL model.")
     return pipe.to(device)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,23 @@ from torch import Tensor
 from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.attention.tap import Levels
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.loading import ModelInfo, find_model, load_pipe, resolve_device, resolve_dtype, weight_hash
+from diffumask_fast.loading import (
+    ModelInfo,
+    find_model,
+    load_pipe,
+    resolve_device,
+    resolve_dtype,
+    says_force_upcast,
+    weight_hash,
+)
 from diffumask_fast.masks.accept import rejections
 from diffumask_fast.masks.make import make_masks, quantise_maps
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.prompts.request import Request
-from diffumask_fast.prompts.vocabulary import Vocabulary
+from diffumask_fast.prompts.vocabulary import names_in, phrases_and_ids
 from diffumask_fast.results import Output, Result, Seconds
+
+TAKEN = {"prompt", "negative_prompt", "generator", "latents", "output_type", "return_dict", "num_images_per_prompt"}
 
 
 @dataclass
@@ -91,7 +102,7 @@ class DiffuMaskPipeline:
         dtype = resolve_dtype(dtype, device)
         info = find_model(model, revision)
         pipe = load_pipe(info, dtype, device)
-        if dtype == torch.float16 and getattr(pipe.vae.config, "force_upcast", False):
+        if dtype == torch.float16 and says_force_upcast(info.folder):
             pipe.vae.to(torch.float32)
         return cls(pipe, info)
 
@@ -109,6 +120,11 @@ class DiffuMaskPipeline:
         """Save the composed pipeline as a diffusers folder of safetensors."""
         self.pipe.save_pretrained(folder, safe_serialization=True, **kwargs)
 
+    @cached_property
+    def weights(self) -> str | None:
+        """SHA-256 of the model folder's weights and configuration; None for a pipeline composed in Python."""
+        return weight_hash(self.info.folder) if self.info.folder else None
+
     @property
     def device(self) -> torch.device:
         """Where the UNet is."""
@@ -122,6 +138,7 @@ class DiffuMaskPipeline:
         generator: torch.Generator | list[torch.Generator] | None = None,
         mask: MaskOptions | None = None,
         *,
+        token_indices: Sequence[Any] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         **kwargs: Any,
@@ -130,11 +147,12 @@ class DiffuMaskPipeline:
 
         Args:
             prompt: one or B prompts.
-            classes: class names of each prompt (one list for all prompts is allowed); None finds the vocabulary's
-                phrases in the prompts. A name's phrase must occur in its prompt.
+            classes: a list of class names for each prompt, or one list for all; None finds VOC's phrases in the
+                prompts. A name's phrase must occur in its prompt.
             seeds: one seed per image, for images that depend on nothing else in the batch.
             generator: as in diffusers; not together with seeds.
             mask: options of the mask stage; None is what suits the model.
+            token_indices: token positions of each class of each prompt, 0 the start token; needed with prompt_embeds.
             output_type: "pil", "np" or "pt".
             return_dict: False gives the tuple (images, masks, quality).
             kwargs: what the diffusers pipeline takes; its model's best steps and guidance are the defaults.
@@ -149,10 +167,14 @@ class DiffuMaskPipeline:
         if not prompts and kwargs.get("prompt_embeds") is None:
             raise DiffuMaskError("There is nothing to draw: give at least one prompt.")
         names = self._classes(prompts, classes, kwargs)
+        if prompts and isinstance(kwargs.get("negative_prompt"), str):
+            kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
         repeat = kwargs.get("num_images_per_prompt") or 1
         generator = self._generators(seeds, generator, len(names) * repeat)
         options = self.mask_options(mask)
-        drawn = self._draw(prompts or None, names, options, repeat, generator=generator, **kwargs)
+        drawn = self._draw(
+            prompts or None, names, options, repeat, generator=generator, token_indices=token_indices, **kwargs
+        )
         images = self.pipe.image_processor.pt_to_numpy(drawn.pixels) if output_type != "pt" else drawn.pixels
         if output_type == "pil":
             images = [Image.fromarray(image) for image in drawn.images.cpu().numpy()]
@@ -160,7 +182,12 @@ class DiffuMaskPipeline:
         if not return_dict:
             return images, masks, drawn.quality
         class_ids = [tuple(i for i in row if i) for row in drawn.ids.tolist()]
-        provenance = self.provenance(options, seeds=list(seeds) if seeds is not None else None)
+        provenance = self.provenance(
+            options,
+            seeds=[int(seed) for seed in seeds] if seeds is not None else None,
+            num_inference_steps=kwargs.get("num_inference_steps", self.info.num_inference_steps),
+            guidance_scale=kwargs.get("guidance_scale", self.info.guidance_scale),
+        )
         return Output(images, masks, drawn.quality, drawn.levels, drawn.class_maps.cpu().numpy(), class_ids, provenance)
 
     def stream(
@@ -184,31 +211,45 @@ class DiffuMaskPipeline:
         Raises:
             DiffuMaskError: as for a call.
         """
+        if taken := kwargs.keys() & TAKEN:
+            raise DiffuMaskError(f"stream takes {', '.join(sorted(taken))} from its requests: leave it out.")
         requests = list(requests)
-        options = self.mask_options(mask)
         size = self.batch_size(batch_size, kwargs.get("height"), kwargs.get("width"))
-        num_phrases = num_phrases or max((len(request.phrases) for request in requests), default=1)
+        most = max((len(request.phrases) for request in requests), default=1)
+        if any(request.negative_prompt for request in requests):
+            kwargs["negative_prompts"] = True
+        return self._batches(requests, size, self.mask_options(mask), max(most, num_phrases or 1), kwargs)
+
+    def _batches(self, requests, size, options, num_phrases, kwargs) -> Iterator[Result]:
+        for start in range(0, len(requests), size):
+            yield from self._results(requests[start : start + size], options, num_phrases, dict(kwargs))
+
+    def _results(self, batch, options, num_phrases, kwargs) -> list[Result]:
+        if kwargs.pop("negative_prompts", False):  # without any, the pipeline's own default holds
+            kwargs["negative_prompt"] = [request.negative_prompt for request in batch]
         with _quiet(self.pipe):
-            for start in range(0, len(requests), size):
-                yield from self._stream_batch(requests[start : start + size], options, num_phrases, kwargs)
-
-    def _stream_batch(self, batch, options, num_phrases, kwargs):
-        drawn = self._draw(
-            [request.prompt for request in batch], [list(request.phrases) for request in batch], options,
-            generator=self._generators([request.seed for request in batch], None, len(batch)),
-            negative_prompt=[request.negative_prompt for request in batch],
-            class_ids=[request.class_ids for request in batch], num_phrases=num_phrases, **kwargs,
-        )  # fmt: skip
+            drawn = self._draw(
+                [request.prompt for request in batch], [list(request.phrases) for request in batch], options,
+                generator=self._generators([request.seed for request in batch], None, len(batch)),
+                class_ids=[request.class_ids for request in batch], num_phrases=num_phrases, **kwargs,
+            )  # fmt: skip
         reasons = rejections(drawn.images, drawn.mask, drawn.ids, [r.phrases for r in batch], options)
-        images, masks, maps = (t.cpu().numpy() for t in (drawn.images, drawn.mask, drawn.class_maps))
-        for row, request in enumerate(batch):
-            reason = reasons[row] if drawn.finite[row] else "the image is not finite"
-            count = len(request.phrases)
-            yield Result(
-                request, images[row], masks[row], tuple(drawn.quality[row]), maps[row, :count], not reason, reason
+        reasons = [
+            reason if finite else "the image is not finite"
+            for reason, finite in zip(reasons, drawn.finite, strict=True)
+        ]
+        images, masks, maps = (tensor.cpu().numpy() for tensor in (drawn.images, drawn.mask, drawn.class_maps))
+        return [
+            Result(
+                request, images[row], masks[row], tuple(drawn.quality[row]), maps[row, : len(request.phrases)],
+                not reasons[row], reasons[row],
             )
+            for row, request in enumerate(batch)
+        ]  # fmt: skip
 
-    def _draw(self, prompts, names, options, repeat=1, *, class_ids=None, num_phrases=None, **kwargs) -> _Drawn:
+    def _draw(
+        self, prompts, names, options, repeat=1, *, class_ids=None, num_phrases=None, token_indices=None, **kwargs
+    ) -> _Drawn:
         """The flow: phrase columns, denoise while the store fills, decode, class maps, masks."""
         kwargs.setdefault("num_inference_steps", self.info.num_inference_steps)
         kwargs.setdefault("guidance_scale", self.info.guidance_scale)
@@ -219,7 +260,8 @@ class DiffuMaskPipeline:
         start = time.perf_counter()
         with torch.no_grad(), _decoding(self.pipe, self.seconds):
             before = self.seconds.decode
-            with collect_maps(self.pipe, phrases, propagate=options.propagate, pad_to=width) as store:
+            settings = {"propagate": options.propagate, "pad_to": width, "token_indices": token_indices}
+            with collect_maps(self.pipe, phrases, **settings) as store:
                 pixels = self.pipe(prompts, output_type="pt", return_dict=False, **kwargs)[0]
             self.seconds.denoise += time.perf_counter() - start - (self.seconds.decode - before)
             start = time.perf_counter()
@@ -251,12 +293,17 @@ class DiffuMaskPipeline:
             return size
         if self.device.type != "cuda":
             return 8
-        side = self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
-        pixels = (height or side) * (width or side)
+        pixels = math.prod(self.size(height, width))
         weights = sum(p.nbytes for p in self.pipe.unet.parameters())
         free = torch.cuda.get_device_properties(self.device).total_memory * 0.8 - 2 * weights
         fitting = int(free / (pixels * 5000))  # measured need of SD 1.5 at 512x512 is about 1.2 GB an image
         return max(1, min(64, 1 << max(fitting, 1).bit_length() - 1))
+
+    def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Return height and width, the model's own where they are None."""
+        own = self.pipe.unet.config.sample_size
+        own = own if isinstance(own, (list, tuple)) else (own, own)
+        return height or own[0] * self.pipe.vae_scale_factor, width or own[1] * self.pipe.vae_scale_factor
 
     def provenance(self, options: MaskOptions, **more: Any) -> dict[str, Any]:
         """Return model, weights, scheduler, mask options and versions, as JSON types."""
@@ -267,7 +314,7 @@ class DiffuMaskPipeline:
 
         return {
             "model": self.info.name,
-            "weights": weight_hash(self.info.folder) if self.info.folder else None,
+            "weights": self.weights,
             "scheduler": type(self.pipe.scheduler).__name__,
             "mask": vars(options) | {},
             "dtype": str(self.pipe.unet.dtype).removeprefix("torch."),
@@ -281,6 +328,8 @@ class DiffuMaskPipeline:
 
     def _classes(self, prompts, classes, kwargs) -> list[list[str]]:
         count = len(prompts) or kwargs["prompt_embeds"].shape[0]
+        if classes is None and not prompts:
+            raise DiffuMaskError("With prompt_embeds the words are unknown: say classes= and token_indices=.")
         if classes is None:
             names = [names_in(prompt) for prompt in prompts]
             for prompt, found in zip(prompts, names, strict=True):
@@ -290,7 +339,7 @@ class DiffuMaskPipeline:
         if isinstance(classes, str):
             classes = [classes]
         rows = [[row] if isinstance(row, str) else list(row) for row in classes]
-        if all(isinstance(row, str) for row in classes) and len(classes) != count:
+        if all(isinstance(row, str) for row in classes):
             rows = [[str(row) for row in classes]]
         if len(rows) == 1:
             rows = rows * count
@@ -322,21 +371,6 @@ def check_size(pipe: DiffusionPipeline, height: int | None, width: int | None) -
             )
 
 
-def names_in(prompt: str) -> list[str]:
-    """Return the VOC classes whose phrase stands in a prompt as whole words, in the prompt's order."""
-    words = f" {re.sub(r'[^a-z0-9]+', ' ', prompt.lower())} "
-    found = {entry.name: words.find(f" {entry.phrase} ") for entry in Vocabulary.voc().entries}
-    return sorted((name for name, at in found.items() if at >= 0), key=found.get)
-
-
-def phrases_and_ids(names: Sequence[Sequence[str]]) -> tuple[list[list[str]], list[list[int]]]:
-    """Return the phrases and mask values of class names; names outside VOC are numbered from 21 in their order."""
-    vocabulary = Vocabulary.named(dict.fromkeys(name for row in names for name in row))
-    by_name = dict(zip(dict.fromkeys(name for row in names for name in row), vocabulary.entries, strict=True))
-    phrases = [[by_name[name].phrase for name in row] for row in names]
-    return phrases, [[by_name[name].id for name in row] for row in names]
-
-
 @contextmanager
 def _quiet(pipe: DiffusionPipeline) -> Iterator[None]:
     """Hide the pipeline's own progress bars."""
@@ -350,24 +384,28 @@ def _quiet(pipe: DiffusionPipeline) -> Iterator[None]:
 
 @contextmanager
 def _decoding(pipe: DiffusionPipeline, seconds: Seconds) -> Iterator[None]:
-    """Time the VAE's decoder, and hand it latents of its own dtype (an fp32 VAE beside an fp16 UNet)."""
-    vae = getattr(pipe, "vae", None)
-    if vae is None or "decode" in vars(vae):
-        yield
-        return
-    decode = vae.decode
+    """Time the VAE's decoder, and hand the VAE its own dtype (an fp32 VAE beside an fp16 UNet)."""
+    kept = {name: vars(pipe.vae).get(name) for name in ("encode", "decode")}
 
-    def timed(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            return decode(latents.to(next(vae.parameters()).dtype), *args, **kwargs)
-        finally:
-            if latents.is_cuda:
-                torch.cuda.synchronize(latents.device)
-            seconds.decode += time.perf_counter() - start
+    def in_own_dtype(method: Any, stage: str) -> Any:
+        def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return method(tensor.to(next(pipe.vae.parameters()).dtype), *args, **kwargs)
+            finally:
+                if tensor.is_cuda:
+                    torch.cuda.synchronize(tensor.device)
+                if stage == "decode":
+                    seconds.decode += time.perf_counter() - start
 
-    vae.decode = timed
+        return call
+
     try:
+        for name in kept:
+            setattr(pipe.vae, name, in_own_dtype(getattr(pipe.vae, name), name))
         yield
     finally:
-        del vae.decode
+        for name, own in kept.items():
+            vars(pipe.vae).pop(name, None)
+            if own is not None:
+                setattr(pipe.vae, name, own)

@@ -38,6 +38,11 @@ def by_name(rounds: int, names: list[str], seconds: dict[str, float], drift: flo
     return [seconds[name] + drift * index for index, name in enumerate(called)]
 
 
+def test_third_smallest() -> None:
+    assert harness.third_smallest([5.0, 1.0, 4.0, 2.0, 3.0]) == 3.0
+    assert harness.third_smallest([5.0, 1.0]) == 5.0
+
+
 def test_orders_are_abba() -> None:
     assert orders(["a", "b"], 4) == [("a", "b"), ("b", "a"), ("b", "a"), ("a", "b")]
 

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -5,8 +7,9 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.options import MaskOptions
-from diffumask_fast.pipeline import DiffuMaskPipeline, names_in, phrases_and_ids
+from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.request import Request
+from diffumask_fast.prompts.vocabulary import names_in, phrases_and_ids
 
 PROMPTS = ["a photo of a dog on the grass", "a cat and a car on the street", "a red sofa", "a potted plant"]
 CLASSES = [["dog"], ["cat", "car"], ["sofa"], ["pottedplant"]]
@@ -80,7 +83,7 @@ def test_output_types_and_tuples(pipe):
 
 
 def test_classes_are_found_in_the_prompt(pipe):
-    assert names_in("A Potted Plant, a dog and a cat; hotdogs and carpets") == ["pottedplant", "dog", "cat"]
+    assert names_in("A Potted Plant, a dog and a cat; hotdogs, carpets, a potted-cow") == ["pottedplant", "dog", "cat"]
     assert pipe("a cat and a dog", seeds=[1], **STEPS).class_ids == [(8, 12)]
     with pytest.raises(DiffuMaskError, match="No known class is named"):
         pipe("a red table", seeds=[1], **STEPS)
@@ -175,6 +178,38 @@ def test_nan_images_are_rejected_with_a_reason(pipe):
     assert not result.accepted and result.reason == "the image is not finite"
 
 
+def test_prompt_embeds_with_token_indices(pipe):
+    embeds, negative = pipe.pipe.encode_prompt("a red dog", "cpu", 1, True)
+    given = dict(prompt_embeds=embeds, negative_prompt_embeds=negative, **STEPS)
+    plain = pipe("a red dog", [["dog"]], seeds=[1], output_type="np", **STEPS)
+    out = pipe(classes=[["dog"]], token_indices=[[[3]]], seeds=[1], output_type="np", **given)
+    assert np.array_equal(out.images, plain.images) and np.array_equal(out.masks, plain.masks)
+    with pytest.raises(DiffuMaskError, match="token_indices"):
+        pipe(seeds=[1], **given)
+
+
+def test_one_list_of_names_is_for_all_prompts(pipe):
+    prompts = ["a cat and a dog", "a dog and a cat"]
+    assert pipe(prompts, ["dog", "cat"], seeds=[1, 2], **STEPS).class_ids == [(12, 8), (12, 8)]
+
+
+def test_stream_refuses_what_requests_say(pipe):
+    with pytest.raises(DiffuMaskError, match="stream takes negative_prompt"):
+        pipe.stream(requests(1), 1, negative_prompt="")
+    with pytest.raises(DiffuMaskError, match="batch size"):
+        pipe.stream(requests(1), 0)
+
+
+def test_negative_prompts_reach_the_pipeline(pipe):
+    plain, negated = (
+        Request("dog-000000", "a red dog", negative, ("dog",), (12,), 3) for negative in ("", "a cat on the grass")
+    )
+    one, other = pipe.stream([plain, negated], 1, **STEPS)
+    assert not np.array_equal(one.image, other.image)
+    expected = pipe("a red dog", [["dog"]], seeds=[3], negative_prompt="a cat on the grass", **STEPS)
+    assert np.array_equal(np.asarray(expected.images[0]), other.image)
+
+
 def test_save_and_load_again(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "saved")
     again = DiffuMaskPipeline.from_pretrained(tmp_path / "saved", device="cpu")
@@ -196,6 +231,11 @@ def test_an_fp16_vae_that_must_be_upcast_runs_in_fp32(sd_parts, tiny_sd, tmp_pat
     assert pipe.pipe.vae.dtype == torch.float32 and pipe.pipe.unet.dtype == torch.float16
     images = pipe("a red dog", [["dog"]], seeds=[1], output_type="np", **STEPS).images
     assert np.isfinite(images).all() and images.std() > 0
+    config = tmp_path / "vae" / "config.json"
+    silent = {key: value for key, value in json.loads(config.read_text()).items() if key != "force_upcast"}
+    config.write_text(json.dumps(silent))
+    again = DiffuMaskPipeline.from_pretrained(tmp_path, device="cpu", dtype="fp16")
+    assert again.pipe.vae.dtype == torch.float16
 
 
 def test_other_engines_are_refused():

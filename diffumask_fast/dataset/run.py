@@ -161,7 +161,8 @@ class Run:
                 "on, equal up to rounding, and records it"
             )
         drift = {"environment": self.manifest["environment"], "shards": [index for index, _ in self.missing_shards()]}
-        if changes and drift["shards"] and there.get("drift", [{}])[-1].get("environment") != drift["environment"]:
+        last = (there.get("drift") or [there])[-1]["environment"]
+        if drift["shards"] and last != drift["environment"]:
             there["drift"] = [*there.get("drift", []), drift]
             write_file(self.folder / MANIFEST, dump_manifest(there))
         self.manifest = there

@@ -13,11 +13,11 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import PIL
 from PIL import Image, ImageDraw, ImageFilter
 
 from diffumask_fast.errors import DiffuMaskError
@@ -352,8 +352,9 @@ def write_world(
         return Request(key, scene.prompt, "", phrases, ids, index, scene.classes)
 
     requests = [request(index, world.scene(seed, index)) for index in range(num)]
+    environment = {library: metadata.version(library) for library in ("numpy", "pillow", "pyarrow")}
     options = {"world": names, "seed": seed, "num": num, "sprites": _digest(world)}
-    with open_run(out, requests, options, {"numpy": np.__version__, "pillow": PIL.__version__}, shard_size) as run:
+    with open_run(out, requests, options, environment, shard_size) as run:
         for index, part in run.missing_shards():
             drawn = [(request, world.scene(seed, request.seed)) for request in part]
             run.write(index, [_sample(request, scene) for request, scene in drawn])

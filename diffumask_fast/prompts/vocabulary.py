@@ -1,8 +1,9 @@
 """The classes: names, ids, the phrases that prompts use, and the colours that pictures use."""
 
 import csv
+import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -148,6 +149,21 @@ class Vocabulary:
             if entry.name == name:
                 return entry
         raise KeyError(name)
+
+
+def names_in(prompt: str) -> list[str]:
+    """Return the VOC classes whose phrase stands in a prompt as whole words, in the prompt's order."""
+    text = " ".join(prompt.lower().split())
+    found = {entry.name: re.search(rf"(?<![\w-]){entry.phrase}(?![\w-])", text) for entry in _VOC}
+    return sorted((name for name, match in found.items() if match), key=lambda name: found[name].start())
+
+
+def phrases_and_ids(names: Sequence[Sequence[str]]) -> tuple[list[list[str]], list[list[int]]]:
+    """Return the phrases and mask values of class names; names outside VOC are numbered from 21 in their order."""
+    distinct = list(dict.fromkeys(name for row in names for name in row))
+    by_name = dict(zip(distinct, Vocabulary.named(distinct).entries, strict=True))
+    phrases = [[by_name[name].phrase for name in row] for row in names]
+    return phrases, [[by_name[name].id for name in row] for row in names]
 
 
 def voc_palette() -> list[int]:
