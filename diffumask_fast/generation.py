@@ -20,9 +20,9 @@ from diffumask_fast.attention.phrases import PhraseNotFound, phrase_columns
 from diffumask_fast.dataset.preview import write_preview
 from diffumask_fast.dataset.run import open_run
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.loading import set_scheduler
+from diffumask_fast.loading import check_size, set_scheduler
 from diffumask_fast.masks.options import MaskOptions
-from diffumask_fast.pipeline import DiffuMaskPipeline, check_size
+from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.planner import Plan, plan
 from diffumask_fast.prompts.vocabulary import Vocabulary
 

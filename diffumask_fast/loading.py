@@ -250,3 +250,17 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
             f"There is no scheduler {name} for this model: use one of {', '.join(sorted(compatible))}."
         )
     pipe.scheduler = wanted.from_config(pipe.scheduler.config)
+
+
+def check_size(pipe: DiffusionPipeline, height: int | None, width: int | None) -> None:
+    """Refuse a size that the VAE cannot make.
+
+    Raises:
+        DiffuMaskError: height or width is no positive multiple of the VAE's factor.
+    """
+    factor = pipe.vae_scale_factor
+    for name, value in (("height", height), ("width", width)):
+        if value is not None and (value <= 0 or value % factor):
+            raise DiffuMaskError(
+                f"{name} {value} is not a multiple of {factor}: use {max(1, round(value / factor)) * factor}."
+            )

@@ -22,6 +22,7 @@ from diffumask_fast.attention.tap import Levels
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.loading import (
     ModelInfo,
+    check_size,
     find_model,
     load_pipe,
     resolve_device,
@@ -355,20 +356,6 @@ class DiffuMaskPipeline:
         if len(seeds) != count:
             raise DiffuMaskError(f"There are {count} images and {len(seeds)} seeds: give one seed for each image.")
         return [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
-
-
-def check_size(pipe: DiffusionPipeline, height: int | None, width: int | None) -> None:
-    """Refuse a size that the VAE cannot make.
-
-    Raises:
-        DiffuMaskError: height or width is no positive multiple of the VAE's factor.
-    """
-    factor = pipe.vae_scale_factor
-    for name, value in (("height", height), ("width", width)):
-        if value is not None and (value <= 0 or value % factor):
-            raise DiffuMaskError(
-                f"{name} {value} is not a multiple of {factor}: use {max(1, round(value / factor)) * factor}."
-            )
 
 
 @contextmanager
