@@ -102,9 +102,10 @@ def save(folder: Path, module, name: str):
     temporary = folder / f".{name}.tmp"
     copy.deepcopy(module).half().save_pretrained(temporary, safe_serialization=True)
     config = json.loads((temporary / "config.json").read_text("utf-8"))
+    config.pop("_name_or_path", None)
     if "dtype" in config:  # transformers would otherwise load fp16 where diffusers' components are fp32
         config["dtype"] = "float32"
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     final = folder / name
     final.mkdir(parents=True, exist_ok=True)
     for file in temporary.iterdir():
