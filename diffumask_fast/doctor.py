@@ -71,4 +71,7 @@ def _maps() -> None:
 
 
 def _torch_engine() -> None:
-    importlib.import_module("diffusers").StableDiffusionPipeline  # noqa: B018 - a lazy import that can fail
+    from diffumask_fast.loading import quietly
+
+    with quietly():
+        importlib.import_module("diffusers").StableDiffusionPipeline  # noqa: B018 - a lazy import that can fail

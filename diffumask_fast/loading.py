@@ -200,7 +200,7 @@ def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device) -> Diff
     from diffusers import UNet2DConditionModel
 
     try:
-        with _quietly():
+        with quietly():
             pipe = DiffusionPipeline.from_pretrained(
                 info.folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
             )
@@ -213,7 +213,7 @@ def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device) -> Diff
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Hide loading bars and advice of diffusers and transformers; errors are raised all the same."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

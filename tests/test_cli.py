@@ -99,7 +99,9 @@ def test_two_classes_per_image(tmp_path):
 
 def test_json_is_all_of_stdout(finished):
     assert set(finished[1]) >= {"images", "images_per_s", "accepted", "seconds"}
-    report = json.loads(call("doctor", "--json").stdout)
+    done = call("doctor", "--json")
+    report = json.loads(done.stdout)
+    assert done.stderr == ""
     assert report["works"]["embedded model"] == "works" and "torch" in report["versions"]
 
 
