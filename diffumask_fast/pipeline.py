@@ -217,17 +217,17 @@ class DiffuMaskPipeline:
         requests = list(requests)
         size = self.batch_size(batch_size, kwargs.get("height"), kwargs.get("width"))
         most = max((len(request.phrases) for request in requests), default=1)
-        if any(request.negative_prompt for request in requests):
-            kwargs["negative_prompts"] = True
         return self._batches(requests, size, self.mask_options(mask), max(most, num_phrases or 1), kwargs)
 
     def _batches(self, requests, size, options, num_phrases, kwargs) -> Iterator[Result]:
+        negated = any(request.negative_prompt for request in requests)
         for start in range(0, len(requests), size):
-            yield from self._results(requests[start : start + size], options, num_phrases, dict(kwargs))
+            batch = requests[start : start + size]
+            # without any negative prompt, the pipeline's own default holds
+            negative = {"negative_prompt": [request.negative_prompt for request in batch]} if negated else {}
+            yield from self._results(batch, options, num_phrases, kwargs | negative)
 
     def _results(self, batch, options, num_phrases, kwargs) -> list[Result]:
-        if kwargs.pop("negative_prompts", False):  # without any, the pipeline's own default holds
-            kwargs["negative_prompt"] = [request.negative_prompt for request in batch]
         with _quiet(self.pipe):
             drawn = self._draw(
                 [request.prompt for request in batch], [list(request.phrases) for request in batch], options,
@@ -297,7 +297,7 @@ class DiffuMaskPipeline:
         pixels = math.prod(self.size(height, width))
         weights = sum(p.nbytes for p in self.pipe.unet.parameters())
         free = torch.cuda.get_device_properties(self.device).total_memory * 0.8 - 2 * weights
-        fitting = int(free / (pixels * 5000))  # measured need of SD 1.5 at 512x512 is about 1.2 GB an image
+        fitting = int(free / (pixels * 5000))  # an estimate, 1.3 GB an image at 512x512; no GPU has confirmed it
         return max(1, min(64, 1 << max(fitting, 1).bit_length() - 1))
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
@@ -317,7 +317,7 @@ class DiffuMaskPipeline:
             "model": self.info.name,
             "weights": self.weights,
             "scheduler": type(self.pipe.scheduler).__name__,
-            "mask": vars(options) | {},
+            "mask": dict(vars(options)),
             "dtype": str(self.pipe.unet.dtype).removeprefix("torch."),
             "device": self.device.type,
             "versions": {
