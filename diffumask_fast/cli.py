@@ -77,6 +77,30 @@ def generate(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="mini-oracle: the judge of mini's world.")],
+    data: Annotated[Path, typer.Argument(help="Dataset whose masks are judged.")],
+    accepted: Annotated[bool, typer.Option("--accepted", help="Leave out rejected rows.")] = False,
+    sheet: Annotated[Path | None, typer.Option(help="Write the twenty worst images into this PNG file.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Judge the masks of a dataset."""
+    from diffumask_fast.learning import evaluation
+
+    figures = evaluation.evaluate(model, data, accepted_only=accepted, sheet_file=sheet, progress=_progress)
+    if as_json:
+        print(json.dumps(figures))
+        return
+    agreement = figures.pop("per_class_agreement")
+    ious = figures.pop("per_class_iou")
+    for name, value in figures.items():
+        print(f"{name:18} {value if isinstance(value, int) else _number(value)}")
+    print(f"\n{'class':18} {'IoU':>5} {'agreement':>10}")
+    for name, iou in ious.items():
+        print(f"{name:18} {_number(iou)} {_number(agreement.get(name)):>10}")
+
+
+@app.command()
 def bench(
     suite: Annotated[str, typer.Option(help="end_to_end.")] = "end_to_end",
     geometry: Annotated[str, typer.Option(help="mini.")] = "mini",
@@ -131,9 +155,13 @@ def _progress(total: int) -> Any:
 
     console = Console(stderr=True)
     return Progress(
-        TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         console=console, disable=not console.is_terminal, transient=True,
     )  # fmt: skip
+
+
+def _number(value: float | None) -> str:
+    return "    -" if value is None else f"{value:5.3f}"
 
 
 def _log_to(path: Path | None) -> None:

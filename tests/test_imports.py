@@ -24,6 +24,8 @@ RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 # Allowed inside a function only: what the importing module must not load before it is needed.
 LATE = {("pipeline", "export"): "an engine's libraries are optional"}
 LATE |= {("cli", room): "`--help` is quick" for room in RANK if room not in ("cli", "errors")}
+# The judge takes no part in making masks: only these may read it.
+JUDGES = ("learning", "bench")
 # Against the order, and inside a function only.
 EXCEPTIONS = {("mini", room): "the world writes its scenes as an ordinary dataset" for room in ("dataset", "prompts")}
 
@@ -66,6 +68,8 @@ def imported(tree: ast.AST, inside: bool = False) -> Iterator[tuple[str, bool, i
 def violations(module: str, text: str) -> list[str]:
     room = room_of(module)
     found = []
+    if "mini.oracle" in text and room not in JUDGES and module != "diffumask_fast.mini.oracle":
+        found.append(f"{module} reads mini.oracle, which is for {' and '.join(JUDGES)} alone")
     for target, inside, line in imported(ast.parse(text)):
         if target == room or (inside and (room, target) in EXCEPTIONS):
             continue
@@ -96,6 +100,7 @@ def test_imports_go_one_way(path: Path) -> None:
         ("diffumask_fast.pipeline", "from diffumask_fast.export import onnx_denoiser"),
         ("diffumask_fast.cli", "from diffumask_fast.pipeline import DiffuMaskPipeline"),
         ("diffumask_fast", "from diffumask_fast.errors import DiffuMaskError"),
+        ("diffumask_fast.masks.make", "def f():\n    import_module('diffumask_fast.mini.oracle')"),
         ("diffumask_fast.bench.x", "from diffumask_fast.nowhere import y"),
     ],
 )

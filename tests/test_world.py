@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.mini.world import BACKGROUNDS, HOME, SCENES, VOC, World, load_sprites
+from diffumask_fast.mini.world import ASSETS, BACKGROUNDS, HOME, SCENES, VOC, World, load_sprites
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +77,25 @@ def test_only_permissive_pictures_are_packaged():
     )
 
 
+def test_held_out_objects_are_others_of_the_same_classes(tmp_path):
+    kept, held = ({(s.name, s.model) for s in load_sprites(objects=which)} for which in ("kept", "held-out"))
+    assert not {model for _, model in kept} & {model for _, model in held}
+    assert {name for name, _ in kept} == {name for name, _ in held} == set(HOME)
+    lines = ["path,class,model,kind,licence"]
+    source = next(path for path in ASSETS.glob("*.webp")).read_bytes()
+    for index in range(40):
+        (tmp_path / f"{index}.webp").write_bytes(source)
+        lines += [f"{index}.webp,{name},{name}/{index},whole,CC0-1.0" for name in HOME]
+    (tmp_path / "sprites.csv").write_text("\n".join(lines))
+    kept, held = ({s.model for s in load_sprites(tmp_path, objects=which)} for which in ("kept", "held-out"))
+    assert not kept & held and len(kept | held) == 40 * len(HOME)
+    assert 0.1 < len(held) / (40 * len(HOME)) < 0.3
+
+
 def test_missing_assets_are_one_sentence(tmp_path):
     with pytest.raises(DiffuMaskError, match="no sprites.csv"):
         load_sprites(tmp_path)
-    with pytest.raises(DiffuMaskError, match="no permissive cut-out of .*bicycle"):
+    with pytest.raises(DiffuMaskError, match="no permissive kept cut-out of .*bicycle"):
         load_sprites(names="full")
 
 

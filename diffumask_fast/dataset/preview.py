@@ -1,6 +1,7 @@
 """A sheet of samples: image, overlay and mask side by side."""
 
 import io
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -35,16 +36,30 @@ def write_preview(folder: str | Path, limit: int = 24, side: int = 160, columns:
     tiles = [_tile(row, side) for row in islice(rows, limit)]
     if not tiles:
         raise DiffuMaskError(f"{folder} holds no sample to show: draw some first")
+    path = Path(folder) / "preview.png"
+    write_png(path, sheet(tiles, columns))
+    return path
+
+
+def sheet(tiles: list[Image.Image], columns: int) -> Image.Image:
+    """Lay tiles out in rows of `columns`."""
     width, height = (max(tile.size[axis] for tile in tiles) + _GAP for axis in (0, 1))
     columns = min(columns, len(tiles))
-    sheet = Image.new("RGB", (width * columns + _GAP, height * -(-len(tiles) // columns) + _GAP), "white")
-    for number, tile in enumerate(tiles):
-        sheet.paste(tile, (number % columns * width + _GAP, number // columns * height + _GAP))
+    page = Image.new("RGB", (width * columns + _GAP, height * -(-len(tiles) // columns) + _GAP), "white")
+    for number, piece in enumerate(tiles):
+        page.paste(piece, (number % columns * width + _GAP, number // columns * height + _GAP))
+    return page
+
+
+def write_png(path: Path, picture: Image.Image) -> None:
+    """Write a picture, whole or not at all.
+
+    Raises:
+        DiffuMaskError: it cannot be written.
+    """
     stream = io.BytesIO()
-    sheet.save(stream, "PNG", compress_level=PNG_LEVEL)
-    path = Path(folder) / "preview.png"
+    picture.save(stream, "PNG", compress_level=PNG_LEVEL)
     write_file(path, stream.getvalue())
-    return path
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.5) -> np.ndarray:
@@ -58,15 +73,22 @@ def colour(mask: np.ndarray) -> np.ndarray:
     return np.array(voc_palette(), np.uint8).reshape(256, 3)[mask]
 
 
-def _tile(row: Row, side: int) -> Image.Image:
-    arrays = (row.image, overlay(row.image, row.mask), colour(row.mask))
+def tile(arrays: Sequence[np.ndarray], text: str, ink: str = "black", side: int = 160) -> Image.Image:
+    """Lay pictures [H, W, 3] uint8 of one size beside each other, under a line of text.
+
+    The first two, image and overlay, are made smaller smoothly; the others, coloured masks, by nearest pixels.
+    """
     pictures = [Image.fromarray(pixels) for pixels in arrays]
-    for picture, method in zip(pictures, (Image.BICUBIC, Image.BICUBIC, Image.NEAREST), strict=True):
-        picture.thumbnail((side, side), method)
-    width, height = pictures[0].size
-    tile = Image.new("RGB", (3 * width + 2 * _SEAM, height + _LINE), "white")
     for slot, picture in enumerate(pictures):
-        tile.paste(picture, (slot * (width + _SEAM), _LINE))
+        picture.thumbnail((side, side), Image.BICUBIC if slot < 2 else Image.NEAREST)
+    width, height = pictures[0].size
+    page = Image.new("RGB", (len(pictures) * (width + _SEAM) - _SEAM, height + _LINE), "white")
+    for slot, picture in enumerate(pictures):
+        page.paste(picture, (slot * (width + _SEAM), _LINE))
+    ImageDraw.Draw(page).text((0, 0), text, ink, ImageFont.load_default(13))
+    return page
+
+
+def _tile(row: Row, side: int) -> Image.Image:
     text, ink = (row.key, "black") if row.accepted else (f"{row.key}: {row.reason}", "#b00020")
-    ImageDraw.Draw(tile).text((0, 0), text, ink, ImageFont.load_default(13))
-    return tile
+    return tile((row.image, overlay(row.image, row.mask), colour(row.mask)), text, ink, side)

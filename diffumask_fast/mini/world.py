@@ -66,12 +66,15 @@ class Scene:
     sprites: tuple[str, ...]
 
 
-def load_sprites(assets: Path | None = None, names: str = "small") -> list[Sprite]:
+def load_sprites(assets: Path | None = None, names: str = "small", objects: str = "kept") -> list[Sprite]:
     """Read the world's cut-outs, sorted by class and path.
 
     Args:
-        assets: a folder with `sprites.csv` (columns path, class, model, kind, licence); the packaged one when None.
+        assets: a folder with `sprites.csv` (columns path, class, model, kind, licence, and perhaps objects); the
+            packaged one when None.
         names: "small" (the 12 classes that the folder packaged here holds) or "full" (all 20 VOC classes).
+        objects: "kept" (those the packaged weights were trained on) or "held-out" (others of the same classes, to test
+            on). Where `sprites.csv` has no column objects, a fifth of the models is held out, by a hash of their names.
 
     Raises:
         DiffuMaskError: the folder holds no usable cut-outs.
@@ -84,15 +87,22 @@ def load_sprites(assets: Path | None = None, names: str = "small") -> list[Sprit
     with table.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["class"] in wanted]
     rows = [row for row in rows if row["kind"] == "whole" and row["licence"].startswith(PERMISSIVE)]
-    rows = [row for row in rows if "-SA" not in row["licence"]]
+    rows = [row for row in rows if "-SA" not in row["licence"] and _objects(row) == objects]
     missing = wanted - {row["class"] for row in rows}
     if missing:
-        raise DiffuMaskError(f"{table} has no permissive cut-out of {', '.join(sorted(missing))}: add one to it.")
+        names = ", ".join(sorted(missing))
+        raise DiffuMaskError(f"{table} has no permissive {objects} cut-out of {names}: add one to it.")
     rows.sort(key=lambda row: (row["class"], row["path"]))
     return [
         Sprite(row["class"], row["model"], row["licence"], Image.open(table.parent / row["path"]).convert("RGBA"))
         for row in rows
     ]
+
+
+def _objects(row: dict) -> str:
+    if "objects" in row:
+        return row["objects"]
+    return "held-out" if hashlib.sha256(row["model"].encode()).digest()[0] < 51 else "kept"
 
 
 def article(phrase: str) -> str:
@@ -322,16 +332,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--assets", type=Path, help="folder of cut-outs; the packaged ones when left out")
     parser.add_argument("--list", choices=("small", "full"), default="small")
+    parser.add_argument("--objects", choices=("kept", "held-out"), default="kept", help="seen by mini, or not")
     parser.add_argument("--shard-size", type=int, default=256)
     args = parser.parse_args()
     try:
-        write_world(args.out, args.num, args.seed, args.assets, args.list, args.shard_size)
+        write_world(args.out, args.num, args.seed, args.assets, args.list, args.objects, args.shard_size)
     except DiffuMaskError as error:
         sys.exit(str(error))
 
 
 def write_world(
-    out: Path, num: int, seed: int, assets: Path | None = None, names: str = "small", shard_size: int = 256
+    out: Path,
+    num: int,
+    seed: int,
+    assets: Path | None = None,
+    names: str = "small",
+    objects: str = "kept",
+    shard_size: int = 256,
 ) -> None:
     """Write the first `num` scenes of world `seed` as a dataset; run again, it finishes what is missing.
 
@@ -343,7 +360,7 @@ def write_world(
 
     if num < 1 or seed < 0:
         raise DiffuMaskError("--num must be at least 1 and --seed at least 0.")
-    world = World(load_sprites(assets, names))
+    world = World(load_sprites(assets, names, objects))
 
     def request(index: int, scene: Scene) -> Request:
         phrases = [PHRASES.get(name, name) for name in scene.classes]
@@ -353,7 +370,7 @@ def write_world(
 
     requests = [request(index, world.scene(seed, index)) for index in range(num)]
     environment = {library: metadata.version(library) for library in ("numpy", "pillow", "pyarrow")}
-    options = {"world": names, "seed": seed, "num": num, "sprites": _digest(world)}
+    options = {"world": names, "objects": objects, "seed": seed, "num": num, "sprites": _digest(world)}
     with open_run(out, requests, options, environment, shard_size) as run:
         for index, part in run.missing_shards():
             drawn = [(request, world.scene(seed, request.seed)) for request in part]

@@ -1,0 +1,1 @@
+"""What the datasets are for: judging masks, and training on them."""

@@ -1,0 +1,206 @@
+"""The judge: a small segmenter trained on the composed world's exact masks.
+
+It says what the embedded model drew, so that masks can be measured on generated images. It takes no part in making
+masks: tests, bench and `diffumask-fast evaluate mini-oracle` read it, nothing else.
+
+    python -m diffumask_fast.mini.oracle OUT --steps 7000 [--init-from FILE]      trains OUT/oracle.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from diffumask_fast.mini.world import VOC, World, load_sprites
+
+WEIGHTS = Path(__file__).with_name("oracle.safetensors")
+WIDTHS = (32, 64, 96, 128)
+
+
+class Block(nn.Module):
+    """Residual block of two 3x3 convolutions."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)])
+
+    def forward(self, x):
+        y = F.relu(self.norms[0](self.first(x)))
+        return F.relu(x + self.norms[1](self.second(y)))
+
+
+class Oracle(nn.Module):
+    """U-shaped segmenter: images [B, 3, H, W] in -1..1, H and W multiples of 16, to logits [B, 1 + classes, H, W]."""
+
+    def __init__(self, classes: list[str]):
+        super().__init__()
+        self.classes = list(classes)
+        self.stem = nn.Conv2d(12, WIDTHS[0], 3, padding=1)
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False))
+        self.up = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False))
+        self.before = nn.ModuleList(Block(width) for width in WIDTHS)
+        self.after = nn.ModuleList(Block(width) for width in WIDTHS)
+        self.deepest = nn.Sequential(Block(WIDTHS[-1]), Block(WIDTHS[-1]))
+        self.whole = nn.Linear(WIDTHS[-1], WIDTHS[-1])
+        self.head = nn.Conv2d(WIDTHS[0], 4 * (1 + len(self.classes)), 3, padding=1)
+
+    def forward(self, images):
+        x = self.stem(F.pixel_unshuffle(images, 2))
+        skips = []
+        for level, block in enumerate(self.before):
+            x = block(x if level == 0 else self.down[level - 1](x))
+            skips.append(x)
+        x = self.deepest(x)
+        x = x + self.whole(x.mean((2, 3)))[:, :, None, None]
+        for level in reversed(range(len(WIDTHS))):
+            x = self.after[level](x if level == len(WIDTHS) - 1 else skips[level] + self._wider(level, x))
+        return F.pixel_shuffle(self.head(x), 2)
+
+    def _wider(self, level, x):
+        return F.interpolate(self.up[level](x), scale_factor=2, mode="bilinear", align_corners=False)
+
+    @torch.no_grad()
+    def masks(self, images: np.ndarray, batch: int = 32) -> np.ndarray:
+        """Return the class ids of VOC, uint8 [B, H, W], that the oracle sees in uint8 images [B, H, W, 3]."""
+        device = self.stem.weight.device
+        ids = torch.tensor([0, *(VOC.index(name) for name in self.classes)], dtype=torch.uint8)
+        found = []
+        for start in range(0, len(images), batch):
+            part = torch.from_numpy(np.ascontiguousarray(images[start : start + batch])).permute(0, 3, 1, 2)
+            found.append(ids[self(part.to(device).float() / 127.5 - 1).argmax(1).cpu()])
+        return torch.cat(found).numpy()
+
+
+def load_oracle(file: Path | None = None) -> Oracle:
+    """Return the trained oracle in fp32, ready to judge; the packaged one when `file` is None."""
+    from safetensors import safe_open
+
+    with safe_open(file or WEIGHTS, "pt") as stored:
+        oracle = Oracle(json.loads(stored.metadata()["classes"]))
+        oracle.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
+    return oracle.float().eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def save_oracle(oracle: Oracle, file: Path):
+    """Write the oracle in fp16 under a temporary name, then put it in its place."""
+    from safetensors.torch import save_file
+
+    halves = {
+        name: tensor.half().contiguous() if tensor.is_floating_point() else tensor
+        for name, tensor in oracle.state_dict().items()
+    }
+    temporary = file.with_name(f".{file.name}.tmp")
+    save_file(halves, temporary, {"classes": json.dumps(oracle.classes)})
+    os.replace(temporary, file)
+
+
+def train(args):
+    """Train on half exact scenes, half VAE round trips, some warped, some half hidden under a part of another scene."""
+    from diffusers import AutoencoderTiny
+
+    from diffumask_fast.mini.train import Ema, Log, compose, descend, optimiser
+
+    world = World(load_sprites(args.assets, args.list), two=args.two)
+    oracle = load_oracle(args.init_from).train().requires_grad_(True) if args.init_from else Oracle(world.classes)
+    oracle = oracle.to(memory_format=torch.channels_last)
+    vae = AutoencoderTiny.from_pretrained(args.vae).float().to(memory_format=torch.channels_last)
+    labels = torch.zeros(256, dtype=torch.long)
+    labels[[VOC.index(name) for name in oracle.classes]] = torch.arange(1, 1 + len(oracle.classes))
+    ema = Ema([oracle], decay=0.998)
+    adam, schedule, parameters = optimiser([oracle], args.lr or 2e-3, args.steps)
+    generator = torch.Generator().manual_seed(args.seed)
+    log, batch = Log(args, "oracle"), args.batch_size or 16
+    refresh = max(1, 8 * args.pool // batch)
+    for step in range(args.steps):
+        if step % refresh == 0:
+            images, masks, _ = compose(args, args.first + step // refresh * args.pool, args.pool, world)
+            decoded = round_trips(vae, images, generator)
+        rows = torch.randint(len(images), (batch,), generator=generator)
+        exact = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
+        x = torch.where(exact, images[rows], decoded[rows]).float() / 127.5 - 1
+        x, y = augment(x, labels[masks[rows].long()], generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = oracle(x.to(memory_format=torch.channels_last))
+        loss = F.cross_entropy(logits.float(), y)
+        descend(loss, adam, schedule, parameters)
+        ema.update()
+        copy_buffers(oracle, ema.averages[0])
+        if log.step(step, loss):
+            save_oracle(ema.averages[0], args.out / WEIGHTS.name)
+    save_oracle(ema.averages[0], args.out / WEIGHTS.name)
+    log.close(step)
+
+
+@torch.no_grad()
+def round_trips(vae, images, generator):
+    """Return uint8 images after encoding, a little noise on the latents, and decoding."""
+    parts = []
+    for part in images.split(32):
+        latents = vae.encode((part.float() / 127.5 - 1).to(memory_format=torch.channels_last)).latents
+        noise = torch.randn(latents.shape, generator=generator) * latents.std()
+        latents = latents + noise * 0.3 * torch.rand(len(latents), 1, 1, 1, generator=generator)
+        parts.append(((vae.decode(latents).sample + 1) * 127.5).clamp(0, 255).round().to(torch.uint8))
+    return torch.cat(parts)
+
+
+def augment(x, y, generator):
+    """Warp a third of the images smoothly, and cover a part of a third with the same part of their neighbour."""
+    batch, size = len(x), x.shape[-1]
+    share = torch.rand(2, batch, generator=generator) < 1 / 3
+    wave = F.interpolate(torch.randn(batch, 2, 5, 5, generator=generator), (size, size), mode="bicubic")
+    strength = 0.07 * torch.rand(batch, 1, 1, 1, generator=generator) * share[0][:, None, None, None]
+    grid = F.affine_grid(torch.eye(2, 3).expand(batch, 2, 3), x.shape, align_corners=False)
+    grid = grid + (wave * strength).permute(0, 2, 3, 1)
+    warped = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    x = torch.where(share[0][:, None, None, None], warped, x)
+    y = F.grid_sample(y[:, None].float(), grid, "nearest", "reflection", False)[:, 0].round().long()
+    angle = torch.rand(batch, 1, 1, generator=generator) * 2 * torch.pi
+    axis = torch.linspace(-1, 1, size)
+    along = axis[None, :, None] * angle.sin() + axis[None, None, :] * angle.cos()
+    ripple = 0.3 * F.interpolate(torch.randn(batch, 1, 4, 4, generator=generator), (size, size), mode="bicubic")[:, 0]
+    hidden = (along + ripple > torch.rand(batch, 1, 1, generator=generator) * 0.8 - 0.2) & share[1][:, None, None]
+    x = torch.where(hidden[:, None], x.roll(1, 0), x)
+    y = torch.where(hidden, y.roll(1, 0), y)
+    light = 1 + 0.1 * torch.randn(batch, 3, 1, 1, generator=generator)
+    return x * light + 0.06 * torch.randn(batch, 3, 1, 1, generator=generator), y
+
+
+def copy_buffers(module, average):
+    """Give the averaged weights the running statistics of the trained ones."""
+    for source, target in zip(module.buffers(), average.buffers(), strict=True):
+        target.copy_(source)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--vae", type=Path, default=WEIGHTS.parent / "weights" / "vae")
+    parser.add_argument("--init-from", type=Path)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--pool", type=int, default=4000)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--two", type=float, default=0.25)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--assets", type=Path)
+    parser.add_argument("--list", choices=("small", "full"), default="small")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    train(args)
+
+
+if __name__ == "__main__":
+    main()
