@@ -12,7 +12,7 @@ from torch import Tensor
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels import reference
 
-IMPLS = ("auto", "sdpa", "reference")
+IMPLS = ("auto", "sdpa", "triton", "reference")
 
 
 def attend(
@@ -42,7 +42,9 @@ def attend(
         maps: [Bc, K, N] fp32, added to in place; None makes a new one.
         weight: factor of what is added.
         mask: bias added to the scores, broadcastable to [B, H, N, T].
-        impl: "auto", "sdpa" or "reference". The extra columns have the precision of q, their sum over heads is fp32.
+        impl: "sdpa", where the extra columns have the precision of q and their sum over heads is fp32; "triton", where
+            maps are fp32 all through, for at most 128 keys on CUDA or in Triton's interpreter; "reference"; "auto" is
+            "sdpa".
 
     Returns:
         out [B, N, H*D] in the dtype of q, bit-equal on CPU to attention without columns for head sizes of 16 and more
@@ -61,6 +63,8 @@ def attend(
     if columns is not None and columns.shape[1] != k.shape[1]:
         raise DiffuMaskError(f"columns are for {columns.shape[1]} keys, there are {k.shape[1]}")
     scale = (q.shape[-1] // heads) ** -0.5 if scale is None else scale
+    if impl == "triton":
+        return _triton(q, k, v, columns, heads, scale, first_conditional, maps, weight, mask)
     if impl == "reference":
         out, added = reference.attend(
             q, k, v, columns, heads=heads, scale=scale, first_conditional=first_conditional, mask=mask
@@ -99,7 +103,7 @@ def cross_attention_maps(
         scale: factor of the scores; None is D ** -0.5.
         first_conditional: the rows first_conditional : first_conditional + Bc are the conditional ones.
         weight: factor of what is added.
-        impl: "auto", "sdpa" or "reference".
+        impl: as for `attend`.
 
     Returns:
         out [B, N, H*D] in the dtype of q.
@@ -146,3 +150,33 @@ def _sdpa(
         return out.transpose(1, 2).flatten(2), None
     added = out[first : first + rows, :, :, head_dim : head_dim + num].mean(1, dtype=torch.float32)
     return out[..., :head_dim].transpose(1, 2).flatten(2), added.transpose(1, 2)
+
+
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    columns: Tensor | None,
+    heads: int,
+    scale: float,
+    first: int,
+    maps: Tensor | None,
+    weight: float,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    from diffumask_fast.kernels import attend_triton
+
+    if columns is None or mask is not None:
+        raise DiffuMaskError("impl 'triton' takes columns and no mask: use 'sdpa'")
+    if k.shape[1] > attend_triton.MAX_KEYS:
+        raise DiffuMaskError(f"impl 'triton' takes {attend_triton.MAX_KEYS} keys at most, not {k.shape[1]}: use 'sdpa'")
+    if not (q.is_cuda or attend_triton.interpreted()):
+        raise DiffuMaskError(f"impl 'triton' runs on CUDA, not on {q.device}: use 'sdpa'")
+    if maps is None:
+        maps = torch.zeros(columns.shape[0], columns.shape[2], q.shape[1], device=q.device)
+    if maps.dtype != torch.float32 or not maps.is_contiguous():
+        raise DiffuMaskError("impl 'triton' adds to contiguous fp32 maps")
+    out = attend_triton.attend(
+        q, k, v, columns, maps, heads=heads, scale=scale, first_conditional=first, weight=weight
+    )  # fmt: skip
+    return out, maps

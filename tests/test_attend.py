@@ -137,8 +137,8 @@ def test_attend_is_repeatable_and_independent_of_the_batch():
 
 def test_attend_refuses_what_it_cannot_do():
     q, k, v, columns, where = make((2, 1, 1, 64, 77, 2, 16, 2))
-    with pytest.raises(DiffuMaskError, match="impl is 'triton'"):
-        attend(q, k, v, columns, impl="triton", **where)
+    with pytest.raises(DiffuMaskError, match="impl is 'cudnn'"):
+        attend(q, k, v, columns, impl="cudnn", **where)
     with pytest.raises(DiffuMaskError, match="columns are for 76 keys, there are 77"):
         attend(q, k, v, columns[:, 1:], **where)
     with pytest.raises(DiffuMaskError, match="32 channels cannot be split into 3 heads"):

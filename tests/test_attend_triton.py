@@ -1,0 +1,139 @@
+"""kernels/attend_triton.py: the real kernel, in Triton's interpreter where there is no GPU."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.kernels import attend, reference
+from diffumask_fast.kernels.attend_triton import constants, two_powers
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# B, Bc, first, N, T, H, D, K
+SHAPES = [
+    (1, 1, 0, 64, 77, 2, 64, 1),
+    (2, 1, 1, 64, 77, 8, 40, 5),
+    (2, 1, 1, 256, 77, 4, 80, 16),
+    (2, 1, 1, 64, 77, 2, 160, 17),
+    (4, 2, 1, 77, 77, 3, 24, 2),
+    (3, 3, 0, 130, 128, 1, 64, 3),
+    (2, 1, 0, 100, 20, 2, 36, 4),
+    (1, 1, 0, 4096, 77, 1, 16, 1),
+]
+DTYPES = {torch.float32: 2e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
+
+
+def make(shape, dtype=torch.float32):
+    batch, conditional, first, pixels, tokens, heads, head_dim, num = shape
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(batch, n, heads * head_dim, generator=generator) for n in (pixels, tokens, tokens))
+    columns = torch.rand(conditional, tokens, num, generator=generator) / tokens
+    maps = torch.rand(conditional, num, pixels, generator=generator) / tokens
+    tensors = (3 * q).to(dtype), k.to(dtype), v.to(dtype), columns, maps
+    return *(x.to(DEVICE) for x in tensors), dict(heads=heads, first_conditional=first)
+
+
+def error(value, truth):
+    return ((value.double() - truth).abs().max() / truth.abs().max()).item()
+
+
+def truth_of(q, k, v, columns, where):
+    """Return output and map in float64, from the same rounded inputs."""
+    split = [x.double().unflatten(-1, (where["heads"], -1)).transpose(1, 2) for x in (q, k, v)]
+    probs = torch.softmax(split[0] @ split[1].transpose(-1, -2) * split[0].shape[-1] ** -0.5, -1)
+    rows = slice(where["first_conditional"], where["first_conditional"] + len(columns))
+    return (probs @ split[2]).transpose(1, 2).flatten(2), (probs[rows].mean(1) @ columns.double()).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_error_is_at_most_twice_that_of_plain_torch(shape, dtype):
+    q, k, v, columns, maps, where = make(shape, dtype)
+    before, (true_out, true_maps) = maps.clone(), truth_of(q, k, v, columns, where)
+    out, same = attend(q, k, v, columns, **where, maps=maps, weight=0.5, impl="triton")
+    assert same is maps and out.dtype == dtype
+    plain_out, plain_maps = attend(q, k, v, columns, **where, impl="sdpa")
+    added = (maps - before) / 0.5
+    assert error(out, true_out) <= 2 * error(plain_out, true_out) + DTYPES[dtype]
+    assert error(added, true_maps) <= 2 * error(plain_maps, true_maps) + 2e-6
+    bound = 2 * error(plain_maps, true_maps) + 2e-6
+    uniform = columns.mean(1)[..., None].expand_as(true_maps)
+    assert error(torch.zeros_like(added), true_maps) > bound and error(uniform, true_maps) > bound
+    assert error(torch.zeros_like(out), true_out) > 2 * error(plain_out, true_out) + DTYPES[dtype]
+
+
+def test_the_same_input_gives_the_same_bits_in_every_batch():
+    q, k, v, columns, maps, where = make((4, 2, 2, 64, 77, 8, 40, 3))
+    runs = []
+    for _ in range(2):
+        mine = maps.clone()
+        runs.append((attend(q, k, v, columns, **where, maps=mine, impl="triton")[0], mine))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    alone = maps[1:].clone()
+    out, _ = attend(q[3:], k[3:], v[3:], columns[1:], heads=8, maps=alone, impl="triton")
+    assert torch.equal(out, runs[0][0][3:]) and torch.equal(alone, runs[0][1][1:])
+
+
+def test_what_is_not_written_is_not_read(monkeypatch):
+    plain = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: plain(*a, **k).fill_(float("nan")))
+    for shape in SHAPES[1:4]:
+        q, k, v, columns, maps, where = make(shape)
+        out, maps = attend(q, k, v, columns, **where, maps=maps, impl="triton")
+        assert out.isfinite().all() and maps.isfinite().all()
+
+
+def test_strided_inputs_are_read_where_they_are():
+    q, k, v, columns, maps, where = make((2, 1, 1, 70, 77, 2, 40, 2))
+    wide = torch.full((2, 70, 3, 80), float("nan"), device=DEVICE)
+    wide[:, :, 1] = q
+    found = attend(wide[:, :, 1], k, v, columns, **where, maps=maps.clone(), impl="triton")
+    for a, b in zip(found, attend(q, k, v, columns, **where, maps=maps.clone(), impl="triton"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_padded_column_adds_nothing_and_maps_are_made_when_there_are_none():
+    q, k, v, columns, _, where = make((2, 1, 1, 64, 77, 2, 16, 3))
+    columns[:, :, 2] = 0
+    _, maps = attend(q, k, v, columns, **where, impl="triton")
+    _, truth = reference.attend(q, k, v, columns, **where)
+    assert torch.allclose(maps, truth, atol=1e-7) and not maps[:, 2].any()
+
+
+def test_sizes_are_covered_by_two_powers_of_two():
+    for size in range(1, 257):
+        first, second = two_powers(size)
+        assert size <= first + second and first & (first - 1) == 0 == second & (second - 1)
+        assert first <= max(size, 16)
+    assert two_powers(77) == (64, 16) and two_powers(160) == (128, 32) and two_powers(80) == (64, 16)
+
+
+def test_small_layers_split_their_heads_and_large_ones_do_not():
+    assert constants(64, 77, 8, 40, 1, 64)["GROUP"] == 1
+    assert constants(1024, 77, 20, 64, 1, 64)["GROUP"] == 10
+    assert constants(4096, 77, 8, 40, 1, 64)["GROUP"] == 8 and constants(4096, 77, 8, 40, 1, 64)["ADD"]
+
+
+def test_what_it_cannot_do_is_one_sentence():
+    q, k, v, columns, maps, where = make((1, 1, 0, 16, 77, 1, 16, 1))
+    many = torch.zeros(1, 129, 16, device=DEVICE)
+    for arguments, reason in (
+        ((q, k, v, None), "takes columns"),
+        ((q, many, many, torch.zeros(1, 129, 1)), "128 keys"),
+    ):
+        with pytest.raises(DiffuMaskError, match=reason):
+            attend(*arguments, **where, impl="triton")
+    with pytest.raises(DiffuMaskError, match="fp32 maps"):
+        attend(q, k, v, columns, **where, maps=maps.half(), impl="triton")
+    code = (
+        "import torch; from diffumask_fast.kernels import attend; from diffumask_fast.errors import DiffuMaskError\n"
+        "x = torch.zeros(1, 4, 16)\n"
+        "try: attend(x, x, x, torch.zeros(1, 4, 1), heads=1, impl='triton')\n"
+        "except DiffuMaskError as error: print(error)"
+    )
+    plain = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": "", "PYTHONSAFEPATH": "1"}
+    )
+    assert "runs on CUDA" in plain.stdout, plain.stderr
