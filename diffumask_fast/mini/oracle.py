@@ -104,7 +104,7 @@ def save_oracle(oracle: Oracle, file: Path):
 
 
 def train(args):
-    """Train on half exact scenes, half VAE round trips, some warped, some half hidden under a part of another scene."""
+    """Train on exact scenes and VAE round trips, some warped, some half hidden under a part of another scene."""
     from diffusers import AutoencoderTiny
 
     from diffumask_fast.mini.train import Ema, Log, compose, descend, optimiser
@@ -123,11 +123,11 @@ def train(args):
     for step in range(args.steps):
         if step % refresh == 0:
             images, masks, _ = compose(args, args.first + step // refresh * args.pool, args.pool, world)
-            decoded = round_trips(vae, images, generator)
+            decoded = round_trips(vae, images, generator, args.latent_noise)
         rows = torch.randint(len(images), (batch,), generator=generator)
-        exact = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
+        exact = torch.rand(batch, 1, 1, 1, generator=generator) >= args.decoded
         x = torch.where(exact, images[rows], decoded[rows]).float() / 127.5 - 1
-        x, y = augment(x, labels[masks[rows].long()], generator)
+        x, y = augment(x, labels[masks[rows].long()], generator, args.augmented)
         with torch.autocast("cpu", torch.bfloat16):
             logits = oracle(x.to(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), y)
@@ -141,21 +141,21 @@ def train(args):
 
 
 @torch.no_grad()
-def round_trips(vae, images, generator):
-    """Return uint8 images after encoding, a little noise on the latents, and decoding."""
+def round_trips(vae, images, generator, noise: float):
+    """Return uint8 images after encoding, up to `noise` standard deviations of noise on the latents, and decoding."""
     parts = []
     for part in images.split(32):
         latents = vae.encode((part.float() / 127.5 - 1).to(memory_format=torch.channels_last)).latents
-        noise = torch.randn(latents.shape, generator=generator) * latents.std()
-        latents = latents + noise * 0.3 * torch.rand(len(latents), 1, 1, 1, generator=generator)
+        strength = noise * latents.std() * torch.rand(len(latents), 1, 1, 1, generator=generator)
+        latents = latents + strength * torch.randn(latents.shape, generator=generator)
         parts.append(((vae.decode(latents).sample + 1) * 127.5).clamp(0, 255).round().to(torch.uint8))
     return torch.cat(parts)
 
 
-def augment(x, y, generator):
-    """Warp a third of the images smoothly, and cover a part of a third with the same part of their neighbour."""
+def augment(x, y, generator, chance: float = 1 / 3):
+    """Warp images smoothly, and cover a part of them with the same part of their neighbour, each by chance."""
     batch, size = len(x), x.shape[-1]
-    share = torch.rand(2, batch, generator=generator) < 1 / 3
+    share = torch.rand(2, batch, generator=generator) < chance
     wave = F.interpolate(torch.randn(batch, 2, 5, 5, generator=generator), (size, size), mode="bicubic")
     strength = 0.07 * torch.rand(batch, 1, 1, 1, generator=generator) * share[0][:, None, None, None]
     grid = F.affine_grid(torch.eye(2, 3).expand(batch, 2, 3), x.shape, align_corners=False)
@@ -191,6 +191,11 @@ def main():
     parser.add_argument("--pool", type=int, default=4000)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--lr", type=float)
+    parser.add_argument("--decoded", type=float, default=0.5, help="share of pictures that went through the VAE")
+    parser.add_argument("--latent-noise", type=float, default=0.3, help="at most, in standard deviations")
+    parser.add_argument(
+        "--augmented", type=float, default=1 / 3, help="share that is warped, share that is half hidden"
+    )
     parser.add_argument("--two", type=float, default=0.25)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--assets", type=Path)

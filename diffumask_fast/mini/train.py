@@ -2,6 +2,7 @@
 
     python -m diffumask_fast.mini.train OUT --stage vae  --steps 3200
     python -m diffumask_fast.mini.train OUT --stage unet --steps 5000 [--init-from OUT]
+    python -m diffumask_fast.mini.train OUT --stage decoder --steps 6000 --init-from OUT
 
 OUT becomes a diffusers folder of fp16 safetensors with averaged (EMA) weights, saved every few minutes, so that a
 killed run loses little: start it again with `--init-from OUT`. One CPU core suffices; with CUDA it runs in bf16 there.
@@ -123,23 +124,31 @@ def compose(args, first: int, num: int, world: World):
 
 
 def train_vae(args, world: World, device):
-    """Train the VAE: L1 and squared error, weighted on the object, and gradients at three scales; noisy latents."""
+    """Train the VAE: L1 and squared error, weighted on the object, and gradients at three scales; noisy latents.
+
+    The stage "decoder" leaves the encoder, and so the latents that a UNet has learnt, as they are.
+    """
     from diffusers import AutoencoderTiny
 
     vae = AutoencoderTiny.from_pretrained(args.init_from, subfolder="vae").float() if args.init_from else new_vae()
     vae = vae.to(device, memory_format=torch.channels_last)
+    whole = args.stage == "vae"
+    vae.encoder.requires_grad_(whole)
     ema = Ema([vae])
-    adam, schedule, parameters = optimiser([vae], args.lr or 1.5e-3, args.steps)
-    images, masks, _ = compose(args, 0, args.pool, world)
+    adam, schedule, parameters = optimiser([vae if whole else vae.decoder], args.lr or 1.5e-3, args.steps)
     generator = torch.Generator().manual_seed(args.seed)
-    log = Log(args, "vae")
+    log, batch = Log(args, args.stage), args.batch_size or 8
+    refresh = max(1, 5 * args.pool // batch)
     for step in range(args.steps):
-        rows = torch.randint(len(images), (args.batch_size or 8,), generator=generator)
+        if step % refresh == 0:
+            images, masks, _ = compose(args, args.first + step // refresh * args.pool, args.pool, world)
+        rows = torch.randint(len(images), (batch,), generator=generator)
         x = (images[rows].to(device).float() / 127.5 - 1).to(memory_format=torch.channels_last)
-        weight = 1 + 2 * F.max_pool2d((masks[rows].to(device) > 0).float()[:, None], 5, 1, 2)
+        weight = pixel_weights(masks[rows].to(device) > 0, args.outline_weight)
         with torch.autocast(device.type, torch.bfloat16):
-            latents = vae.encode(x).latents
-            noisy = latents + 0.1 * latents.detach().float().std() * torch.randn_like(latents)
+            with torch.set_grad_enabled(whole):
+                latents = vae.encode(x).latents
+            noisy = latents + args.latent_noise * latents.detach().float().std() * torch.randn_like(latents)
             decoded = vae.decode(noisy).sample
         error, latents = decoded.float() - x, latents.float()
         loss = (weight * (error.abs() + 2 * error.square())).mean() + gradient_loss(error)
@@ -151,6 +160,13 @@ def train_vae(args, world: World, device):
     finish_vae(args, ema.averages[0], images)
     held = compose(args, 10**6, 256, world)[0]
     log.close(step, psnr_new_scenes_db=round(psnr(ema.averages[0], held), 2))
+
+
+def pixel_weights(inside, outline: float):
+    """Return [B, 1, H, W] for masks bool [B, H, W]: 1, 3 on and near the object, more on its outline."""
+    inside = inside.float()[:, None]
+    near = F.max_pool2d(inside, 5, 1, 2)
+    return 1 + 2 * near + outline * (F.max_pool2d(inside, 3, 1, 1) + F.max_pool2d(-inside, 3, 1, 1))
 
 
 def gradient_loss(error):
@@ -181,7 +197,8 @@ def psnr(vae, images):
 
 
 def finish_vae(args, vae, images):
-    vae.register_to_config(scaling_factor=1 / encode(vae, images[:512]).std().item())
+    if args.stage == "vae":
+        vae.register_to_config(scaling_factor=1 / encode(vae, images[:512]).std().item())
     save(args.out, vae, "vae")
 
 
@@ -326,7 +343,7 @@ class Log:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--stage", choices=("vae", "unet"), required=True)
+    parser.add_argument("--stage", choices=("vae", "decoder", "unet"), required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--init-from", type=Path, help="folder whose weights to start from")
     parser.add_argument("--seed", type=int, default=0)
@@ -334,6 +351,8 @@ def main():
     parser.add_argument("--pool", type=int, default=8000, help="scenes kept in memory at a time")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--lr", type=float)
+    parser.add_argument("--outline-weight", type=float, default=0.0, help="added to the pixels along an object's edge")
+    parser.add_argument("--latent-noise", type=float, default=0.1, help="in standard deviations, before decoding")
     parser.add_argument("--two", type=float, default=0.25, help="share of scenes with two objects")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--assets", type=Path)
@@ -344,7 +363,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = World(load_sprites(args.assets, args.list), two=args.two)
-    {"vae": train_vae, "unet": train_unet}[args.stage](args, world, device)
+    (train_unet if args.stage == "unet" else train_vae)(args, world, device)
 
 
 if __name__ == "__main__":
