@@ -1,0 +1,197 @@
+"""Write a diffusers model as ONNX, and check it against torch."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffumask_fast.attention.store import MAX_PROPAGATED_PIXELS
+from diffumask_fast.attention.unet import UNetWithMaps, attention_places
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.export.check import check_part
+from diffumask_fast.export.graphs import OPSET, Call, decode_call, text_call, unet_call, unet_factor, write_graph
+from diffumask_fast.export.limits import Limits
+from diffumask_fast.export.manifest import MANIFEST, Manifest, Part, hash_files, versions
+from diffumask_fast.loading import DTYPES, ModelInfo, file_hashes, find_model, load_pipe, says_force_upcast
+
+EXTERNAL_BYTES = 2**29
+Size = tuple[int, int]
+
+
+def export_onnx(
+    model: str | Path,
+    out: str | Path,
+    dtype: str = "fp32",
+    *,
+    max_batch: int = 16,
+    min_size: Size | None = None,
+    max_size: Size | None = None,
+    static: bool = False,
+    columns: int = 8,
+    propagate: bool = True,
+    revision: str | None = None,
+    external_bytes: int = EXTERNAL_BYTES,
+    progress: Callable[[str], Any] = lambda _: None,
+) -> Manifest:
+    """Write UNet with maps, text encoders and VAE decoder as ONNX graphs, and check each against torch.
+
+    Args:
+        model: "mini", a diffusers folder or a hub id.
+        out: folder of the engine; must not be there yet.
+        dtype: "fp32", "fp16" or "bf16"; a VAE that overflows in fp16 stays in fp32.
+        max_batch: the most images of a call.
+        min_size: the least height and width, pixels; None is the model's own.
+        max_size: the most; None is twice the least.
+        static: exactly max_batch images (fewer are padded) of min_size.
+        columns: the most phrases, and the most maps propagated at a level; up to 8 cost nothing where the heads' size
+            is a multiple of 8.
+        propagate: apply self-attention to earlier maps, at the levels that are small enough at min_size.
+        revision: of a hub id.
+        external_bytes: weights of a graph that are larger stand in a file beside it.
+        progress: is told what comes next.
+
+    Returns:
+        what was written, with the figures of the check.
+
+    Raises:
+        DiffuMaskError: a library is missing, out is there, the model or a number cannot be exported, or a graph does
+            not give what torch gives; nothing is left then.
+    """
+    for library in ("onnx", "onnxscript", "onnxruntime"):
+        _need(library)
+    out = Path(out).expanduser()
+    if dtype not in DTYPES:
+        raise DiffuMaskError(f"There is no dtype {dtype}: use {', '.join(DTYPES)}.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DiffuMaskError(f"{out} is there already: delete it, or choose another folder.")
+    info = find_model(model, revision)
+    pipe = load_pipe(info, torch.float32, torch.device("cpu"))
+    limits = find_limits(pipe, max_batch, min_size, max_size, static, columns, propagate)
+    part_folder = out.parent / f".{out.name}.part"
+    shutil.rmtree(part_folder, ignore_errors=True)
+    try:
+        part_folder.mkdir(parents=True)
+        manifest = _write(pipe, info, part_folder, dtype, limits, external_bytes, progress)
+        os.replace(part_folder, out)
+    except OSError as error:
+        raise DiffuMaskError(f"Cannot write {out} ({error.strerror}): choose another folder.") from error
+    finally:
+        shutil.rmtree(part_folder, ignore_errors=True)
+    return manifest
+
+
+def find_limits(
+    pipe: Any,
+    max_batch: int,
+    min_size: Size | None,
+    max_size: Size | None,
+    static: bool,
+    columns: int,
+    propagate: bool,
+) -> Limits:
+    """Return the limits of an engine; for the arguments see export_onnx.
+
+    Raises:
+        DiffuMaskError: numbers that no engine can have.
+    """
+    unet, vae_factor = pipe.unet, pipe.vae_scale_factor
+    multiple = unet_factor(unet) * vae_factor
+    own = unet.config.sample_size
+    own = tuple(own) if isinstance(own, (list, tuple)) else (own, own)
+    least = min_size or tuple(size * vae_factor for size in own)
+    most = max_size or (least if static else tuple(2 * size for size in least))
+    if max_batch < 1 or columns < 1:
+        raise DiffuMaskError("--max-batch and --columns must be at least 1.")
+    if any(size < multiple or size % multiple for size in (*least, *most)):
+        raise DiffuMaskError(f"Sizes must be multiples of {multiple} for this model, unlike {least} to {most}.")
+    if any(a > b for a, b in zip(least, most, strict=True)) or (static and least != most):
+        raise DiffuMaskError(f"--min-size {least} and --max-size {most} do not go together.")
+    divisors = level_divisors(unet)
+    pixels = {key: least[0] * least[1] // (vae_factor * divisor) ** 2 for key, divisor in divisors.items()}
+    propagated = tuple(key for key, num in pixels.items() if propagate and num <= MAX_PROPAGATED_PIXELS)
+    return Limits(
+        rows=(2 * max_batch if static else 1, 2 * max_batch), height=(least[0], most[0]), width=(least[1], most[1]),
+        multiple=multiple, vae_factor=vae_factor, channels=unet.config.out_channels,
+        tokens=pipe.tokenizer.model_max_length, columns=columns, divisors=divisors, propagated=propagated,
+    )  # fmt: skip
+
+
+def level_divisors(unet: nn.Module) -> dict[str, int]:
+    """Return level -> by how much its maps are smaller than the latents."""
+    depths, depth, places = {}, 0, attention_places(unet)
+    for block in unet.down_blocks:
+        for module in block.modules():
+            if module in places:
+                depths[places[module].level] = 2**depth
+        depth += bool(getattr(block, "downsamplers", None))
+    for module in unet.mid_block.modules() if unet.mid_block is not None else ():
+        if module in places:
+            depths[places[module].level] = 2**depth
+    return dict(sorted(depths.items(), key=lambda entry: int(entry[0])))
+
+
+def _write(
+    pipe: Any, info: ModelInfo, folder: Path, dtype: str, limits: Limits, external_bytes: int, progress: Any
+) -> Manifest:
+    parts, checked = {}, {}
+    for name, module in _exportable(pipe).items():
+        part_dtype = "fp32" if name == "vae" and dtype == "fp16" and _overflows(pipe, info) else dtype
+        progress(f"exporting {name} in {part_dtype}")
+        call = _call(name, nn.Module.to(copy.deepcopy(module), DTYPES[part_dtype]), limits, pipe)
+        write_graph(call, folder / f"{name}.onnx", external_bytes)
+        (folder / f"{name}.json").write_text(_config(module), "utf-8")
+        library = type(module).__module__.split(".")[0]
+        parts[name] = Part(f"{name}.onnx", f"{name}.json", library, type(module).__name__, part_dtype, call.outputs)
+        progress(f"checking {name} against torch")
+        checked[name] = check_part(name, folder / f"{name}.onnx", module, limits, part_dtype)
+    manifest = Manifest(
+        engine="onnx", dtype=dtype, opset=OPSET, limits=limits, parts=parts, files=hash_files(folder),
+        model=info.identity, sources=file_hashes(info.folder), versions=versions(), checked=checked,
+    )  # fmt: skip
+    (folder / MANIFEST).write_text(json.dumps(manifest.as_json(), indent=1), "utf-8")
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    return manifest
+
+
+def _exportable(pipe: Any) -> dict[str, nn.Module]:
+    """Return the components that become graphs; a text encoder that takes a mask stays with torch."""
+    names = [name for name in ("text_encoder", "text_encoder_2") if getattr(pipe, name, None) is not None]
+    plain = [name for name in names if not getattr(getattr(pipe, name).config, "use_attention_mask", False)]
+    return {name: getattr(pipe, name) for name in ("unet", *plain, "vae")}
+
+
+def _call(name: str, module: nn.Module, limits: Limits, pipe: Any) -> Call:
+    if name == "unet":
+        return unet_call(UNetWithMaps(module, impl="sdpa"), limits)
+    if name == "vae":
+        return decode_call(module, limits, pipe.unet.config.out_channels)
+    return text_call(module, limits, penultimate=hasattr(pipe, "text_encoder_2"))
+
+
+def _config(module: nn.Module) -> str:
+    config = module.config
+    return config.to_json_string() if hasattr(config, "to_json_string") else json.dumps(dict(config), indent=1)
+
+
+def _overflows(pipe: Any, info: ModelInfo) -> bool:
+    return says_force_upcast(info.folder) or (
+        hasattr(pipe, "text_encoder_2") and bool(getattr(pipe.vae.config, "force_upcast", False))
+    )
+
+
+def _need(library: str) -> None:
+    try:
+        importlib.import_module(library)
+    except ImportError as error:
+        raise DiffuMaskError(f"Export needs {library} ({error}): pip install 'diffumask-fast[onnx]'.") from error
