@@ -66,8 +66,7 @@ def export_onnx(
         DiffuMaskError: a library is missing, out is there, the model or a number cannot be exported, or a graph does
             not give what torch gives; nothing is left then.
     """
-    for library in ("onnx", "onnxscript", "onnxruntime"):
-        _need(library)
+    need_exporter()
     out = Path(out).expanduser()
     if dtype not in DTYPES:
         raise DiffuMaskError(f"There is no dtype {dtype}: use {', '.join(DTYPES)}.")
@@ -190,8 +189,10 @@ def _overflows(pipe: Any, info: ModelInfo) -> bool:
     )
 
 
-def _need(library: str) -> None:
-    try:
-        importlib.import_module(library)
-    except ImportError as error:
-        raise DiffuMaskError(f"Export needs {library} ({error}): pip install 'diffumask-fast[onnx]'.") from error
+def need_exporter() -> None:
+    """Raise DiffuMaskError where a library is missing that writes or checks graphs."""
+    for library in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(library)
+        except ImportError as error:
+            raise DiffuMaskError(f"Export needs {library} ({error}): pip install 'diffumask-fast[onnx]'.") from error

@@ -50,13 +50,14 @@ class Session:
     def __init__(self, path: Path, device: torch.device, threads: int | None = None) -> None:
         ort = runtime()
         self.device = device
-        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._stream: Any = None
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        providers = self._providers(ort)
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=self._providers(ort))
+            self._session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             cause = " ".join(str(error).split())[:200]
             raise DiffuMaskError(f"ONNX Runtime cannot run {path} on {device} ({cause}): export it again.") from error
@@ -72,6 +73,7 @@ class Session:
                 "onnxruntime-gpu, or use --device cpu."
             )
         ort.preload_dlls()
+        self._stream = torch.cuda.current_stream(self.device)
         stream = {"user_compute_stream": str(self._stream.cuda_stream), "device_id": str(self.device.index or 0)}
         return [("CUDAExecutionProvider", stream), "CPUExecutionProvider"]
 
