@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,6 @@ def _shapes(limits: Limits) -> list[tuple[int, bool, tuple[int, int]]]:
 
 def _keep_largest(errors: dict[str, float], pairs: list[tuple[str, Tensor, Tensor]]) -> None:
     for name, value, truth in pairs:
-        error = relative_error(value, truth)
+        error, kept = relative_error(value, truth), errors.get(name, 0.0)
         # max() would drop a NaN
-        errors[name] = error if not error <= errors.get(name, 0.0) else errors.get(name, 0.0)
+        errors[name] = kept if math.isnan(kept) or error <= kept else error

@@ -4,8 +4,8 @@ import pytest
 from conftest import make_unet
 
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.export import export_onnx, onnx_export
-from diffumask_fast.export.onnx_export import find_limits, level_divisors
+from diffumask_fast.export import onnx_export
+from diffumask_fast.export.onnx_export import export_onnx, find_limits, level_divisors
 
 
 def test_levels_and_their_sizes(sdxl_parts):
