@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from diffumask_fast.export.limits import Limits
 from diffumask_fast.export.onnx_denoiser import OnnxDenoiser
 from diffumask_fast.export.session import Session
 
+logger = logging.getLogger("diffumask_fast")
 # the largest error over the largest value, against torch in fp32
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 2e-1}
 
@@ -31,8 +33,7 @@ def check_part(name: str, graph: Path, module: nn.Module, limits: Limits, dtype:
         dtype: of the graph.
 
     Returns:
-        output -> largest error over the largest value; for a reduced type that ONNX Runtime cannot run on the CPU the
-        reason.
+        output -> largest error over the largest value; for bf16, which ONNX Runtime cannot run on the CPU, the reason.
 
     Raises:
         DiffuMaskError: an error over the tolerance of the type.
@@ -40,9 +41,10 @@ def check_part(name: str, graph: Path, module: nn.Module, limits: Limits, dtype:
     try:
         session = Session(graph, torch.device("cpu"))
     except DiffuMaskError as error:
-        if dtype == "fp32":
+        if dtype != "bf16":
             raise
-        return f"only written, never run: {error}"
+        logger.info("%s", error)
+        return "written, never run: ONNX Runtime has no bf16 on the CPU"
     with torch.no_grad():
         if name == "unet":
             errors = _check_unet(OnnxDenoiser(session, limits), UNetWithMaps(module, impl="sdpa"), limits)

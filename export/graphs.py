@@ -140,7 +140,21 @@ def write_graph(call: Call, path: Path, external_bytes: int) -> None:
             program, (), opset_version=OPSET, dynamo=True, verbose=False,
             input_names=call.names, output_names=call.outputs,
         )  # fmt: skip
+    _forget_sources(graph.model)
     graph.save(str(path), external_data=size > external_bytes)
+
+
+def _forget_sources(model: Any) -> None:
+    """Drop what the exporter notes of the source lines, with their paths on this machine."""
+    model.metadata_props.clear()
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        graph.metadata_props.clear()
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in (*node.inputs, *node.outputs):
+                if value is not None:
+                    value.metadata_props.clear()
 
 
 def states_width(config: Any) -> int:

@@ -6,7 +6,9 @@ from conftest import relative
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export import check
+from diffumask_fast.export.graphs import decode_call, write_graph
 from diffumask_fast.export.manifest import read_manifest
+from diffumask_fast.loading import DTYPES
 
 
 def test_the_figures_of_an_export_are_small_and_complete(mini_engine, sdxl_engine, static_engine):
@@ -15,6 +17,17 @@ def test_the_figures_of_an_export_are_small_and_complete(mini_engine, sdxl_engin
         assert len(checked["unet"]) == names and {"vae", "text_encoder"} <= set(checked)
         assert all(0 < error < 1e-4 for part in checked.values() for error in part.values()), checked
     assert "penultimate" in read_manifest(sdxl_engine).checked["text_encoder_2"]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_reduced_types_are_checked_or_said_to_be_unchecked(static_engine, sd_parts, tmp_path, dtype):
+    limits, vae = read_manifest(static_engine).limits, copy.deepcopy(sd_parts["vae"])
+    write_graph(decode_call(torch.nn.Module.to(vae, DTYPES[dtype]), limits, 4), tmp_path / "vae.onnx", 2**30)
+    found = check.check_part("vae", tmp_path / "vae.onnx", sd_parts["vae"], limits, dtype)
+    if dtype == "fp16":
+        assert 1e-6 < found["image"] < 5e-3
+    else:
+        assert found == "written, never run: ONNX Runtime has no bf16 on the CPU"
 
 
 @pytest.mark.parametrize("change", [1e-2, float("nan")])

@@ -1,4 +1,5 @@
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from conftest import make_unet
 from diffusers.models.upsampling import Upsample2D
 
 from diffumask_fast.attention import UNetWithMaps
-from diffumask_fast.export.graphs import OPSET, unet_call, unet_factor, write_graph
+from diffumask_fast.export.graphs import OPSET, decode_call, unet_call, unet_factor, write_graph
 from diffumask_fast.export.limits import Limits
 
 onnx = pytest.importorskip("onnx")
@@ -69,3 +70,17 @@ def test_diffusers_is_as_it_was_after_a_failure(tmp_path):
     with pytest.raises(Exception, match="not traceable"):
         write_graph(broken, tmp_path / "x.onnx", 0)
     assert Upsample2D.forward is before
+
+
+def test_graphs_are_the_same_each_time_and_hold_no_paths(sd_parts, tmp_path):
+    for name in ("a", "b"):
+        write_graph(decode_call(sd_parts["vae"], LIMITS, 4), tmp_path / name, 2**30)
+    written = (tmp_path / "a").read_bytes()
+    assert (
+        written == (tmp_path / "b").read_bytes() and b".py" not in written and str(Path.home()).encode() not in written
+    )
+
+
+def test_exported_folders_hold_no_paths(mini_engine, static_engine):
+    for path in (*mini_engine.iterdir(), *static_engine.iterdir()):
+        assert b'.py"' not in path.read_bytes(), path
