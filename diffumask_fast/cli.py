@@ -82,9 +82,10 @@ def generate(
 def export(
     model: Annotated[str, typer.Argument(help="mini, a diffusers folder, or a hub id.")],
     out: Annotated[Path, typer.Argument(help="Folder of the engine; must not be there yet.")],
-    to: Annotated[str, typer.Option(help="onnx.")] = "onnx",
+    to: Annotated[str, typer.Option(help="onnx, or tensorrt-rtx, which is built and not run.")] = "onnx",
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    compute_capability: Annotated[str, typer.Option(help="Of the GPU, for tensorrt-rtx.")] = "8.9",
     max_batch: Annotated[int, typer.Option(help="The most images of a batch.")] = 16,
     min_size: Annotated[str | None, typer.Option(help="HxW in pixels; the model's own when left out.")] = None,
     max_size: Annotated[str | None, typer.Option(help="HxW in pixels; twice the least when left out.")] = None,
@@ -95,16 +96,19 @@ def export(
 ) -> None:
     """Write a model for an engine other than torch, and check it against torch."""
     from diffumask_fast.export.onnx_export import export_onnx
+    from diffumask_fast.export.tensorrt_build import export_rtx
     from diffumask_fast.generation import split_size
 
-    if to != "onnx":
-        raise DiffuMaskError(f"There is no export to {to}: use onnx.")
+    writers = {"onnx": export_onnx, "tensorrt-rtx": export_rtx}
+    if to not in writers:
+        raise DiffuMaskError(f"There is no export to {to}: use {' or '.join(writers)}.")
     try:
-        manifest = export_onnx(
+        manifest = writers[to](
             model, out, dtype, max_batch=max_batch, static=static, columns=columns, propagate=propagate,
             revision=revision, min_size=split_size(min_size, "--min-size") if min_size else None,
             max_size=split_size(max_size, "--max-size") if max_size else None,
             progress=lambda sentence: print(sentence, file=sys.stderr),
+            **({"compute_capability": compute_capability} if to == "tensorrt-rtx" else {}),
         )  # fmt: skip
     except KeyboardInterrupt:
         print("Stopped; nothing was written.", file=sys.stderr)
@@ -117,7 +121,8 @@ def export(
         print(f"{part:16} {figures}")
     if manifest.passed:
         print("Largest errors against torch in fp32, relative to the largest value.")
-    print(f"Draw with --engine {manifest.engine} --engine-path {out}.")
+    if to == "onnx":
+        print(f"Draw with --engine {manifest.engine} --engine-path {out}.")
 
 
 @app.command()

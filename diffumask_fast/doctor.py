@@ -45,7 +45,7 @@ def _devices() -> dict[str, Any]:
 def _works() -> dict[str, str]:
     checks = {
         "embedded model": _embedded_model, "maps in attention": _maps, "torch engine": _torch_engine,
-        "export to onnx": _onnx_export, "onnx engine": _onnx_engine,
+        "export to onnx": _onnx_export, "onnx engine": _onnx_engine, "export to tensorrt-rtx": _rtx_export,
     }  # fmt: skip
     report = {}
     for name, check in checks.items():
@@ -96,3 +96,10 @@ def _onnx_engine() -> None:
     providers = runtime().get_available_providers()
     if torch.cuda.is_available() and "CUDAExecutionProvider" not in providers:
         raise DiffuMaskError("on the CPU only: pip uninstall onnxruntime, then pip install onnxruntime-gpu for CUDA")
+
+
+def _rtx_export() -> None:
+    from diffumask_fast.export.tensorrt_build import builder_library
+
+    _onnx_export()
+    builder_library()

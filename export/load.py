@@ -67,7 +67,10 @@ def load_engine(
     folder, ort = Path(engine_path).expanduser(), runtime()
     manifest = read_manifest(folder)
     if manifest.engine != engine:
-        raise DiffuMaskError(f"{folder} is an engine for {manifest.engine}: use --engine {manifest.engine}.")
+        raise DiffuMaskError(
+            f"{folder} is an engine for {manifest.engine}, which this version does not run: export the model --to "
+            f"{engine}."
+        )
     check_runtime(manifest, ort.__version__, folder)
     device = _device(device, ort)
     if dtype not in (None, "auto") and resolve_dtype(dtype, device) != DTYPES[manifest.dtype]:

@@ -45,7 +45,7 @@ class Manifest:
     """What `engine.json` holds.
 
     Args:
-        engine: "onnx".
+        engine: "onnx" or "tensorrt-rtx".
         dtype: "fp32", "fp16" or "bf16".
         opset: of the graphs.
         limits: of the engine.
@@ -56,6 +56,7 @@ class Manifest:
         versions: library -> version that wrote the engine.
         checked: part -> output -> largest error against torch in fp32, relative to the largest value; a part that was
             not run has a reason in place of the figures.
+        target: compute capability of the GPU, where it was built for one.
     """
 
     engine: str
@@ -68,6 +69,7 @@ class Manifest:
     sources: dict[str, str]
     versions: dict[str, str]
     checked: dict[str, Any]
+    target: str = ""
     format: int = FORMAT
 
     @property

@@ -70,8 +70,7 @@ def export_onnx(
     out = Path(out).expanduser()
     if dtype not in DTYPES:
         raise DiffuMaskError(f"There is no dtype {dtype}: use {', '.join(DTYPES)}.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DiffuMaskError(f"{out} is there already: delete it, or choose another folder.")
+    check_out(out)
     info = find_model(model, revision)
     pipe = load_pipe(info, torch.float32, torch.device("cpu"))
     limits = find_limits(pipe, max_batch, min_size, max_size, static, columns, propagate)
@@ -187,6 +186,12 @@ def _overflows(pipe: Any, info: ModelInfo) -> bool:
     return says_force_upcast(info.folder) or (
         hasattr(pipe, "text_encoder_2") and bool(getattr(pipe.vae.config, "force_upcast", False))
     )
+
+
+def check_out(out: Path) -> None:
+    """Raise DiffuMaskError where something stands in the place of a new engine."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DiffuMaskError(f"{out} is there already: delete it, or choose another folder.")
 
 
 def need_exporter() -> None:

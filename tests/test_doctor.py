@@ -8,7 +8,7 @@ def test_the_report_names_versions_devices_and_what_works():
     report = doctor.examine()
     assert {"python", "torch", "diffusers", "pyarrow"} <= set(report["versions"])
     assert "threads" in report["devices"]["cpu"]
-    assert report["works"] == dict.fromkeys(report["works"], "works") and len(report["works"]) == 5
+    assert report["works"] == dict.fromkeys(report["works"], "works") and len(report["works"]) == 6
 
 
 def test_what_does_not_work_has_its_reason(monkeypatch):

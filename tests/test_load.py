@@ -104,8 +104,11 @@ def test_what_does_not_fit_is_one_sentence(tiny_folder, static_engine, changes, 
 def test_an_engine_for_something_else_is_refused(tiny_folder, static_engine, tmp_path):
     other = shutil.copytree(static_engine, tmp_path / "engine")
     path = other / "engine.json"
-    path.write_text(path.read_text().replace('"engine": "onnx"', '"engine": "tensorrt"'))
-    with pytest.raises(DiffuMaskError, match="is an engine for tensorrt: use --engine tensorrt"):
+    path.write_text(path.read_text().replace('"engine": "onnx"', '"engine": "tensorrt-rtx"'))
+    with pytest.raises(
+        DiffuMaskError,
+        match="is an engine for tensorrt-rtx, which this version does not run: export the model --to onnx",
+    ):
         load_engine(tiny_folder, "onnx", other)
 
 
