@@ -75,7 +75,7 @@ def builder_library() -> Any:
         return importlib.import_module("tensorrt_rtx_bindings")
     except (ImportError, OSError) as error:
         raise DiffuMaskError(
-            f"TensorRT-RTX cannot be imported ({error}): pip install 'diffumask-fast[onnx,tensorrt-rtx]' (Linux, x86-64)."
+            f"TensorRT-RTX cannot be imported ({error}): on Linux, pip install 'diffumask-fast[onnx,tensorrt-rtx]'."
         ) from error
 
 
