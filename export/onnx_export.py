@@ -7,7 +7,8 @@ import importlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.check import check_part
 from diffumask_fast.export.graphs import OPSET, Call, decode_call, text_call, unet_call, unet_factor, write_graph
 from diffumask_fast.export.limits import Limits
-from diffumask_fast.export.manifest import MANIFEST, Manifest, Part, hash_files, versions
+from diffumask_fast.export.manifest import Manifest, Part, hash_files, versions, write_manifest
 from diffumask_fast.loading import DTYPES, ModelInfo, file_hashes, find_model, load_pipe, says_force_upcast
 
 EXTERNAL_BYTES = 2**29
@@ -74,17 +75,29 @@ def export_onnx(
     info = find_model(model, revision)
     pipe = load_pipe(info, torch.float32, torch.device("cpu"))
     limits = find_limits(pipe, max_batch, min_size, max_size, static, columns, propagate)
-    part_folder = out.parent / f".{out.name}.part"
-    shutil.rmtree(part_folder, ignore_errors=True)
+    with staged(out) as folder, torch.random.fork_rng(devices=[]):
+        folder.mkdir(parents=True)
+        torch.manual_seed(0)
+        return _write(pipe, info, folder, dtype, limits, external_bytes, progress)
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """Give a folder name to write in, which becomes `out` when all went well, and is gone when not.
+
+    Raises:
+        DiffuMaskError: out is there, or cannot be written.
+    """
+    check_out(out)
+    folder = out.parent / f".{out.name}.part"
+    shutil.rmtree(folder, ignore_errors=True)
     try:
-        part_folder.mkdir(parents=True)
-        manifest = _write(pipe, info, part_folder, dtype, limits, external_bytes, progress)
-        os.replace(part_folder, out)
+        yield folder
+        os.replace(folder, out)
     except OSError as error:
-        raise DiffuMaskError(f"Cannot write {out} ({error.strerror}): choose another folder.") from error
+        raise DiffuMaskError(f"Cannot write {out} ({error.strerror or error}): choose another folder.") from error
     finally:
-        shutil.rmtree(part_folder, ignore_errors=True)
-    return manifest
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def find_limits(
@@ -155,10 +168,7 @@ def _write(
         engine="onnx", dtype=dtype, opset=OPSET, limits=limits, parts=parts, files=hash_files(folder),
         model=info.identity, sources=file_hashes(info.folder), versions=versions(), checked=checked,
     )  # fmt: skip
-    (folder / MANIFEST).write_text(json.dumps(manifest.as_json(), indent=1), "utf-8")
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    write_manifest(folder, manifest)
     return manifest
 
 

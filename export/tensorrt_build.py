@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +10,8 @@ from typing import Any
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.limits import Limits
-from diffumask_fast.export.manifest import MANIFEST, Manifest, hash_files, versions
-from diffumask_fast.export.onnx_export import check_out, export_onnx
+from diffumask_fast.export.manifest import Manifest, hash_files, versions, write_manifest
+from diffumask_fast.export.onnx_export import export_onnx, staged
 
 ENGINE = "tensorrt-rtx"
 
@@ -46,22 +43,15 @@ def export_rtx(
     """
     trt = builder_library()
     target = find_target(trt, compute_capability)
-    out = Path(out).expanduser()
-    check_out(out)
-    part_folder = out.parent / f".{out.name}.part"
-    shutil.rmtree(part_folder, ignore_errors=True)
-    try:
-        manifest = export_onnx(model, part_folder, dtype, progress=progress, **settings)
+    with staged(Path(out).expanduser()) as folder:
+        manifest = export_onnx(model, folder, dtype, progress=progress, **settings)
         for name, part in manifest.parts.items():
             progress(f"building {name} for compute capability {compute_capability}")
-            plan = build_plan(trt, part_folder / part.graph, manifest.limits, target, part.dtype == "fp32")
-            for path in part_folder.glob(f"{name}.onnx*"):
+            plan = build_plan(trt, folder / part.graph, manifest.limits, target, part.dtype == "fp32")
+            for path in folder.glob(f"{name}.onnx*"):
                 path.unlink()
-            (part_folder / f"{name}.engine").write_bytes(plan)
-        manifest = _rewritten(manifest, part_folder, compute_capability, trt.__version__)
-        os.replace(part_folder, out)
-    finally:
-        shutil.rmtree(part_folder, ignore_errors=True)
+            (folder / f"{name}.engine").write_bytes(plan)
+        manifest = _rewritten(manifest, folder, compute_capability, trt.__version__)
     return manifest
 
 
@@ -177,5 +167,5 @@ def _rewritten(manifest: Manifest, folder: Path, compute_capability: str, versio
         manifest, engine=ENGINE, parts=parts, files=hash_files(folder), target=compute_capability,
         versions={**versions(), "tensorrt-rtx": version}, checked=checked,
     )  # fmt: skip
-    (folder / MANIFEST).write_text(json.dumps(found.as_json(), indent=1), "utf-8")
+    write_manifest(folder, found)
     return found
