@@ -127,18 +127,19 @@ def export(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Option(help="end_to_end.")] = "end_to_end",
+    suite: Annotated[str, typer.Option(help="end_to_end, or engines.")] = "end_to_end",
     geometry: Annotated[str, typer.Option(help="mini.")] = "mini",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Append the rows to this .jsonl file.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Measure what masks cost, against the plain diffusers pipeline."""
-    from diffumask_fast.bench import end_to_end, harness
+    """Measure what masks cost against the plain diffusers pipeline, and what engines take beside torch."""
+    from diffumask_fast.bench import end_to_end, engines, harness
 
-    if suite != "end_to_end":
-        raise DiffuMaskError(f"There is no suite {suite}: use end_to_end.")
-    rows = end_to_end.run(geometry, device=device)
+    suites = {"end_to_end": end_to_end, "engines": engines}
+    if suite not in suites:
+        raise DiffuMaskError(f"There is no suite {suite}: use {' or '.join(suites)}.")
+    rows = suites[suite].run(geometry, device=device)
     if out is not None:
         harness.append_rows(out, rows)
     if as_json:

@@ -132,8 +132,14 @@ def find_limits(
     return Limits(
         rows=(2 * max_batch if static else 1, 2 * max_batch), height=(least[0], most[0]), width=(least[1], most[1]),
         multiple=multiple, vae_factor=vae_factor, channels=unet.config.out_channels,
-        tokens=pipe.tokenizer.model_max_length, columns=columns, divisors=divisors, propagated=propagated,
+        tokens=_tokens(pipe), columns=columns, divisors=divisors, propagated=propagated,
     )  # fmt: skip
+
+
+def _tokens(pipe: Any) -> int:
+    # SDXL's refiner has only the second of both
+    tokenizer, encoder = pipe.tokenizer or pipe.tokenizer_2, pipe.text_encoder or pipe.text_encoder_2
+    return min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
 
 
 def level_divisors(unet: nn.Module) -> dict[str, int]:

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from conftest import relative
+from diffusers import AutoencoderKL
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export import check
@@ -28,6 +29,14 @@ def test_reduced_types_are_checked_or_said_to_be_unchecked(static_engine, sd_par
         assert 1e-6 < found["image"] < 5e-3
     else:
         assert found == "written, never run: ONNX Runtime has no bf16 on the CPU"
+
+
+def test_a_vae_with_attention_is_exported(static_engine, tmp_path):
+    wide = dict(block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=4, layers_per_block=1)
+    kinds = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    limits, vae = read_manifest(static_engine).limits, AutoencoderKL(**wide, **kinds).eval()
+    write_graph(decode_call(vae, limits, 4), tmp_path / "vae.onnx", 2**30)
+    assert check.check_part("vae", tmp_path / "vae.onnx", vae, limits, "fp32")["image"] < 1e-4
 
 
 @pytest.mark.parametrize("change", [1e-2, float("nan")])
