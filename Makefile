@@ -36,5 +36,5 @@ gpu:
 	@touch $@
 
 .venv/.test: pyproject.toml constraints.txt | .venv/bin/python
-	$(INSTALL) -e ".[test]"
+	$(INSTALL) -e ".[test,onnx,tensorrt-rtx]"
 	@touch $@ .venv/.core

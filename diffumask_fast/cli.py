@@ -45,7 +45,8 @@ def generate(
     threshold: Annotated[str, typer.Option(help="otsu, or a number in 0..1.")] = "otsu",
     refine: Annotated[str, typer.Option(help="guided or none.")] = "guided",
     ignore_band: Annotated[int, typer.Option(help="Pixels beside boundaries that become 255.")] = 0,
-    engine: Annotated[str, typer.Option(help="torch.")] = "torch",
+    engine: Annotated[str, typer.Option(help="torch or onnx.")] = "torch",
+    engine_path: Annotated[Path | None, typer.Option(help="Folder that export wrote, for --engine onnx.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     allow_drift: Annotated[bool, typer.Option("--allow-drift", help="Go on in a changed environment.")] = False,
     log: Annotated[Path | None, typer.Option(help="Append a log to this file.")] = None,
@@ -62,7 +63,8 @@ def generate(
     options = GenerateOptions(
         out=out, model=model, revision=revision, classes=classes, classes_per_image=classes_per_image, num=num,
         seed=seed, batch_size=batch_size, shard_size=shard_size, steps=steps, guidance_scale=guidance_scale,
-        scheduler=scheduler, size=size, dtype=dtype, mask=mask, engine=engine, device=device, allow_drift=allow_drift,
+        scheduler=scheduler, size=size, dtype=dtype, mask=mask, engine=engine, engine_path=engine_path, device=device,
+        allow_drift=allow_drift,
     )  # fmt: skip
     try:
         summary = run_generate(options, progress=_progress)
@@ -101,19 +103,67 @@ def evaluate(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="mini, a diffusers folder, or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the engine; must not be there yet.")],
+    to: Annotated[str, typer.Option(help="onnx, or tensorrt-rtx, which is built and not run.")] = "onnx",
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    compute_capability: Annotated[str, typer.Option(help="Of the GPU, for tensorrt-rtx.")] = "8.9",
+    max_batch: Annotated[int, typer.Option(help="The most images of a batch.")] = 16,
+    min_size: Annotated[str | None, typer.Option(help="HxW in pixels; the model's own when left out.")] = None,
+    max_size: Annotated[str | None, typer.Option(help="HxW in pixels; twice the least when left out.")] = None,
+    static: Annotated[bool, typer.Option("--static", help="Only --max-batch images of --min-size.")] = False,
+    columns: Annotated[int, typer.Option(help="The most phrases times propagations.")] = 8,
+    propagate: Annotated[bool, typer.Option(help="Let the graph propagate maps.")] = True,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a model for an engine other than torch, and check it against torch."""
+    from diffumask_fast.export.onnx_export import export_onnx
+    from diffumask_fast.export.tensorrt_build import export_rtx
+    from diffumask_fast.generation import split_size
+
+    writers = {"onnx": export_onnx, "tensorrt-rtx": export_rtx}
+    if to not in writers:
+        raise DiffuMaskError(f"There is no export to {to}: use {' or '.join(writers)}.")
+    try:
+        manifest = writers[to](
+            model, out, dtype, max_batch=max_batch, static=static, columns=columns, propagate=propagate,
+            revision=revision, min_size=split_size(min_size, "--min-size") if min_size else None,
+            max_size=split_size(max_size, "--max-size") if max_size else None,
+            progress=lambda sentence: print(sentence, file=sys.stderr),
+            **({"compute_capability": compute_capability} if to == "tensorrt-rtx" else {}),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print("Stopped; nothing was written.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps({"folder": str(out), "sha256": manifest.sha256, **manifest.as_json()}))
+        return
+    for part, errors in manifest.checked.items():
+        figures = errors if isinstance(errors, str) else ", ".join(f"{k} {v:.1e}" for k, v in errors.items())
+        print(f"{part:16} {figures}")
+    if manifest.passed:
+        print("Largest errors against torch in fp32, relative to the largest value.")
+    if to == "onnx":
+        print(f"Draw with --engine {manifest.engine} --engine-path {out}.")
+
+
+@app.command()
 def bench(
-    suite: Annotated[str, typer.Option(help="end_to_end.")] = "end_to_end",
+    suite: Annotated[str, typer.Option(help="end_to_end, or engines.")] = "end_to_end",
     geometry: Annotated[str, typer.Option(help="mini.")] = "mini",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Append the rows to this .jsonl file.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Measure what masks cost, against the plain diffusers pipeline."""
-    from diffumask_fast.bench import end_to_end, harness
+    """Measure what masks cost against the plain diffusers pipeline, and what engines take beside torch."""
+    from diffumask_fast.bench import end_to_end, engines, harness
 
-    if suite != "end_to_end":
-        raise DiffuMaskError(f"There is no suite {suite}: use end_to_end.")
-    rows = end_to_end.run(geometry, device=device)
+    suites = {"end_to_end": end_to_end, "engines": engines}
+    if suite not in suites:
+        raise DiffuMaskError(f"There is no suite {suite}: use {' or '.join(suites)}.")
+    rows = suites[suite].run(geometry, device=device)
     if out is not None:
         harness.append_rows(out, rows)
     if as_json:

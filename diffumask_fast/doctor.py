@@ -9,6 +9,7 @@ from typing import Any
 
 PACKAGES = (
     "diffumask-fast", "torch", "diffusers", "transformers", "triton", "safetensors", "numpy", "pillow", "pyarrow",
+    "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
 )  # fmt: skip
 
 
@@ -42,7 +43,10 @@ def _devices() -> dict[str, Any]:
 
 
 def _works() -> dict[str, str]:
-    checks = {"embedded model": _embedded_model, "maps in attention": _maps, "torch engine": _torch_engine}
+    checks = {
+        "embedded model": _embedded_model, "maps in attention": _maps, "torch engine": _torch_engine,
+        "export to onnx": _onnx_export, "onnx engine": _onnx_engine, "export to tensorrt-rtx": _rtx_export,
+    }  # fmt: skip
     report = {}
     for name, check in checks.items():
         try:
@@ -75,3 +79,27 @@ def _torch_engine() -> None:
 
     with quietly():
         importlib.import_module("diffusers").StableDiffusionPipeline  # noqa: B018 - a lazy import that can fail
+
+
+def _onnx_export() -> None:
+    from diffumask_fast.export.onnx_export import need_exporter
+
+    need_exporter()
+
+
+def _onnx_engine() -> None:
+    import torch
+
+    from diffumask_fast.errors import DiffuMaskError
+    from diffumask_fast.export.session import runtime
+
+    providers = runtime().get_available_providers()
+    if torch.cuda.is_available() and "CUDAExecutionProvider" not in providers:
+        raise DiffuMaskError("on the CPU only: pip uninstall onnxruntime, then pip install onnxruntime-gpu for CUDA")
+
+
+def _rtx_export() -> None:
+    from diffumask_fast.export.tensorrt_build import builder_library
+
+    _onnx_export()
+    builder_library()

@@ -51,6 +51,7 @@ class GenerateOptions:
     dtype: str = "auto"
     mask: MaskOptions = MaskOptions()
     engine: str = "torch"
+    engine_path: Path | None = None
     device: str = "auto"
     allow_drift: bool = False
 
@@ -72,8 +73,9 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Any]) -> di
     for library in (diffusers_logging, transformers_logging):  # their advice is for programmers
         library.set_verbosity_error()
     pipe = DiffuMaskPipeline.from_pretrained(
-        options.model, engine=options.engine, dtype=options.dtype, device=options.device, revision=options.revision
-    )
+        options.model, engine=options.engine, engine_path=options.engine_path, dtype=options.dtype,
+        device=options.device, revision=options.revision,
+    )  # fmt: skip
     if options.scheduler:
         set_scheduler(pipe.pipe, options.scheduler)
     size = parse_size(options.size, pipe)
@@ -144,12 +146,21 @@ def parse_size(size: str | None, pipe: DiffuMaskPipeline) -> tuple[int | None, i
     """
     if size is None:
         return None, None
-    parts = size.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise DiffuMaskError(f"--size {size} is not HxW: write height and width in pixels, such as 512x512.")
-    height, width = map(int, parts)
+    height, width = split_size(size, "--size")
     check_size(pipe.pipe, height, width)
     return height, width
+
+
+def split_size(size: str, flag: str) -> tuple[int, int]:
+    """Return height and width of "HxW".
+
+    Raises:
+        DiffuMaskError: it is written otherwise; names the flag.
+    """
+    parts = size.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise DiffuMaskError(f"{flag} {size} is not HxW: write height and width in pixels, such as 512x512.")
+    return int(parts[0]), int(parts[1])
 
 
 def read_vocabulary(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Vocabulary:
@@ -177,14 +188,18 @@ def _resolve(
 ) -> tuple[dict[str, Any], int]:
     """Return all options that decide what a shard holds, resolved, and the batch size."""
     batch_size = pipe.batch_size(options.batch_size, *size)
+    mask = pipe.mask_options(options.mask)
+    engine = {"engine": options.engine}
+    if pipe.engine is not None:
+        engine["engine_sha256"] = pipe.engine.sha256
+        pipe.engine.limits.check(batch_size, *pipe.size(*size), options.classes_per_image, mask.propagate)
     guidance = pipe.info.guidance_scale if options.guidance_scale is None else options.guidance_scale
     resolved = {
         "revision": options.revision, "classes": ",".join(vocabulary.names),
         "classes_per_image": options.classes_per_image, "num": options.num, "seed": options.seed,
         "batch_size": batch_size, "steps": options.steps or pipe.info.num_inference_steps, "guidance_scale": guidance,
         "scheduler": type(pipe.pipe.scheduler).__name__, "size": "x".join(map(str, pipe.size(*size))),
-        "dtype": str(pipe.pipe.unet.dtype).removeprefix("torch."), "engine": options.engine,
-        **vars(pipe.mask_options(options.mask)),
+        "dtype": str(pipe.pipe.unet.dtype).removeprefix("torch."), **engine, **vars(mask),
     }  # fmt: skip
     return resolved, batch_size
 
@@ -193,10 +208,13 @@ def environment(pipe: DiffuMaskPipeline) -> dict[str, Any]:
     """Return what else the bytes of a run depend on: device, threads, versions."""
     device = pipe.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    libraries = ("torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow")
+    libraries = ["torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow"]
+    versions = {library: metadata.version(library) for library in libraries}
+    if pipe.engine is not None:
+        versions |= pipe.engine.libraries
     return {
         "device": name, "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability(),
-        "diffumask_fast": __version__, **{library: metadata.version(library) for library in libraries},
+        "diffumask_fast": __version__, **versions,
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,8 +50,13 @@ class ModelInfo:
         return self.folder.name if self.folder and Path(self.name).expanduser().is_dir() else self.name
 
 
-def find_model(model: str | Path, revision: str | None = None) -> ModelInfo:
+def find_model(model: str | Path, revision: str | None = None, held: Collection[str] = ()) -> ModelInfo:
     """Resolve "mini", a diffusers folder or a hub id to a checked local folder.
+
+    Args:
+        model: as the user gave it.
+        revision: of a hub id.
+        held: components whose weights an exported engine holds, so that the folder need not.
 
     Raises:
         DiffuMaskError: no such model, a half-written folder, or weights that exist only as pickles.
@@ -68,7 +73,7 @@ def find_model(model: str | Path, revision: str | None = None) -> ModelInfo:
         raise DiffuMaskError(
             f"There is no model folder {model}: give mini, a diffusers folder or a hub id (owner/name)."
         )
-    check_folder(folder)
+    check_folder(folder, held)
     return _read_info(str(model), folder)
 
 
@@ -83,7 +88,7 @@ def _download(model: str, revision: str | None) -> Path:
         ) from error
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, held: Collection[str] = ()) -> None:
     """Check that a diffusers folder is whole and holds safetensors.
 
     Raises:
@@ -99,7 +104,8 @@ def check_folder(folder: Path) -> None:
     if not isinstance(components, dict):
         raise DiffuMaskError(f"{index} is no index of a diffusers model: fetch the model again.")
     for name, value in components.items():
-        if name.startswith("_") or not isinstance(value, list) or not value or value[0] is None:
+        empty = not isinstance(value, list) or not value or value[0] is None
+        if name.startswith("_") or empty or name in held:
             continue
         part = folder / name
         if not part.is_dir() or not any(part.iterdir()):
@@ -144,12 +150,24 @@ def _read_info(name: str, folder: Path) -> ModelInfo:
 
 def weight_hash(folder: Path) -> str:
     """Return the SHA-256 of all weight and configuration files of a model folder, names included."""
+    return combined_hash(file_hashes(folder))
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each weight and configuration file of a model folder, under its path in the folder."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.suffix in (".safetensors", ".json", ".txt") and path.is_file():
+            with path.open("rb") as file:
+                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def combined_hash(hashes: dict[str, str]) -> str:
+    """Return one SHA-256 of what file_hashes gives."""
     digest = hashlib.sha256()
-    paths = (p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".txt") and p.is_file())
-    for path in sorted(paths):
-        digest.update(str(path.relative_to(folder)).encode() + b"\0")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for name in sorted(hashes, key=Path):
+        digest.update(name.encode() + b"\0" + bytes.fromhex(hashes[name]))
     return digest.hexdigest()
 
 
@@ -191,8 +209,14 @@ def says_force_upcast(folder: Path) -> bool:
     return bool(path.is_file() and json.loads(path.read_text("utf-8")).get("force_upcast", False))
 
 
-def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
+def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **components: Any) -> DiffusionPipeline:
     """Load a checked folder as the diffusers pipeline that it names, quietly and from safetensors alone.
+
+    Args:
+        info: of the folder.
+        dtype: of the weights.
+        device: where the pipeline is to be.
+        components: what stands for those of the folder.
 
     Raises:
         DiffuMaskError: diffusers cannot load it, or it has no UNet2DConditionModel.
@@ -202,7 +226,7 @@ def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device) -> Diff
     try:
         with quietly():
             pipe = DiffusionPipeline.from_pretrained(
-                info.folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+                info.folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **components
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0][:300]

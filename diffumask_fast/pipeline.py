@@ -35,7 +35,7 @@ from diffumask_fast.masks.make import make_masks, quantise_maps
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import names_in, phrases_and_ids
-from diffumask_fast.results import Output, Result, Seconds
+from diffumask_fast.results import Output, Result, Seconds, timed_decoding
 
 TAKEN = {"prompt", "negative_prompt", "generator", "latents", "output_type", "return_dict", "num_images_per_prompt"}
 
@@ -60,6 +60,7 @@ class DiffuMaskPipeline:
     Args:
         pipe: any diffusers pipeline whose denoiser is a `UNet2DConditionModel`.
         info: what its model folder says; the general defaults when None.
+        engine: the export.load.Engine that runs it in torch's place.
 
     Example:
         >>> pipe = DiffuMaskPipeline.from_pretrained("mini", device="cpu")
@@ -68,9 +69,10 @@ class DiffuMaskPipeline:
         ((128, 128), (1, 128, 128))
     """
 
-    def __init__(self, pipe: DiffusionPipeline, info: ModelInfo | None = None):
+    def __init__(self, pipe: DiffusionPipeline, info: ModelInfo | None = None, engine: Any = None):
         self.pipe = pipe
         self.info = info or ModelInfo(type(pipe).__name__)
+        self.engine = engine
         self.seconds = Seconds()
 
     @classmethod
@@ -88,9 +90,9 @@ class DiffuMaskPipeline:
 
         Args:
             model: what to load.
-            engine: "torch"; others come with later versions.
-            engine_path: folder of an exported engine; none is needed for "torch".
-            dtype: "fp32", "fp16", "bf16" or a torch dtype; None is fp32 on the CPU and fp16 on CUDA.
+            engine: "torch", or "onnx" for ONNX Runtime.
+            engine_path: folder that `diffumask-fast export` wrote; not for "torch".
+            dtype: "fp32", "fp16", "bf16" or a torch dtype; None is fp32 on the CPU and fp16 on CUDA, or the engine's.
             device: None is CUDA where there is one.
             revision: of a hub id.
 
@@ -98,7 +100,9 @@ class DiffuMaskPipeline:
             DiffuMaskError: no such model, half-written or pickled weights, no such device, engine or dtype.
         """
         if engine != "torch" or engine_path is not None:
-            raise DiffuMaskError(f"There is no engine {engine} in this version: use torch, without an engine path.")
+            from diffumask_fast.export.load import load_engine
+
+            return cls(*load_engine(model, engine, engine_path, dtype, device, revision))
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
         info = find_model(model, revision)
@@ -124,6 +128,8 @@ class DiffuMaskPipeline:
     @cached_property
     def weights(self) -> str | None:
         """SHA-256 of the model folder's weights and configuration; None for a pipeline composed in Python."""
+        if self.engine is not None:
+            return self.engine.weights
         return weight_hash(self.info.folder) if self.info.folder else None
 
     @property
@@ -257,9 +263,12 @@ class DiffuMaskPipeline:
         check_size(self.pipe, kwargs.get("height"), kwargs.get("width"))
         phrases, ids = (names, class_ids) if class_ids is not None else phrases_and_ids(names)
         width = num_phrases or max(map(len, ids))
+        if self.engine is not None:
+            size = self.size(kwargs.get("height"), kwargs.get("width"))
+            self.engine.limits.check(len(ids), *size, width, options.propagate)
         ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids]).repeat_interleave(repeat, 0)
         start = time.perf_counter()
-        with torch.no_grad(), _decoding(self.pipe, self.seconds):
+        with torch.no_grad(), timed_decoding(self.pipe, self.seconds):
             before = self.seconds.decode
             settings = {"propagate": options.propagate, "pad_to": width, "token_indices": token_indices}
             with collect_maps(self.pipe, phrases, **settings) as store:
@@ -292,13 +301,14 @@ class DiffuMaskPipeline:
             if size < 1:
                 raise DiffuMaskError(f"batch size must be at least 1, not {size}")
             return size
+        most = self.engine.limits.batch if self.engine is not None else 64
         if self.device.type != "cuda":
-            return 8
+            return min(8, most)
         pixels = math.prod(self.size(height, width))
         weights = sum(p.nbytes for p in self.pipe.unet.parameters())
         free = torch.cuda.get_device_properties(self.device).total_memory * 0.8 - 2 * weights
         fitting = int(free / (pixels * 5000))  # an estimate, 1.3 GB an image at 512x512; no GPU has confirmed it
-        return max(1, min(64, 1 << max(fitting, 1).bit_length() - 1))
+        return max(1, min(most, 1 << max(fitting, 1).bit_length() - 1))
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Return height and width, the model's own where they are None."""
@@ -320,6 +330,7 @@ class DiffuMaskPipeline:
             "mask": dict(vars(options)),
             "dtype": str(self.pipe.unet.dtype).removeprefix("torch."),
             "device": self.device.type,
+            "engine": {"name": self.engine.name, "sha256": self.engine.sha256} if self.engine else {"name": "torch"},
             "versions": {
                 "diffumask_fast": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__,
                 "transformers": transformers.__version__,
@@ -367,32 +378,3 @@ def _quiet(pipe: DiffusionPipeline) -> Iterator[None]:
         yield
     finally:
         pipe.set_progress_bar_config(**config)
-
-
-@contextmanager
-def _decoding(pipe: DiffusionPipeline, seconds: Seconds) -> Iterator[None]:
-    """Time the VAE's decoder, and hand the VAE its own dtype (an fp32 VAE beside an fp16 UNet)."""
-    kept = {name: vars(pipe.vae).get(name) for name in ("encode", "decode")}
-
-    def in_own_dtype(method: Any, stage: str) -> Any:
-        def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return method(tensor.to(next(pipe.vae.parameters()).dtype), *args, **kwargs)
-            finally:
-                if tensor.is_cuda:
-                    torch.cuda.synchronize(tensor.device)
-                if stage == "decode":
-                    seconds.decode += time.perf_counter() - start
-
-        return call
-
-    try:
-        for name in kept:
-            setattr(pipe.vae, name, in_own_dtype(getattr(pipe.vae, name), name))
-        yield
-    finally:
-        for name, own in kept.items():
-            vars(pipe.vae).pop(name, None)
-            if own is not None:
-                setattr(pipe.vae, name, own)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from diffumask_fast.attention.tap import Levels
 from diffumask_fast.prompts.request import Request
@@ -58,3 +64,32 @@ class Seconds:
     def as_dict(self) -> dict[str, float]:
         """Return the stages by name."""
         return dict(vars(self))
+
+
+@contextmanager
+def timed_decoding(pipe: DiffusionPipeline, seconds: Seconds) -> Iterator[None]:
+    """Time the VAE's decoder, and hand the VAE its own dtype (an fp32 VAE beside an fp16 UNet)."""
+    kept = {name: vars(pipe.vae).get(name) for name in ("encode", "decode")}
+
+    def in_own_dtype(method: Any, stage: str) -> Any:
+        def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return method(tensor.to(next(pipe.vae.parameters()).dtype), *args, **kwargs)
+            finally:
+                if tensor.is_cuda:
+                    torch.cuda.synchronize(tensor.device)
+                if stage == "decode":
+                    seconds.decode += time.perf_counter() - start
+
+        return call
+
+    try:
+        for name in kept:
+            setattr(pipe.vae, name, in_own_dtype(getattr(pipe.vae, name), name))
+        yield
+    finally:
+        for name, own in kept.items():
+            vars(pipe.vae).pop(name, None)
+            if own is not None:
+                setattr(pipe.vae, name, own)

@@ -200,3 +200,12 @@ def test_masks_of_a_plain_model_folder(tiny_folder, tmp_path):
     )
     rows = rows_of(out)
     assert [row["key"] for row in rows] == ["dog-000000", "cat-000000"] and np.prod(rows[0]["map_sizes"]) > 0
+
+
+def test_what_an_export_cannot_be_is_one_sentence(tmp_path):
+    out = tmp_path / "engine"
+    assert "use onnx or tensorrt-rtx" in refused("export", "mini", out, "--to", "coreml")
+    assert "--min-size 64 is not HxW" in refused("export", "mini", out, "--min-size", "64")
+    assert "multiples of 32" in refused("export", "mini", out, "--min-size", "80x128")
+    assert "needs --engine-path" in refused("generate", tmp_path / "run", "--engine", "onnx")
+    assert list(tmp_path.iterdir()) == []

@@ -50,7 +50,7 @@ def collect_maps(
     Args:
         pipe: a pipeline whose denoiser is a UNet2DConditionModel; unchanged after the context, also after an exception.
         phrases: one list for all prompts, or one list for each prompt.
-        denoiser: what stands for the UNet's call; None is UNetWithMaps.
+        denoiser: what stands for the UNet's call; None is the UNet's own (an exported one has it), or UNetWithMaps.
         token_indices: token positions of each phrase, in the form of phrases; needed where prompt_embeds are given
             instead of prompts. The start token is 0.
         propagate: "auto" (once, at coarse levels, in the last third of the calls), "none", or 1 to 4 times.
@@ -96,7 +96,7 @@ class Collector:
         self.phrases = phrases
         self.propagate = propagate
         self.pad_to = pad_to
-        self.denoiser = UNetWithMaps(unet) if denoiser is None else denoiser
+        self.denoiser = denoiser or getattr(unet, "denoiser", None) or UNetWithMaps(unet)
         self.token_indices = token_indices
         self._unet = unet
         self._thread = threading.get_ident()

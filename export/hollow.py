@@ -1,0 +1,191 @@
+"""Components of a diffusers pipeline without weights: its class and configuration, and an engine that does the work."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPTextModelOutput
+
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.export.limits import Limits
+from diffumask_fast.export.onnx_denoiser import OnnxDenoiser
+from diffumask_fast.export.session import Session
+
+CHANGES = (
+    "load_lora_adapter", "load_attn_procs", "add_adapter", "set_attn_processor", "fuse_lora", "enable_freeu",
+    "resize_token_embeddings", "save_pretrained", "requires_grad_", "train",
+)  # fmt: skip
+
+
+class Hollow:
+    """What all of them share: where they are, in which type they work, and that they cannot be changed."""
+
+    where: torch.device
+    works_in: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the engine is."""
+        return self.where
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the engine works in."""
+        return self.works_in
+
+    def to(self, *args: Any, **kwargs: Any) -> Hollow:
+        """Stay; raises DiffuMaskError for another kind of device or another floating type."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if device is not None and device.type != self.where.type:
+            raise DiffuMaskError(f"The engine is on {self.where}: load the pipeline again with device={device}.")
+        if dtype is not None and dtype != self.works_in:
+            raise DiffuMaskError(f"The engine works in {self.works_in}: export the model again for {dtype}.")
+        return self
+
+
+def _refuse(name: str) -> Callable[..., Any]:
+    def refuse(self: Hollow, *_: Any, **__: Any) -> Any:
+        raise DiffuMaskError(f"An exported {type(self).__name__} has no {name}: use --engine torch, or export again.")
+
+    return refuse
+
+
+class HollowUNet(Hollow, UNet2DConditionModel):
+    """A UNet whose calls an exported graph answers, with maps or without."""
+
+    denoiser: OnnxDenoiser
+
+    @property
+    def limits(self) -> Limits:
+        """What the graph can be asked for."""
+        return self.denoiser.limits
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        added_cond_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+        **rest: Any,
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        """Predict the noise alone, as UNet2DConditionModel.forward: a call that nobody collects maps of."""
+        given = {name: value for name, value in rest.items() if value is not None}
+        select = torch.zeros(sample.shape[0], encoder_hidden_states.shape[1], 1, device=sample.device)
+        noise_pred, _, _ = self.denoiser(
+            sample, timestep, encoder_hidden_states, select, {}, added_cond_kwargs, **given
+        )
+        return UNet2DConditionOutput(sample=noise_pred) if return_dict else (noise_pred,)
+
+
+class HollowDecoder(Hollow):
+    """The decoding side of a VAE."""
+
+    session: Session
+    vae_factor: int
+    encode = _refuse("encode")
+
+    def decode(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> DecoderOutput | tuple[Tensor]:
+        """Decode latents [B, C, h, w] to [B, 3, H, W]."""
+        shape = (z.shape[0], 3, *(size * self.vae_factor for size in z.shape[-2:]))
+        image = self.session.run({"latents": z}, {"image": shape})["image"]
+        return DecoderOutput(sample=image) if return_dict else (image,)
+
+
+class HollowTextEncoder(Hollow):
+    """A CLIP text encoder."""
+
+    session: Session
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool = True,
+        **_: Any,
+    ) -> BaseModelOutputWithPooling | CLIPTextModelOutput:
+        """Encode ids [B, T]; of the hidden states only the last but one, for SDXL."""
+        if attention_mask is not None:
+            raise DiffuMaskError("The exported text encoder takes no attention mask: use --engine torch.")
+        rows, tokens = input_ids.shape
+        wide, pooled = (rows, tokens, self.config.hidden_size), (rows, self.config.hidden_size)
+        shapes = {"last_hidden_state": wide, "pooler_output": pooled, "penultimate": wide}
+        shapes["text_embeds"] = (rows, self.config.projection_dim)
+        out = self.session.run({"input_ids": input_ids}, {name: shapes[name] for name in self.session.outputs})
+        penultimate = _Penultimate(out.pop("penultimate", None))
+        kind = CLIPTextModelOutput if "text_embeds" in out else BaseModelOutputWithPooling
+        return kind(**out, hidden_states=penultimate if output_hidden_states else None)
+
+
+class _Penultimate:
+    """hidden_states of which only [-2] is there."""
+
+    def __init__(self, tensor: Tensor | None) -> None:
+        self.tensor = tensor
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index != -2 or self.tensor is None:
+            raise DiffuMaskError("The exported text encoder knows no clip_skip: leave it out, or use --engine torch.")
+        return self.tensor
+
+
+for _name in CHANGES:
+    setattr(Hollow, _name, _refuse(_name))
+
+
+def hollow_unet(config: Path, denoiser: OnnxDenoiser) -> HollowUNet:
+    """Make the UNet of an engine.
+
+    Args:
+        config: its config.json.
+        denoiser: answers its calls.
+    """
+    unet = _without_weights(HollowUNet, config, denoiser.session.device, denoiser.dtype)
+    unet.denoiser = denoiser
+    return unet
+
+
+def hollow_decoder(kind: str, config: Path, session: Session, vae_factor: int) -> Any:
+    """Make the VAE of an engine; `kind` is its class in diffusers."""
+    vae = _without_weights(_mixed(HollowDecoder, "diffusers", kind), config, session.device, session.inputs["latents"])
+    vae.session, vae.vae_factor = session, vae_factor
+    return vae
+
+
+def hollow_text_encoder(kind: str, config: Path, session: Session) -> Any:
+    """Make a text encoder of an engine; `kind` is its class in transformers."""
+    dtype = session.outputs["last_hidden_state"]
+    encoder = _without_weights(_mixed(HollowTextEncoder, "transformers", kind), config, session.device, dtype)
+    encoder.session = session
+    return encoder
+
+
+def _mixed(mixin: type, library: str, kind: str) -> type:
+    base = getattr(importlib.import_module(library), kind, None)
+    if not (isinstance(base, type) and issubclass(base, nn.Module)):
+        raise DiffuMaskError(f"{library} has no {kind}, which the engine stands for: export the model again.")
+    return type(f"Exported{kind}", (mixin, base), {})
+
+
+def _without_weights(kind: type, config: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    settings = json.loads(config.read_text("utf-8"))
+    with torch.device("meta"):
+        if hasattr(kind, "config_class") and kind.config_class is not None:
+            module = kind(kind.config_class.from_dict(settings))
+        else:
+            module = kind.from_config(settings)
+    module = nn.Module.to(module, dtype=dtype)
+    nn.Module.train(module, False)
+    module.where, module.works_in = device, dtype
+    return module

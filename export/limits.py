@@ -1,0 +1,99 @@
+"""What an exported engine can be asked for, and one sentence for what it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from diffumask_fast.attention.store import MAX_PROPAGATED_PIXELS, propagation_times
+from diffumask_fast.errors import DiffuMaskError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The shapes that an engine takes.
+
+    Args:
+        rows: least and most rows of a UNet call, two per image; fewer than the least are padded.
+        height: least and most, pixels.
+        width: least and most, pixels.
+        multiple: height and width are multiples of it, pixels.
+        vae_factor: pixels of an image per cell of its latents.
+        channels: C of noise_pred.
+        tokens: T.
+        columns: the most phrases, and the most maps that are propagated at a level (phrases times propagations).
+        divisors: level -> by how much its maps are smaller than the latents, in height and in width.
+        propagated: the levels whose self-attention the graph applies to earlier maps.
+    """
+
+    rows: tuple[int, int]
+    height: tuple[int, int]
+    width: tuple[int, int]
+    multiple: int
+    vae_factor: int
+    channels: int
+    tokens: int
+    columns: int
+    divisors: Mapping[str, int]
+    propagated: tuple[str, ...]
+
+    @property
+    def batch(self) -> int:
+        """The most images of a call, with guidance or without."""
+        return max(1, self.rows[1] // 2)
+
+    def level_pixels(self, latent_size: tuple[int, int]) -> dict[str, int]:
+        """Return level -> N, its query pixels, for latents of h, w."""
+        h, w = latent_size
+        return {key: (h // divisor) * (w // divisor) for key, divisor in self.divisors.items()}
+
+    def check(self, batch: int, height: int, width: int, phrases: int = 1, propagate: str | int = "auto") -> None:
+        """Refuse what the engine cannot draw, before it begins.
+
+        Args:
+            batch: images of a call.
+            height: of the images, pixels.
+            width: of the images, pixels.
+            phrases: K, the most of an image.
+            propagate: as MapStore takes it.
+
+        Raises:
+            DiffuMaskError: naming the limit and what to do.
+        """
+        if batch > self.batch:
+            raise DiffuMaskError(
+                f"The engine draws at most {self.batch} images at once, not {batch}: use a smaller batch size, or "
+                f"export again with --max-batch {batch}."
+            )
+        for name, value, (least, most) in (("height", height, self.height), ("width", width, self.width)):
+            if not least <= value <= most or value % self.multiple:
+                raise DiffuMaskError(
+                    f"The engine draws a {name} from {least} to {most} in multiples of {self.multiple}, not {value}: "
+                    "use such a size, or export again with --min-size and --max-size."
+                )
+        times = propagation_times(propagate)
+        if phrases * max(1, times) > self.columns:
+            raise DiffuMaskError(
+                f"The engine holds {self.columns} columns, and {phrases} phrases propagated {times} times need "
+                f"{phrases * max(1, times)}: use fewer, or export again with --columns."
+            )
+        pixels = self.level_pixels((height // self.vae_factor, width // self.vae_factor))
+        asked = [key for key, num in pixels.items() if times and num <= MAX_PROPAGATED_PIXELS]
+        if missing := [key for key in asked if key not in self.propagated]:
+            raise DiffuMaskError(
+                f"The engine cannot propagate maps at level {missing[0]} ({pixels[missing[0]]} pixels): use "
+                f"--propagate none, or export again with propagation and --min-size {height}x{width} or smaller."
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the limits as JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Limits:
+        """Read what as_json gave; raises KeyError, TypeError or ValueError where it is something else."""
+        pairs = {name: tuple(map(int, data[name])) for name in ("rows", "height", "width")}
+        numbers = {name: int(data[name]) for name in ("multiple", "vae_factor", "channels", "tokens", "columns")}
+        divisors = {str(key): int(value) for key, value in data["divisors"].items()}
+        return cls(**pairs, **numbers, divisors=divisors, propagated=tuple(map(str, data["propagated"])))

@@ -1,0 +1,103 @@
+"""Load an exported engine as the pipeline that was exported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.export.hollow import hollow_decoder, hollow_text_encoder, hollow_unet
+from diffumask_fast.export.limits import Limits
+from diffumask_fast.export.manifest import Manifest, check_runtime, check_sources, read_manifest
+from diffumask_fast.export.onnx_denoiser import OnnxDenoiser
+from diffumask_fast.export.session import Session, runtime
+from diffumask_fast.loading import DTYPES, ModelInfo, find_model, load_pipe, quietly, resolve_device, resolve_dtype
+
+ENGINES = ("onnx",)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What runs a pipeline in torch's place.
+
+    Args:
+        name: "onnx".
+        sha256: what decides what it draws.
+        limits: what it can be asked for.
+        weights: hash of the model, the files included that only the engine still holds.
+        libraries: name -> version, of what runs it.
+    """
+
+    name: str
+    sha256: str
+    limits: Limits
+    weights: str
+    libraries: dict[str, str]
+
+
+def load_engine(
+    model: str | Path,
+    engine: str,
+    engine_path: str | Path | None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> tuple[DiffusionPipeline, ModelInfo, Engine]:
+    """Load a pipeline whose components are those of an engine; the folder of the model need not have their weights.
+
+    Args:
+        model: what was exported.
+        engine: "onnx".
+        engine_path: folder that `diffumask-fast export` wrote.
+        dtype: None is the engine's; another one is refused.
+        device: None is CUDA where there is one that ONNX Runtime can use.
+        revision: of a hub id.
+
+    Raises:
+        DiffuMaskError: no such engine, library, folder or device; an engine that is damaged or of other weights.
+    """
+    if engine not in ENGINES:
+        raise DiffuMaskError(f"There is no engine {engine}: use torch or {', '.join(ENGINES)}.")
+    if engine_path is None:
+        raise DiffuMaskError(f"--engine {engine} needs --engine-path, a folder that `diffumask-fast export` wrote.")
+    folder, ort = Path(engine_path).expanduser(), runtime()
+    manifest = read_manifest(folder)
+    if manifest.engine != engine:
+        raise DiffuMaskError(
+            f"{folder} is an engine for {manifest.engine}, which this version does not run: export the model --to "
+            f"{engine}."
+        )
+    check_runtime(manifest, ort.__version__, folder)
+    device = _device(device, ort)
+    if dtype not in (None, "auto") and resolve_dtype(dtype, device) != DTYPES[manifest.dtype]:
+        raise DiffuMaskError(f"{folder} works in {manifest.dtype}: leave --dtype out, or export with --dtype {dtype}.")
+    info = find_model(model, revision, held=manifest.parts)
+    weights = check_sources(manifest, info.folder, folder)
+    with quietly():
+        components = load_components(manifest, folder, device)
+    pipe = load_pipe(info, DTYPES[manifest.dtype], device, **components)
+    return pipe, info, Engine(engine, manifest.sha256, manifest.limits, weights, {"onnxruntime": ort.__version__})
+
+
+def load_components(manifest: Manifest, folder: Path, device: torch.device) -> dict[str, Any]:
+    """Return the components that an engine stands for."""
+    found = {}
+    for name, part in manifest.parts.items():
+        session, config = Session(folder / part.graph, device), folder / part.config
+        if name == "unet":
+            found[name] = hollow_unet(config, OnnxDenoiser(session, manifest.limits))
+        elif name == "vae":
+            found[name] = hollow_decoder(part.kind, config, session, manifest.limits.vae_factor)
+        else:
+            found[name] = hollow_text_encoder(part.kind, config, session)
+    return found
+
+
+def _device(device: str | torch.device | None, ort: Any) -> torch.device:
+    if device in (None, "auto") and "CUDAExecutionProvider" not in ort.get_available_providers():
+        return torch.device("cpu")
+    return resolve_device(device)

@@ -1,0 +1,66 @@
+import pytest
+import torch
+from conftest import relative
+
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.export.load import load_engine
+
+
+@pytest.fixture(scope="module")
+def hollow(tiny_folder, static_engine):
+    return load_engine(tiny_folder, "onnx", static_engine, device="cpu")[0]
+
+
+@pytest.fixture(scope="module")
+def hollow_sdxl(sdxl_folder, sdxl_engine):
+    return load_engine(sdxl_folder, "onnx", sdxl_engine, device="cpu")[0]
+
+
+def test_no_weights_are_in_torch(hollow, hollow_sdxl):
+    for pipe in (hollow, hollow_sdxl):
+        modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+        assert len(modules) in (3, 4)
+        assert all(parameter.is_meta for module in modules for parameter in module.parameters())
+        assert {module.device.type for module in modules} == {"cpu"} and pipe.device.type == "cpu"
+        assert not any(module.training for module in modules)
+
+
+@torch.no_grad()
+def test_a_call_without_maps_draws_too(hollow, sd_parts):
+    latents, states = torch.randn(2, 4, 8, 12), torch.randn(2, 77, 32)
+    truth = sd_parts["unet"](latents, 5, states).sample
+    assert relative(hollow.unet(latents, 5, encoder_hidden_states=states).sample, truth) < 1e-4
+    assert relative(hollow.unet(latents, 5, states, return_dict=False)[0], truth) < 1e-4
+    with pytest.raises(DiffuMaskError, match="has no timestep_cond"):
+        hollow.unet(latents, 5, states, timestep_cond=states)
+
+
+@torch.no_grad()
+def test_the_parts_give_what_torch_gives(hollow, hollow_sdxl, sd_parts, sdxl_parts):
+    latents, ids = torch.randn(2, 4, 8, 12), torch.randint(0, 90, (2, 77))
+    assert relative(hollow.vae.decode(latents).sample, sd_parts["vae"].decode(latents).sample) < 1e-4
+    ids[:, 40] = sd_parts["text_encoder"].config.eos_token_id
+    assert relative(hollow.text_encoder(ids)[0], sd_parts["text_encoder"](ids)[0]) < 1e-4
+    for name in ("text_encoder", "text_encoder_2"):
+        found, truth = (part(ids, output_hidden_states=True) for part in (getattr(hollow_sdxl, name), sdxl_parts[name]))
+        assert relative(found[0], truth[0]) < 1e-4 and found[0].shape == truth[0].shape
+        assert relative(found.hidden_states[-2], truth.hidden_states[-2]) < 1e-4
+
+
+def test_what_an_engine_cannot_do_is_refused_and_never_done_in_silence(hollow, hollow_sdxl, tmp_path):
+    ids = torch.zeros(1, 77, dtype=torch.long)
+    for call, words in (
+        (lambda: hollow.unet.load_lora_adapter({}), "no load_lora_adapter"),
+        (lambda: hollow.unet.set_attn_processor({}), "no set_attn_processor"),
+        (lambda: hollow.text_encoder.resize_token_embeddings(99), "no resize_token_embeddings"),
+        (lambda: hollow.vae.encode(torch.zeros(1, 3, 64, 96)), "no encode"),
+        (lambda: hollow.save_pretrained(tmp_path / "x"), "no save_pretrained"),
+        (lambda: hollow.text_encoder(ids, attention_mask=ids), "no attention mask"),
+        (lambda: hollow_sdxl.text_encoder(ids, output_hidden_states=True).hidden_states[-3], "no clip_skip"),
+        (lambda: hollow.text_encoder(ids, output_hidden_states=True).hidden_states[-2], "no clip_skip"),
+        (lambda: hollow.to(torch.float16), "works in torch.float32"),
+        (lambda: hollow.unet.to("meta"), "engine is on cpu"),
+    ):
+        with pytest.raises(DiffuMaskError, match=words):
+            call()
+    assert hollow.to("cpu") is hollow

@@ -1,0 +1,101 @@
+import json
+import shutil
+
+import pytest
+
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.export.manifest import check_runtime, check_sources, hash_files, read_manifest, versions
+from diffumask_fast.loading import weight_hash
+
+
+@pytest.fixture
+def copy(static_engine, tmp_path):
+    return shutil.copytree(static_engine, tmp_path / "engine")
+
+
+def change(folder, **fields):
+    path = folder / "engine.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_the_manifest_says_what_the_engine_is(static_engine, mini_engine, tiny_folder):
+    manifest = read_manifest(static_engine)
+    assert set(manifest.parts) == {"unet", "text_encoder", "vae"}
+    assert manifest.files == hash_files(static_engine) and "unet.onnx.data" in manifest.files
+    assert manifest.sources["unet/config.json"] and manifest.versions == versions()
+    assert manifest.limits.rows == (4, 4) and manifest.limits.propagated == () and manifest.limits.columns == 2
+    assert manifest.limits.divisors == {"0": 1, "1": 2, "2": 4}
+    assert str(tiny_folder.parent) not in (static_engine / "engine.json").read_text()
+    assert read_manifest(mini_engine).limits.rows == (1, 8) and read_manifest(mini_engine).model == "mini"
+
+
+def test_the_hash_is_of_what_decides(copy):
+    before = read_manifest(copy).sha256
+    change(copy, checked={}, model="another name")
+    assert read_manifest(copy).sha256 == before
+    change(copy, dtype="fp16")
+    assert read_manifest(copy).sha256 != before
+
+
+def test_a_cut_off_or_altered_file_is_refused(copy):
+    graph = copy / "unet.onnx.data"
+    whole = graph.read_bytes()
+    graph.write_bytes(whole[:-8])
+    with pytest.raises(DiffuMaskError, match="unet.onnx.data is cut off or altered: export the model again"):
+        read_manifest(copy)
+    graph.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(DiffuMaskError, match="cut off or altered"):
+        read_manifest(copy)
+    graph.unlink()
+    with pytest.raises(DiffuMaskError, match="unet.onnx.data is missing"):
+        read_manifest(copy)
+
+
+def test_a_damaged_manifest_is_refused(copy):
+    text = (copy / "engine.json").read_text()
+    for broken in (text[:-20], "[]", "{}", text.replace('"rows"', '"row"')):
+        (copy / "engine.json").write_text(broken)
+        with pytest.raises(DiffuMaskError, match="engine.json is damaged"):
+            read_manifest(copy)
+
+
+def test_a_folder_that_is_no_engine_is_refused(tiny_folder, tmp_path):
+    for folder in (tiny_folder, tmp_path / "nowhere"):
+        with pytest.raises(DiffuMaskError, match="is no exported engine"):
+            read_manifest(folder)
+
+
+def test_an_engine_of_another_version_is_refused(copy):
+    change(copy, versions={**versions(), "diffumask_fast": "0.0.9"})
+    with pytest.raises(DiffuMaskError, match="written by diffumask-fast 0.0.9 and this is"):
+        read_manifest(copy)
+    change(copy, versions=versions(), format=99)
+    with pytest.raises(DiffuMaskError, match="written by diffumask-fast"):
+        read_manifest(copy)
+
+
+def test_an_older_runtime_is_refused_and_a_newer_one_is_not(copy):
+    change(copy, versions={**versions(), "onnxruntime": "1.32.0"})
+    manifest = read_manifest(copy)
+    for version in ("1.9.0", "1.31.1"):
+        with pytest.raises(DiffuMaskError, match=f"checked with onnxruntime 1.32.0 and {version} is older"):
+            check_runtime(manifest, version, copy)
+    for version in ("1.32.0", "1.32.1+cu130", "2.0"):
+        check_runtime(manifest, version, copy)
+
+
+def test_other_weights_are_refused_and_absent_ones_are_not(copy, tiny_folder, tmp_path):
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    manifest = read_manifest(copy)
+    assert check_sources(manifest, model, copy) == weight_hash(model)
+    whole = weight_hash(model)
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(DiffuMaskError, match="other weights than .*unet/diffusion_pytorch_model.safetensors differs"):
+        check_sources(manifest, model, copy)
+    weights.unlink()
+    assert check_sources(manifest, model, copy) == whole
+    (model / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    assert check_sources(manifest, model, copy) != whole

@@ -1,0 +1,44 @@
+import sys
+
+import pytest
+import torch
+
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.export.session import Session, runtime
+
+CPU = torch.device("cpu")
+
+
+def test_a_missing_library_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(DiffuMaskError, match=r"pip install 'diffumask-fast\[onnx\]'"):
+        runtime()
+
+
+def test_threads_are_those_of_torch_or_as_told(static_engine):
+    graph = static_engine / "vae.onnx"
+    assert Session(graph, CPU)._session.get_session_options().intra_op_num_threads == torch.get_num_threads()
+    assert Session(graph, CPU, threads=1)._session.get_session_options().intra_op_num_threads == 1
+
+
+def test_outputs_are_new_tensors_of_the_right_type(static_engine):
+    session = Session(static_engine / "vae.onnx", CPU)
+    latents = torch.randn(2, 4, 8, 12)
+    first = session.run({"latents": latents}, {"image": (2, 3, 64, 96)})["image"]
+    kept = first.clone()
+    second = session.run({"latents": latents.half()}, {"image": (2, 3, 64, 96)})["image"]
+    assert first.dtype == torch.float32 and first.data_ptr() != second.data_ptr()
+    assert torch.equal(first, kept) and first.std() > 0
+
+
+def test_a_file_that_is_no_graph_is_one_sentence(tmp_path):
+    (tmp_path / "unet.onnx").write_bytes(b"\x08\x0a nonsense")
+    with pytest.raises(DiffuMaskError, match="cannot run .*unet.onnx on cpu .*export it again"):
+        Session(tmp_path / "unet.onnx", CPU)
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in pytest.importorskip("onnxruntime").get_available_providers(),
+                    reason="this onnxruntime has CUDA")  # fmt: skip
+def test_cuda_without_a_cuda_build_is_refused(static_engine):
+    with pytest.raises(DiffuMaskError, match="has no CUDA.*onnxruntime-gpu"):
+        Session(static_engine / "vae.onnx", torch.device("cuda"))
