@@ -55,6 +55,28 @@ def test_init_from_goes_on_with_the_weights(trained, tmp_path):
     assert all(torch.allclose(before[name].float(), after[name].float(), atol=1e-3) for name in before)
 
 
+def test_the_decoder_stage_leaves_the_latents_as_they_are(trained, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file
+
+    out = shutil.copytree(trained, tmp_path / "decoder")
+    run(out, "--stage", "decoder", "--steps", 2, "--init-from", trained, "--outline-weight", 6)
+    name = "vae/diffusion_pytorch_model.safetensors"
+    before, after = load_file(trained / name), load_file(out / name)
+    changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {"decoder"}
+    assert (out / "vae" / "config.json").read_text() == (trained / "vae" / "config.json").read_text()
+
+
+def test_outlines_weigh_more_than_insides():
+    inside = torch.zeros(1, 16, 16, dtype=torch.bool)
+    inside[0, 4:12, 4:12] = True
+    plain, outlined = (train.pixel_weights(inside, weight)[0, 0] for weight in (0.0, 6.0))
+    assert plain[0, 0] == outlined[0, 0] == 1 and plain[8, 8] == outlined[8, 8] == 3
+    assert plain[4, 8] == 3 and outlined[4, 8] == outlined[3, 8] == 9 and outlined[2, 8] == 3
+
+
 def test_a_token_state_depends_on_the_token_alone(trained):
     from transformers import CLIPTextModel, CLIPTokenizer
 

@@ -1,0 +1,144 @@
+"""learning/evaluation.py: the figures are what they say."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from samples import draw, requests
+from typer.testing import CliRunner
+
+from diffumask_fast.cli import app
+from diffumask_fast.dataset.run import open_run
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.learning.evaluation import Tally, _figures, best_threshold_iou, boundary, evaluate, judge, overlap
+from diffumask_fast.masks.make import refine_maps
+from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.mini.world import HOME, VOC, World, load_sprites, write_world
+
+DOG, CAT = VOC.index("dog"), VOC.index("cat")
+PLAIN = MaskOptions(refine="none")
+
+
+def row(mask, *classes, maps=None, image=None):
+    image = np.zeros((*mask.shape, 3), np.uint8) if image is None else image
+    return SimpleNamespace(key="+".join(classes), classes=classes, mask=mask, maps=maps, image=image)
+
+
+def square(value, top, left, side, size=20):
+    mask = np.zeros((size, size), np.uint8)
+    mask[top : top + side, left : left + side] = value
+    return mask
+
+
+def test_ious_are_counted_by_hand():
+    tally = Tally()
+    judge(tally, row(square(DOG, 0, 0, 10), "dog"), square(DOG, 0, 5, 10), HOME, PLAIN)  # 50 common, 150 in all
+    judge(tally, row(square(DOG, 0, 0, 10), "dog"), square(CAT, 0, 0, 10), HOME, PLAIN)  # another class: 0 of 100
+    judge(tally, row(square(CAT, 0, 0, 10), "cat"), square(CAT, 0, 0, 10), HOME, PLAIN)
+    figures = _figures(tally)
+    assert figures["n"] == 3
+    assert figures["per_class_iou"] == pytest.approx({"dog": 50 / 250, "cat": 100 / 200})
+    assert figures["miou"] == pytest.approx((0.2 + 0.5) / 2)
+    assert figures["foreground_iou"] == pytest.approx((1 / 3 + 1 + 1) / 3)
+    assert figures["class_agreement"] == pytest.approx(2 / 3)
+    assert figures["per_class_agreement"] == {"cat": 1.0, "dog": 0.5}
+    assert figures["best_threshold_iou"] is None
+
+
+def test_the_ignore_band_is_background_and_nothing_seen_is_no_agreement():
+    tally, mask = Tally(), square(DOG, 0, 0, 10)
+    mask[:, 5:] = 255
+    judge(tally, row(mask, "dog"), square(DOG, 0, 0, 10), HOME, PLAIN)
+    judge(tally, row(mask, "dog"), np.zeros_like(mask), HOME, PLAIN)
+    assert tally.foreground == [0.5, 0.0] and tally.agreed == {"dog": [True, False]}
+
+
+def test_two_classes_are_seen_where_both_see_both():
+    both = square(DOG, 0, 0, 10) + square(CAT, 10, 10, 10)
+    speck = square(DOG, 0, 0, 10) + square(CAT, 10, 10, 1)  # 1 of 400 pixels
+    tally = Tally()
+    for mask, truth in ((both, both), (both, speck), (speck, both), (square(DOG, 0, 0, 10), both)):
+        judge(tally, row(mask, "dog", "cat"), truth, HOME, PLAIN)
+    assert tally.confirmed == [True, False, False, False]
+    assert not tally.agreed
+
+
+def test_the_boundary_is_three_pixels_at_128_and_grows_with_the_side():
+    for size, distance in ((128, 3), (256, 6), (20, 1)):
+        mask = square(1, 0, 0, size, size) > 0  # all of it: the image's border is its boundary
+        inner = np.zeros_like(mask)
+        inner[distance:-distance, distance:-distance] = True
+        assert np.array_equal(boundary(mask), ~inner)
+    assert overlap(np.zeros((4, 4), bool), np.zeros((4, 4), bool)) == 1
+
+
+def test_the_best_threshold_is_the_best_of_all():
+    rng = np.random.default_rng(0)
+    truth = square(1, 4, 4, 20, 32) > 0
+    maps = np.clip(rng.normal(90, 40, (1, 8, 8)) + 90 * truth[::4, ::4], 0, 255).astype(np.uint8)
+    image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    found = best_threshold_iou(row(truth, "dog", maps=maps, image=image), truth, MaskOptions())
+    refined = refine_maps(torch.from_numpy(maps)[None].float(), torch.from_numpy(image)[None], MaskOptions())[0, 0]
+    assert found == pytest.approx(max(overlap(refined.numpy() > t, truth) for t in np.arange(0.02, 1, 0.02)))
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    out = tmp_path_factory.mktemp("scenes")
+    write_world(out, num=40, seed=31)
+    return out
+
+
+def test_exact_masks_of_the_world_are_found_good(scenes):
+    figures = evaluate("mini-oracle", scenes)
+    assert figures["n"] == 40 and figures["best_threshold_iou"] is None
+    assert figures["foreground_iou"] > 0.9 and figures["miou"] > 0.85 and figures["boundary_iou"] > 0.7
+    assert figures["class_agreement"] > 0.95
+
+
+def test_shuffled_masks_are_found_bad(scenes, tmp_path):
+    world = World(load_sprites())
+    drawn = [world.scene(31, index) for index in range(8)]
+    wanted = requests(8)
+    with open_run(tmp_path, wanted, {}, {}, 8) as run:
+        samples = [draw(request) for request in wanted]
+        for sample, scene, other in zip(samples, drawn, drawn[1:] + drawn[:1], strict=True):
+            sample.image, sample.mask = scene.image, other.mask
+        run.write(0, samples)
+    assert evaluate("mini-oracle", tmp_path)["foreground_iou"] < 0.6
+
+
+def test_the_command(scenes, tmp_path):
+    sheet = tmp_path / "worst.png"
+    done = CliRunner().invoke(app, ["evaluate", "mini-oracle", str(scenes), "--json", "--sheet", str(sheet)])
+    assert done.exit_code == 0, done.output
+    figures = json.loads(done.stdout)
+    fixed = {"n", "miou", "per_class_iou", "foreground_iou", "boundary_iou", "class_agreement"}
+    assert fixed <= set(figures) and set(figures["per_class_iou"]) == set(HOME)
+    width, height = Image.open(sheet).size
+    assert width > 3 * 4 * 128 and height > 7 * 128  # twenty of 40, three in a row
+    table = CliRunner().invoke(app, ["evaluate", "mini-oracle", str(scenes)])
+    assert table.exit_code == 0 and "pottedplant" in table.stdout and "class_agreement" in table.stdout
+
+
+def test_what_cannot_be_judged_is_one_sentence(tmp_path):
+    with pytest.raises(DiffuMaskError, match="no segmenter other"):
+        evaluate("other", tmp_path)
+    with pytest.raises(DiffuMaskError, match="generate"):
+        evaluate("mini-oracle", tmp_path)
+    wanted = requests(2, "dog,bicycle")
+    with open_run(tmp_path / "a", wanted, {}, {}, 8) as run:
+        run.write(0, [draw(request) for request in wanted])
+    with pytest.raises(DiffuMaskError, match="bicycle"):
+        evaluate("mini-oracle", tmp_path / "a")
+    wanted = requests(1)
+    with open_run(tmp_path / "b", wanted, {}, {}, 8) as run:
+        rejected = draw(wanted[0])
+        rejected.accepted, rejected.reason = False, "too small"
+        run.write(0, [rejected])
+    assert evaluate("mini-oracle", tmp_path / "b")["n"] == 1
+    with pytest.raises(DiffuMaskError, match="no row to judge"):
+        evaluate("mini-oracle", tmp_path / "b", accepted_only=True)
