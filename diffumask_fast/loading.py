@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 import warnings
@@ -273,7 +274,10 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
         raise DiffuMaskError(
             f"There is no scheduler {name} for this model: use one of {', '.join(sorted(compatible))}."
         )
-    pipe.scheduler = wanted.from_config(pipe.scheduler.config)
+    config = dict(pipe.scheduler.config)
+    if "clip_sample" in inspect.signature(wanted.__init__).parameters:
+        config.setdefault("clip_sample", False)  # latents are not pixels: DDIM's default would clip them to -1..1
+    pipe.scheduler = wanted.from_config(config)
 
 
 def check_size(pipe: DiffusionPipeline, height: int | None, width: int | None) -> None:

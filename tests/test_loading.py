@@ -111,3 +111,10 @@ def test_schedulers_by_name(tiny_folder):
     assert type(pipe.scheduler).__name__ == "DDIMScheduler"
     with pytest.raises(DiffuMaskError, match="no scheduler nonsense.*ddim"):
         set_scheduler(pipe, "nonsense")
+
+
+def test_a_scheduler_does_not_clip_latents():
+    pipe = load_pipe(find_model("mini"), torch.float32, torch.device("cpu"))
+    assert "clip_sample" not in pipe.scheduler.config
+    set_scheduler(pipe, "ddim")
+    assert not pipe.scheduler.config.clip_sample
