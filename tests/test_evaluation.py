@@ -142,3 +142,6 @@ def test_what_cannot_be_judged_is_one_sentence(tmp_path):
     assert evaluate("mini-oracle", tmp_path / "b")["n"] == 1
     with pytest.raises(DiffuMaskError, match="no row to judge"):
         evaluate("mini-oracle", tmp_path / "b", accepted_only=True)
+    (tmp_path / "b" / "data" / "shard-00000.parquet").write_bytes(b"half a shard")
+    with pytest.raises(DiffuMaskError, match="cannot be read"):
+        evaluate("mini-oracle", tmp_path / "b")

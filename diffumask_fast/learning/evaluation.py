@@ -11,13 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from rich.progress import Progress
 from torch.nn import functional as F
 
 from diffumask_fast.dataset.preview import colour, overlay, sheet, tile, write_png
-from diffumask_fast.dataset.reader import read_manifest, read_rows, shard_paths
+from diffumask_fast.dataset.reader import read_manifest, read_rows
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.make import refine_maps
 from diffumask_fast.masks.options import MaskOptions
@@ -49,7 +48,7 @@ def evaluate(
     *,
     accepted_only: bool = False,
     sheet_file: Path | None = None,
-    progress: Callable[[int], Progress] = lambda total: Progress(disable=True),
+    progress: Callable[[int | None], Progress] = lambda total: Progress(disable=True),
     batch: int = 32,
 ) -> dict[str, Any]:
     """Judge the masks of a dataset by what a segmenter sees in its images.
@@ -62,7 +61,7 @@ def evaluate(
         data: the dataset.
         accepted_only: leave out rejected rows; every drawn row counts otherwise.
         sheet_file: a PNG of the twenty images of lowest foreground IoU: image, mask and what the segmenter sees.
-        progress: makes a progress bar of the number of rows.
+        progress: makes a progress bar of the number of rows, or of None where the run does not say it.
         batch: images looked at together.
 
     Returns:
@@ -84,7 +83,7 @@ def evaluate(
     oracle, options = load_oracle(), _mask_options(data)
     rows = read_rows(data, accepted_only=accepted_only)
     tally = Tally()
-    total = _number_of_rows(data)
+    total = read_manifest(data)["options"].get("num")  # None shows a bar without an end
     with progress(total) as bar:
         task = bar.add_task("judging", total=total)
         while part := list(islice(rows, batch)):
@@ -188,10 +187,6 @@ def _mask_options(data: str | Path) -> MaskOptions:
     """Return the refinement that the dataset's masks had; the defaults where it had none, as composed scenes."""
     options = read_manifest(data)["options"]
     return MaskOptions(**{name: options[name] for name in ("refine", "radius", "eps") if name in options})
-
-
-def _number_of_rows(data: str | Path) -> int:
-    return sum(pq.read_metadata(path).num_rows for path in shard_paths(data))
 
 
 def _worst_tile(iou: float, found: SimpleNamespace):
