@@ -1,11 +1,17 @@
 """Class maps to masks: normalise, resize, refine, threshold, argmax; batched and without a word to the host."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels.guided_filter import guided_filter
+from diffumask_fast.masks.adaptive import adaptive
+from diffumask_fast.masks.colour import sharpen_by_colour
+from diffumask_fast.masks.components import fill_holes, remove_small
+from diffumask_fast.masks.crf import PRESETS, crf
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.masks.threshold import otsu
 
@@ -61,15 +67,15 @@ def make_masks(
     _check(class_maps, images, class_ids)
     class_ids = class_ids.to(class_maps.device)
     images = images.to(class_maps.device)
-    maps = quantise_maps(class_maps).float() * (class_ids > 0)[..., None, None]
-    maps = refine_maps(maps, images, options)
-
-    if options.threshold == "otsu":
-        threshold = otsu(maps)
-    else:
-        threshold = torch.full(maps.shape[:2], options.threshold, device=maps.device)
-    scores = _scores(maps, threshold)
+    coarse = quantise_maps(class_maps).float() * (class_ids > 0)[..., None, None]
+    maps = refine_maps(coarse, images, options)
+    threshold = _threshold(maps, coarse, images, options)
+    scores = _refined_scores(maps, threshold, coarse, images, options)
     winner = scores.argmax(1)  # [B, H, W], 0 the background, also in a tie
+    if options.min_component:
+        winner = remove_small(winner, max(1, round(options.min_component * winner[0].numel())))
+    if options.fill_holes:
+        winner = fill_holes(winner)
 
     inside = winner[:, None] == torch.arange(1, maps.shape[1] + 1, device=maps.device)[:, None, None]
     quality = mask_quality(maps, inside)
@@ -80,14 +86,46 @@ def make_masks(
 
 def refine_maps(maps: Tensor, images: Tensor, options: MaskOptions) -> Tensor:
     """Bring maps [B, K, h, w] to the size of images [B, H, W, 3], each over its own maximum: [B, K, H, W] in 0..1."""
-    height, width = images.shape[1:3]
-    maps = F.interpolate(maps, (height, width), mode="bicubic", align_corners=False).clamp(min=0)
-    maps = maps / _maximum(maps)
+    size = images.shape[1:3]
+    refined = F.interpolate(maps, size, mode="bicubic", align_corners=False).clamp(min=0)
+    refined = refined / _maximum(refined)
     if options.refine == "guided":
-        guide = images.permute(0, 3, 1, 2).float() / 255
-        radius = max(1, round(options.radius * min(height, width) / 128))
-        maps = guided_filter(guide, maps, radius, options.eps)
-    return maps.clamp(0, 1)
+        refined = guided_filter(_guide(images), refined, _radius(maps, images, options), options.eps)
+    return refined.clamp(0, 1)
+
+
+def _threshold(maps: Tensor, coarse: Tensor, images: Tensor, options: MaskOptions) -> Tensor:
+    if options.threshold == "otsu":
+        return otsu(maps)
+    if options.threshold == "adaptive":
+        estimate = refine_maps(coarse, images, replace(options, refine="none"))
+        return adaptive(maps, estimate > otsu(estimate)[..., None, None], images)
+    return torch.full(maps.shape[:2], options.threshold, device=maps.device)
+
+
+def _refined_scores(maps: Tensor, threshold: Tensor, coarse: Tensor, images: Tensor, options: MaskOptions) -> Tensor:
+    """Turn maps and thresholds into scores [B, K+1, H, W]."""
+    if options.refine == "crf":
+        winner = _scores(maps, threshold).argmax(1, keepdim=True)
+        return crf(winner, maps.shape[1] + 1, images, PRESETS["threshold"])[:, 0]
+    if options.refine == "guided" and options.colour_steps:
+        radius = max(1, round(0.75 * _radius(coarse, images, options)))
+        maps = sharpen_by_colour(
+            maps, threshold, _guide(images), steps=options.colour_steps, radius=radius, eps=options.eps
+        )
+        threshold = torch.full_like(threshold, 0.5)
+    return _scores(maps, threshold)
+
+
+def _guide(images: Tensor) -> Tensor:
+    return images.permute(0, 3, 1, 2).float() / 255
+
+
+def _radius(coarse: Tensor, images: Tensor, options: MaskOptions) -> int:
+    height, width = images.shape[1:3]
+    if options.radius == "auto":
+        return max(1, round(min(height / coarse.shape[2], width / coarse.shape[3])))
+    return max(1, round(options.radius * min(height, width) / 128))
 
 
 def mask_quality(maps: Tensor, inside: Tensor) -> Tensor:
