@@ -41,8 +41,9 @@ def make_masks(
     """Make masks of class maps and the images they belong to.
 
     Maps pass through `quantise_maps` first, so that masks made again from stored maps are the same. A class's score is
-    0.5 at its threshold and linear on both sides; the background's is 1 minus the best class's, so that a pixel goes
-    to the class of the highest score if that is above its threshold.
+    0.5 at its threshold and linear on both sides. The best of them is the foreground's, which refinement sharpens; a
+    pixel is foreground where that is above 0.5, and belongs to the class that leads around it. The leading class has
+    the foreground's score, the others at most half of it, the background what is left to 1.
 
     Args:
         class_maps: [B, K, h, w], one map per class; float or uint8.
@@ -104,17 +105,35 @@ def _threshold(maps: Tensor, coarse: Tensor, images: Tensor, options: MaskOption
 
 
 def _refined_scores(maps: Tensor, threshold: Tensor, coarse: Tensor, images: Tensor, options: MaskOptions) -> Tensor:
-    """Turn maps and thresholds into scores [B, K+1, H, W]."""
-    if options.refine == "crf":
-        winner = _scores(maps, threshold).argmax(1, keepdim=True)
-        return crf(winner, maps.shape[1] + 1, images, PRESETS["threshold"])[:, 0]
+    """Turn maps and thresholds into scores [B, K+1, H, W]: first where any class is, then which."""
+    cell = _radius(coarse, images, options)
+    own = _class_scores(maps, threshold)
+    foreground = own.amax(1, keepdim=True)
     if options.refine == "guided" and options.colour_steps:
-        radius = max(1, round(0.75 * _radius(coarse, images, options)))
-        maps = sharpen_by_colour(
-            maps, threshold, _guide(images), steps=options.colour_steps, radius=radius, eps=options.eps
-        )
-        threshold = torch.full_like(threshold, 0.5)
-    return _scores(maps, threshold)
+        settings = {"steps": options.colour_steps, "radius": max(1, round(0.75 * cell)), "eps": options.eps}
+        half = torch.full_like(threshold[:, :1], 0.5)
+        foreground = sharpen_by_colour(foreground, half, _guide(images), **settings)
+    favourite = _favourite(maps, foreground, 2 * cell)
+    if options.refine == "crf":
+        labels = torch.where(foreground > 0.5, favourite + 1, 0)
+        return crf(labels, maps.shape[1] + 1, images, PRESETS["threshold"])[:, 0]
+    first = favourite == torch.arange(maps.shape[1], device=maps.device)[:, None, None]
+    scores = torch.where(first, foreground, torch.minimum(own, foreground) / 2)
+    return torch.cat([1 - foreground, scores], 1)
+
+
+def _favourite(maps: Tensor, foreground: Tensor, radius: int) -> Tensor:
+    """Return the class [B, 1, H, W] that leads around each pixel, within the foreground [B, 1, H, W].
+
+    A class leads where its map stands out most from its own mean, in its own standard deviations.
+    """
+    centred = maps - maps.mean((2, 3), keepdim=True)
+    spread = centred.square().mean((2, 3), keepdim=True).sqrt()
+    standing = centred / spread.clamp(min=1e-6)
+    standing = torch.where(maps.amax((2, 3), keepdim=True) > 0, standing, -1e3)  # a padded column never leads
+    size = 2 * radius + 1
+    votes = F.avg_pool2d(standing * foreground, (size, 1), 1, (radius, 0))
+    return F.avg_pool2d(votes, (1, size), 1, (0, radius)).argmax(1, keepdim=True)
 
 
 def _guide(images: Tensor) -> Tensor:
@@ -170,12 +189,12 @@ def _maximum(maps: Tensor) -> Tensor:
     return maps.amax((2, 3), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _scores(maps: Tensor, threshold: Tensor) -> Tensor:
+def _class_scores(maps: Tensor, threshold: Tensor) -> Tensor:
+    """Map [B, K, H, W] so that 0, the threshold and 1 become 0, 0.5 and 1, linear between."""
     threshold = threshold[..., None, None]
     low = 0.5 * maps / threshold.clamp(min=1e-6)
     high = 0.5 + 0.5 * (maps - threshold) / (1 - threshold).clamp(min=1e-6)
-    scores = torch.where(maps > threshold, high, low).clamp(0, 1)
-    return torch.cat([1 - scores.amax(1, keepdim=True), scores], 1)
+    return torch.where(maps > threshold, high, low).clamp(0, 1)
 
 
 def _with_band(mask: Tensor, band: int) -> Tensor:

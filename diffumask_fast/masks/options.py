@@ -49,7 +49,7 @@ class MaskOptions:
     refine: Literal["guided", "crf", "none"] = "guided"
     radius: Literal["auto"] | int = "auto"
     eps: float = 1e-4
-    colour_steps: int = 3
+    colour_steps: int = 2
     ignore_band: int = 0
     min_component: float = 0.0
     fill_holes: bool = False
