@@ -8,7 +8,7 @@ from diffumask_fast.kernels.guided_filter import guided_filter
 BINS = 16  # per channel
 BLUR = 1.2  # bins
 FLOOR = 1e-4  # share of a bin that nobody was seen in
-SLOPE = 12.0  # of the logit at the threshold, in units of the map
+SLOPE = 16.0  # of the logit at the threshold, in units of the map
 STEEPEN = 8.0
 
 

@@ -72,7 +72,8 @@ def make_masks(
     maps = refine_maps(coarse, images, options)
     threshold = _threshold(maps, coarse, images, options)
     scores = _refined_scores(maps, threshold, coarse, images, options)
-    winner = scores.argmax(1)  # [B, H, W], 0 the background, also in a tie
+    best, winner = scores[:, 1:].max(1)
+    winner = torch.where(best > scores[:, 0], winner + 1, 0)  # [B, H, W], 0 the background, also in a tie
     if options.min_component:
         winner = remove_small(winner, max(1, round(options.min_component * winner[0].numel())))
     if options.fill_holes:
@@ -127,6 +128,8 @@ def _favourite(maps: Tensor, foreground: Tensor, radius: int) -> Tensor:
 
     A class leads where its map stands out most from its own mean, in its own standard deviations.
     """
+    if maps.shape[1] == 1:
+        return torch.zeros_like(foreground, dtype=torch.long)
     centred = maps - maps.mean((2, 3), keepdim=True)
     spread = centred.square().mean((2, 3), keepdim=True).sqrt()
     standing = centred / spread.clamp(min=1e-6)
