@@ -18,8 +18,8 @@ def test_takes_what_the_command_line_has():
 
 
 def test_takes_every_choice():
-    options = MaskOptions(threshold="adaptive", refine="crf", radius="auto", colour_steps="0", min_component="0.01")
-    assert (options.threshold, options.refine, options.radius) == ("adaptive", "crf", "auto")
+    options = MaskOptions(threshold="adaptive", refine="crf", radius="cell", colour_steps="0", min_component="0.01")
+    assert (options.threshold, options.refine, options.radius) == ("adaptive", "crf", "cell")
     assert (options.colour_steps, options.min_component, options.fill_holes) == (0, 0.01, False)
 
 

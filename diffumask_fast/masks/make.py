@@ -145,7 +145,7 @@ def _guide(images: Tensor) -> Tensor:
 
 def _radius(coarse: Tensor, images: Tensor, options: MaskOptions) -> int:
     height, width = images.shape[1:3]
-    if options.radius == "auto":
+    if options.radius == "cell":
         return max(1, round(min(height / coarse.shape[2], width / coarse.shape[3])))
     return max(1, round(options.radius * min(height, width) / 128))
 

@@ -25,7 +25,7 @@ class MaskOptions:
         refine: "guided" sharpens maps with a guided filter along the edges of the image; "crf" hands the mask of the
             soft maps to a windowed dense CRF; "none" leaves maps soft.
         radius: half width of the filter's window in pixels at 128; it grows with the shorter side of the image.
-            "auto" is one cell of the map.
+            "cell" is one cell of the map.
         eps: variance of the image's colours (0..1) below which the filter sees no edge.
         colour_steps: after the guided filter, how often the mask is moved to where the colours inside and outside part.
         ignore_band: pixels on either side of a boundary that become 255 in the mask.
@@ -47,7 +47,7 @@ class MaskOptions:
     propagate: Literal["auto", "none"] | int = "auto"
     threshold: Literal["otsu", "adaptive"] | float = "otsu"
     refine: Literal["guided", "crf", "none"] = "guided"
-    radius: Literal["auto"] | int = "auto"
+    radius: Literal["cell"] | int = "cell"
     eps: float = 1e-4
     colour_steps: int = 2
     ignore_band: int = 0
@@ -63,7 +63,7 @@ class MaskOptions:
                 raise DiffuMaskError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         self._set("propagate", _whole(self.propagate, 1, 4, "propagate", ("auto", "none")))
         self._set("threshold", _number(self.threshold, "threshold", "between 0 and 1", ("otsu", "adaptive")))
-        self._set("radius", _whole(self.radius, 1, 1024, "radius", ("auto",)))
+        self._set("radius", _whole(self.radius, 1, 1024, "radius", ("cell",)))
         self._set("eps", _number(self.eps, "eps", "between 0 and 1"))
         self._set("colour_steps", _whole(self.colour_steps, 0, 16, "colour_steps"))
         self._set("ignore_band", _whole(self.ignore_band, 0, 64, "ignore_band"))
