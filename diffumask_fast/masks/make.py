@@ -16,6 +16,7 @@ from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.masks.threshold import otsu
 
 IGNORE = 255
+_SHIFT = 0.2  # of the threshold, for the stability of a mask
 
 
 def quantise_maps(class_maps: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ def make_masks(
         winner = fill_holes(winner)
 
     inside = winner[:, None] == torch.arange(1, maps.shape[1] + 1, device=maps.device)[:, None, None]
-    quality = mask_quality(maps, inside)
+    quality = mask_quality(maps, threshold, inside)
     ids = F.pad(class_ids, (1, 0)).long()
     mask = ids.gather(1, winner.flatten(1)).view(winner.shape)
     return _with_band(mask, options.ignore_band).to(torch.uint8), scores, quality
@@ -150,20 +151,27 @@ def _radius(coarse: Tensor, images: Tensor, options: MaskOptions) -> int:
     return max(1, round(options.radius * min(height, width) / 128))
 
 
-def mask_quality(maps: Tensor, inside: Tensor) -> Tensor:
+def mask_quality(maps: Tensor, threshold: Tensor, inside: Tensor) -> Tensor:
     """Say how clearly each map stands for its mask.
 
-    The product of two shares: how much of the map's variance the split in and out of the mask explains (Otsu's
-    separability), and by how much the mean inside exceeds the mean outside, relative to the mean inside. It is 1 for a
-    map that is its mask, near 0 for one that is spread over the image, and needs no truth; it is no IoU.
+    The product of two numbers. Stability is the IoU of what lies above the threshold when that is moved a fifth of the
+    way to 0 and to 1. Clarity is the root of two shares: how much of the map's variance the split in and out of the
+    mask explains (Otsu's separability), and by how much the mean inside exceeds the mean outside, relative to the mean
+    inside. Quality is 1 for a map that is its mask, near 0 for one that is spread over the image, and needs no truth;
+    it ranks masks and is no IoU.
 
     Args:
         maps: [B, K, H, W] in 0..1.
+        threshold: [B, K].
         inside: [B, K, H, W] bool.
 
     Returns:
         [B, K] fp32 in 0..1; 0 for a mask that is empty or covers everything.
     """
+    threshold = threshold[..., None, None]
+    wide = (maps > (1 - _SHIFT) * threshold).sum((2, 3))
+    narrow = (maps > threshold + _SHIFT * (1 - threshold)).sum((2, 3))
+    stability = narrow / wide.clamp(min=1)
     maps, inside = maps.flatten(2), inside.flatten(2).float()
     share = inside.mean(2)
     mean = maps.mean(2)
@@ -172,7 +180,7 @@ def mask_quality(maps: Tensor, inside: Tensor) -> Tensor:
     variance = (maps - mean[..., None]).square().mean(2)
     separability = share * (1 - share) * (mean_in - mean_out).square() / variance.clamp(min=1e-12)
     contrast = (mean_in - mean_out) / mean_in.clamp(min=1e-12)
-    quality = (separability * contrast).clamp(0, 1)
+    quality = stability * (separability * contrast).clamp(0, 1).sqrt()
     return torch.where((share > 0) & (share < 1), quality, torch.zeros_like(quality))
 
 
