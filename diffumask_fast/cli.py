@@ -193,19 +193,22 @@ def export(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Option(help="end_to_end, or engines.")] = "end_to_end",
+    suite: Annotated[str, typer.Option(help="end_to_end, engines or quality.")] = "end_to_end",
     geometry: Annotated[str, typer.Option(help="mini.")] = "mini",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    photos: Annotated[Path | None, typer.Option(help="Photographs with masks, for quality.")] = None,
     out: Annotated[Path | None, typer.Option(help="Append the rows to this .jsonl file.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Measure what masks cost against the plain diffusers pipeline, and what engines take beside torch."""
-    from diffumask_fast.bench import end_to_end, engines, harness
+    """Measure what masks cost against the plain diffusers pipeline, what engines take, and how good masks are."""
+    from diffumask_fast.bench import end_to_end, engines, harness, quality
 
-    suites = {"end_to_end": end_to_end, "engines": engines}
+    suites = {"end_to_end": end_to_end, "engines": engines, "quality": quality}
     if suite not in suites:
         raise DiffuMaskError(f"There is no suite {suite}: use {' or '.join(suites)}.")
-    rows = suites[suite].run(geometry, device=device)
+    if photos is not None and suite != "quality":
+        raise DiffuMaskError(f"The suite {suite} takes no photographs: use --suite quality.")
+    rows = suites[suite].run(geometry, device=device, **({"photos": photos} if photos else {}))
     if out is not None:
         harness.append_rows(out, rows)
     if as_json:
