@@ -45,8 +45,8 @@ def generate(
     threshold: Annotated[str, typer.Option(help="otsu, or a number in 0..1.")] = "otsu",
     refine: Annotated[str, typer.Option(help="guided or none.")] = "guided",
     ignore_band: Annotated[int, typer.Option(help="Pixels beside boundaries that become 255.")] = 0,
-    engine: Annotated[str, typer.Option(help="torch or onnx.")] = "torch",
-    engine_path: Annotated[Path | None, typer.Option(help="Folder that export wrote, for --engine onnx.")] = None,
+    engine: Annotated[str, typer.Option(help="torch, onnx or tensorrt.")] = "torch",
+    engine_path: Annotated[Path | None, typer.Option(help="Folder that export wrote.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     allow_drift: Annotated[bool, typer.Option("--allow-drift", help="Go on in a changed environment.")] = False,
     log: Annotated[Path | None, typer.Option(help="Append a log to this file.")] = None,
@@ -104,36 +104,49 @@ def evaluate(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="mini, a diffusers folder, or a hub id.")],
+    model: Annotated[str, typer.Argument(help="mini, a diffusers folder, or a hub id; with --refit, an engine.")],
     out: Annotated[Path, typer.Argument(help="Folder of the engine; must not be there yet.")],
-    to: Annotated[str, typer.Option(help="onnx, or tensorrt-rtx, which is built and not run.")] = "onnx",
+    to: Annotated[str, typer.Option(help="onnx, tensorrt or tensorrt-rtx.")] = "onnx",
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
-    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
-    compute_capability: Annotated[str, typer.Option(help="Of the GPU, for tensorrt-rtx.")] = "8.9",
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16; auto: fp32 for onnx, else fp16.")] = "auto",
+    compute_capability: Annotated[
+        str | None, typer.Option(help="Of the GPU, such as 8.9, for TensorRT; that of the one here when left out.")
+    ] = None,
     max_batch: Annotated[int, typer.Option(help="The most images of a batch.")] = 16,
     min_size: Annotated[str | None, typer.Option(help="HxW in pixels; the model's own when left out.")] = None,
     max_size: Annotated[str | None, typer.Option(help="HxW in pixels; twice the least when left out.")] = None,
     static: Annotated[bool, typer.Option("--static", help="Only --max-batch images of --min-size.")] = False,
     columns: Annotated[int, typer.Option(help="The most phrases times propagations.")] = 8,
     propagate: Annotated[bool, typer.Option(help="Let the graph propagate maps.")] = True,
+    refittable: Annotated[bool, typer.Option("--refittable", help="Of TensorRT: allow --refit later.")] = False,
+    refit: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Write the engine given with the weights of this fine-tune.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Write a model for an engine other than torch, and check it against torch."""
-    from diffumask_fast.export.onnx_export import export_onnx
-    from diffumask_fast.export.tensorrt_build import export_rtx
+    from diffumask_fast import export as exports
     from diffumask_fast.generation import split_size
 
-    writers = {"onnx": export_onnx, "tensorrt-rtx": export_rtx}
-    if to not in writers:
-        raise DiffuMaskError(f"There is no export to {to}: use {' or '.join(writers)}.")
+    if to not in ("onnx", "tensorrt", "tensorrt-rtx"):
+        raise DiffuMaskError(f"There is no export to {to}: use onnx, tensorrt or tensorrt-rtx.")
+    if to == "onnx" and not refit and (refittable or compute_capability):
+        raise DiffuMaskError("--refittable and --compute-capability are TensorRT's: say --to tensorrt or tensorrt-rtx.")
+    dtype = {"onnx": "fp32"}.get(to, "fp16") if dtype == "auto" else dtype
+    settings = dict(
+        max_batch=max_batch, static=static, columns=columns, propagate=propagate,
+        min_size=split_size(min_size, "--min-size") if min_size else None,
+        max_size=split_size(max_size, "--max-size") if max_size else None,
+    )  # fmt: skip
+    told = dict(revision=revision, progress=lambda sentence: print(sentence, file=sys.stderr))
     try:
-        manifest = writers[to](
-            model, out, dtype, max_batch=max_batch, static=static, columns=columns, propagate=propagate,
-            revision=revision, min_size=split_size(min_size, "--min-size") if min_size else None,
-            max_size=split_size(max_size, "--max-size") if max_size else None,
-            progress=lambda sentence: print(sentence, file=sys.stderr),
-            **({"compute_capability": compute_capability} if to == "tensorrt-rtx" else {}),
-        )  # fmt: skip
+        if refit:
+            manifest = exports.refit_engine(model, refit, out, **told)
+        elif to == "onnx":
+            manifest = exports.export_onnx(model, out, dtype, **settings, **told)
+        else:
+            settings |= dict(flavour=to, compute_capability=compute_capability, refittable=refittable)
+            manifest = exports.export_tensorrt(model, out, dtype, **settings, **told)
     except KeyboardInterrupt:
         print("Stopped; nothing was written.", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -145,8 +158,7 @@ def export(
         print(f"{part:16} {figures}")
     if manifest.passed:
         print("Largest errors against torch in fp32, relative to the largest value.")
-    if to == "onnx":
-        print(f"Draw with --engine {manifest.engine} --engine-path {out}.")
+    print(f"Draw with --engine {manifest.engine.removesuffix('-rtx')} --engine-path {out}.")
 
 
 @app.command()

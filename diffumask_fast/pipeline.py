@@ -90,7 +90,7 @@ class DiffuMaskPipeline:
 
         Args:
             model: what to load.
-            engine: "torch", or "onnx" for ONNX Runtime.
+            engine: "torch", "onnx" for ONNX Runtime, or "tensorrt" for either flavour of it.
             engine_path: folder that `diffumask-fast export` wrote; not for "torch".
             dtype: "fp32", "fp16", "bf16" or a torch dtype; None is fp32 on the CPU and fp16 on CUDA, or the engine's.
             device: None is CUDA where there is one.

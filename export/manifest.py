@@ -46,7 +46,7 @@ class Manifest:
     """What `engine.json` holds.
 
     Args:
-        engine: "onnx" or "tensorrt-rtx".
+        engine: "onnx", "tensorrt" or "tensorrt-rtx".
         dtype: "fp32", "fp16" or "bf16".
         opset: of the graphs.
         limits: of the engine.
@@ -58,6 +58,7 @@ class Manifest:
         checked: part -> output -> largest error against torch in fp32, relative to the largest value; a part that was
             not run has a reason in place of the figures.
         target: compute capability of the GPU, where it was built for one.
+        refittable: whether it takes the weights of other models.
     """
 
     engine: str
@@ -71,6 +72,7 @@ class Manifest:
     versions: dict[str, str]
     checked: dict[str, Any]
     target: str = ""
+    refittable: bool = False
     format: int = FORMAT
 
     @property
@@ -158,6 +160,31 @@ def check_runtime(manifest: Manifest, version: str, folder: Path) -> None:
         raise DiffuMaskError(
             f"{folder} was checked with onnxruntime {wrote} and {version} is older: update onnxruntime, or export the "
             "model again here."
+        )
+
+
+def check_build(manifest: Manifest, folder: Path, version: str, capability: str | None) -> None:
+    """Refuse a TensorRT engine that another version of the library built, or for another GPU than the one here.
+
+    Args:
+        manifest: of the engine.
+        folder: the engine's, for the message.
+        version: of the library that is installed.
+        capability: of the GPU, None where there is none.
+
+    Raises:
+        DiffuMaskError: naming what differs.
+    """
+    wrote = manifest.versions.get(manifest.engine, "another version")
+    if wrote != version:
+        raise DiffuMaskError(
+            f"{folder} was built by {manifest.engine} {wrote} and {version} is installed: export the model again here."
+        )
+    if capability != manifest.target:
+        here = f"the one here has {capability}" if capability else "there is none here"
+        raise DiffuMaskError(
+            f"{folder} was built for a GPU of compute capability {manifest.target} and {here}: export the model again "
+            "for the GPU that runs it, or use --engine torch."
         )
 
 

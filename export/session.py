@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,17 @@ def runtime() -> Any:
             f"ONNX Runtime cannot be imported ({error}): pip install 'diffumask-fast[onnx]', or onnxruntime-gpu for "
             "CUDA."
         ) from error
+
+
+class Runs(Protocol):
+    """What answers for a graph: `Session`, or `TensorRTSession`."""
+
+    device: torch.device
+    inputs: dict[str, torch.dtype]
+    outputs: dict[str, torch.dtype]
+
+    def run(self, inputs: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """Run the graph; shapes are those of the outputs."""
 
 
 class Session:

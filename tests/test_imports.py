@@ -98,7 +98,7 @@ def test_imports_go_one_way(path: Path) -> None:
         ("diffumask_fast.mini.world", "from diffumask_fast.dataset.writer import write_shard"),
         ("diffumask_fast.mini.train", "def f():\n    from diffumask_fast.masks.make import make_masks"),
         ("diffumask_fast.mini.train", "from diffumask_fast.kernels import attend"),
-        ("diffumask_fast.pipeline", "from diffumask_fast.export import onnx_denoiser"),
+        ("diffumask_fast.pipeline", "from diffumask_fast.export import denoiser"),
         ("diffumask_fast.cli", "from diffumask_fast.pipeline import DiffuMaskPipeline"),
         ("diffumask_fast", "from diffumask_fast.errors import DiffuMaskError"),
         ("diffumask_fast.masks.make", "def f():\n    import_module('diffumask_fast.mini.oracle')"),

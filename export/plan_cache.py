@@ -1,0 +1,60 @@
+"""Engines that TensorRT has built, kept under a hash of all that decides them, so that none is built twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+MOST_BYTES = 16 * 2**30
+_DIGEST = hashlib.sha256().digest_size
+
+
+def cache_folder() -> Path:
+    """Return where this user's caches are kept: $XDG_CACHE_HOME/diffumask-fast, or ~/.cache/diffumask-fast."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffumask-fast"
+
+
+def plan_key(graph: Path, options: dict[str, Any]) -> str:
+    """Return the hash of a graph, with the weights beside it, and of the options that it is built with."""
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
+    for path in sorted(graph.parent.glob(f"{graph.name}*")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def kept(key: str) -> bytes | None:
+    """Return the plan of a key, None where it was not built yet or its file is damaged."""
+    path = cache_folder() / "plans" / key
+    try:
+        data = path.read_bytes()
+        os.utime(path)
+    except OSError:
+        return None
+    digest, plan = data[:_DIGEST], data[_DIGEST:]
+    return plan if hashlib.sha256(plan).digest() == digest else None
+
+
+def keep(key: str, plan: bytes) -> None:
+    """Keep a plan, and drop those that were not used for the longest time where all together are too large."""
+    path = cache_folder() / "plans" / key
+    write_whole(path, hashlib.sha256(plan).digest() + plan)
+    total = 0
+    for old in sorted(path.parent.iterdir(), key=lambda entry: entry.stat().st_mtime, reverse=True):
+        total += old.stat().st_size
+        if total > MOST_BYTES and old != path:
+            old.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file of the cache so that no reader meets a part of it; a disk that refuses costs the cache alone."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
