@@ -3,6 +3,7 @@ signatures of TensorRT-RTX 1.7.1; no GPU has run it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +57,7 @@ def refit_engine(
             max_size=(limits.height[1], limits.width[1]), static=limits.rows[0] == limits.rows[1],
             columns=limits.columns, propagate=bool(limits.propagated), revision=revision, progress=progress,
         )  # fmt: skip
-        if found.limits != limits or found.parts.keys() != manifest.parts.keys():
+        if found.limits != limits or _geometry(found, folder) != _geometry(manifest, source):
             raise DiffuMaskError(f"{model} has another geometry than {source}: export it by itself.")
         for name, part in manifest.parts.items():
             progress(f"refitting {name}")
@@ -65,6 +66,13 @@ def refit_engine(
         found = replace(found, engine=manifest.engine, target=manifest.target, refittable=True)
         found = write_engine(found, folder, trt, "refitted, never run")
     return found
+
+
+def _geometry(manifest: Manifest, folder: Path) -> dict[str, Any]:
+    """Return the configuration of each part, without what says where it came from."""
+    found = {name: json.loads((folder / part.config).read_text("utf-8")) for name, part in manifest.parts.items()}
+    told = ("_", "transformers_version", "torch_dtype", "dtype")
+    return {name: {key: config[key] for key in config if not key.startswith(told)} for name, config in found.items()}
 
 
 def refit_plan(trt: Any, engine_file: Path, graph: Path) -> bytes:
