@@ -45,7 +45,7 @@ def generate(
     threshold: Annotated[str, typer.Option(help="otsu, or a number in 0..1.")] = "otsu",
     refine: Annotated[str, typer.Option(help="guided or none.")] = "guided",
     ignore_band: Annotated[int, typer.Option(help="Pixels beside boundaries that become 255.")] = 0,
-    engine: Annotated[str, typer.Option(help="torch, onnx or tensorrt.")] = "torch",
+    engine: Annotated[str, typer.Option(help="torch, compile, onnx or tensorrt.")] = "torch",
     engine_path: Annotated[Path | None, typer.Option(help="Folder that export wrote.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     allow_drift: Annotated[bool, typer.Option("--allow-drift", help="Go on in a changed environment.")] = False,

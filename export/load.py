@@ -66,7 +66,7 @@ def load_engine(
         DiffuMaskError: no such engine, library, folder or device; an engine that is damaged or of other weights.
     """
     if engine not in ENGINES:
-        raise DiffuMaskError(f"There is no engine {engine}: use torch, {' or '.join(ENGINES)}.")
+        raise DiffuMaskError(f"There is no engine {engine}: use torch, compile, {' or '.join(ENGINES)}.")
     if engine_path is None:
         raise DiffuMaskError(f"--engine {engine} needs --engine-path, a folder that `diffumask-fast export` wrote.")
     folder = Path(engine_path).expanduser()

@@ -8,13 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from diffumask_fast.loading import cache_folder
+
 MOST_BYTES = 16 * 2**30
 _DIGEST = hashlib.sha256().digest_size
-
-
-def cache_folder() -> Path:
-    """Return where this user's caches are kept: $XDG_CACHE_HOME/diffumask-fast, or ~/.cache/diffumask-fast."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffumask-fast"
 
 
 def plan_key(graph: Path, options: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from diffumask_fast.export.manifest import Manifest, hash_files, versions, write
 from diffumask_fast.export.onnx_export import check_out, export_onnx, staged
 from diffumask_fast.export.tensorrt_library import compute_capability as local_capability
 from diffumask_fast.export.tensorrt_library import keeping_logger, library, words_of
+from diffumask_fast.loading import cache_folder
 
 
 def export_tensorrt(
@@ -185,7 +186,7 @@ def _built(trt: Any, graph: Path, limits: Limits, target: str, decompose: bool, 
         config.num_compute_capabilities = 1
         config.set_compute_capability(known_targets(trt)[target], 0)
     else:
-        timings = plan_cache.cache_folder() / "timings" / f"{trt.__version__}-{target}"
+        timings = cache_folder() / "timings" / f"{trt.__version__}-{target}"
         cache = config.create_timing_cache(timings.read_bytes() if timings.is_file() else b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
     plan = builder.build_serialized_network(network, config)

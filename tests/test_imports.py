@@ -14,6 +14,7 @@ LAYERS = (
     ("kernels",),
     ("masks", "attention", "prompts", "mini"),
     ("loading", "results"),
+    ("compiled",),
     ("export",),
     ("pipeline",),
     ("dataset",),
