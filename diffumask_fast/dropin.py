@@ -1,8 +1,4 @@
-"""The paper's program's command line and layout, on our engine: `python -m diffumask_fast.dropin --help`.
-
-Facts about that program (seeds, names, word lists, levels) are those of its generation script for VOC; see
-docs/from-diffumask.md for what is the same, what differs, and why.
-"""
+"""The paper's program's command line and layout, on our engine; docs/from-diffumask.md says what differs, and why."""
 
 from __future__ import annotations
 
@@ -26,6 +22,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from diffumask_fast.attention.collect import collect_maps
@@ -51,7 +49,6 @@ WORDS = {
     "tvmonitor": ("tv", "monitor"),
 }
 COARSEST_ALONE = ("sofa", "train", "tvmonitor")
-SECOND_COARSEST_ALONE = ("diningtable",)
 
 
 @dataclass(frozen=True)
@@ -70,14 +67,10 @@ class Drawing:
 
 
 def image_seeds(image_number: int, thread_num: int) -> list[int]:
-    """Return the seeds of all images, as that program's workers share them.
+    """Return the seeds of N images (at least 1), as that program's w workers (at least 1) share them.
 
     Worker i of w begins at 200000 + 2i(N // w) and draws N // w images. The N % w that it never draws are one more
     for each of the first workers, with numbers that it leaves free; of more workers than images the surplus rests.
-
-    Args:
-        image_number: N, at least 1.
-        thread_num: w, at least 1.
 
     Example:
         >>> image_seeds(5, 2)
@@ -136,7 +129,7 @@ def class_levels(class_name: str, keys: Sequence[str]) -> list[str]:
     keys = sorted(keys, key=int)
     if class_name in COARSEST_ALONE:
         return keys[-1:]
-    if class_name in SECOND_COARSEST_ALONE:
+    if class_name == "diningtable":
         return keys[-2:][:1]
     return keys[:-1] or keys
 
@@ -203,8 +196,7 @@ class ClassFolder:
             make_folder(self.path / name)
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            # a file system without locks: files are written whole all the same
-            with suppress(OSError):
+            with suppress(OSError):  # a file system without locks: files are written whole all the same
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as error:
@@ -235,7 +227,7 @@ class ClassFolder:
     def write(self, drawing: Drawing, image: Image.Image, maps: dict[int, np.ndarray]) -> None:
         """Write one image and its maps; the .jpg comes last."""
         stream = io.BytesIO()
-        image.save(stream, "JPEG", comment=self._comment(drawing))
+        image.save(stream, "JPEG", comment=self._provenance(drawing))
         for folder, ending, data in (("npy", "npy", pack_maps(maps)), ("train_image", "jpg", stream.getbuffer())):
             name = f"{drawing.stem}.{ending}"
             write_file(self.path / folder / name, data, temporary=self.path / f".{name}.tmp")
@@ -243,31 +235,27 @@ class ClassFolder:
     def record(self, drawings: Sequence[Drawing]) -> None:
         """Write prompts.jsonl: prompt, seed and settings of every image that belongs into the folder."""
         path = self.path / "prompts.jsonl"
-        lines = [json.dumps({"image": drawing.stem, **self._provenance(drawing)}) for drawing in drawings]
-        data = "".join(f"{line}\n" for line in lines).encode()
+        data = b"".join(self._provenance(drawing) + b"\n" for drawing in drawings)
         if not path.is_file() or path.read_bytes() != data:
             write_file(path, data)
 
-    def _provenance(self, drawing: Drawing) -> dict[str, Any]:
-        return {"class": drawing.class_name, "prompt": drawing.prompt, "seed": drawing.seed, **self.settings}
-
-    def _comment(self, drawing: Drawing) -> bytes:
-        return json.dumps(self._provenance(drawing)).encode()
+    def _provenance(self, drawing: Drawing) -> bytes:
+        own = {"image": drawing.stem, "class": drawing.class_name, "prompt": drawing.prompt, "seed": drawing.seed}
+        return json.dumps(own | self.settings).encode()
 
     def _has(self, drawing: Drawing) -> bool:
         path = self.path / "train_image" / f"{drawing.stem}.jpg"
-        maps = self.path / "npy" / f"{drawing.stem}.npy"
         if not path.is_file():
             return False
         data = path.read_bytes()
         if not data.endswith(b"\xff\xd9"):  # cut off, by whatever copied it
             return False
-        comment = self._comment(drawing)
-        if comment not in data[:65536]:
+        if (comment := self._provenance(drawing)) not in data[:65536]:
             raise DiffuMaskError(
                 f"{path} was not drawn with this model, prompt and settings ({comment.decode()[:300]}): give the old "
                 "ones to finish the folder, or another --output"
             )
+        maps = self.path / "npy" / f"{drawing.stem}.npy"
         return maps.is_file() and maps.stat().st_size == packed_size(len(drawing.tokens))
 
 
@@ -284,8 +272,8 @@ def plan_class(pipe: DiffuMaskPipeline, entry: ClassEntry, image_number: int, th
         Vocabulary((entry,)), max(seeds) - FIRST_SEED + 1, scenes=pipe.info.scenes,
         fits=lambda prompt, phrases: entry.id - 1 in tokens(prompt),
     )  # fmt: skip
-    prompts = {seed: requests[seed - FIRST_SEED].prompt for seed in seeds}
-    return [Drawing(entry.name, seed, prompt, tokens(prompt)) for seed, prompt in prompts.items()]
+    prompts = [requests[seed - FIRST_SEED].prompt for seed in seeds]
+    return [Drawing(entry.name, seed, prompt, tokens(prompt)) for seed, prompt in zip(seeds, prompts, strict=True)]
 
 
 @torch.no_grad()
@@ -305,10 +293,10 @@ def draw(
             token_indices=[[[token] for token in row] for row in positions],
         ) as collected,
     ):  # fmt: skip
+        generators = [torch.Generator("cpu").manual_seed(drawing.seed) for drawing in batch]
         pixels = pipe.pipe(
             [drawing.prompt for drawing in batch], num_inference_steps=steps, guidance_scale=guidance_scale,
-            generator=[torch.Generator("cpu").manual_seed(drawing.seed) for drawing in batch],
-            output_type="pt", return_dict=False,
+            generator=generators, output_type="pt", return_dict=False,
         )[0].float()  # fmt: skip
     sizes = collected.store.sizes
     levels = {key: maps.unflatten(-1, sizes[key]) for key, maps in collected.levels.items()}
@@ -332,21 +320,24 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         DiffuMaskError: anything that keeps the run from starting or from going on, in one sentence.
     """
-    voc = Vocabulary.voc()
+    for name in ("thread_num", "image_number", "steps"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise DiffuMaskError(f"--{name} {value} draws nothing: give a whole number from 1 on")
+    if options.guidance_scale is not None and not math.isfinite(options.guidance_scale):
+        raise DiffuMaskError(f"--guidance_scale {options.guidance_scale} is no number to draw with: give one such as 7")
+    voc, console = Vocabulary.voc(), Console(stderr=True)
     vocabulary = Vocabulary.named(Vocabulary.parse(options.classes, voc, "the layout of 20 classes").names)
     pipe = DiffuMaskPipeline.from_pretrained(options.model, dtype=options.dtype, device=options.device)
+    info = pipe.info
     pipe.pipe.set_progress_bar_config(disable=True)
-    unknown = [name for name in vocabulary.names if pipe.info.classes and name not in pipe.info.classes]
+    unknown = [name for name in vocabulary.names if info.classes and name not in info.classes]
     if unknown:
         print(f"{options.model} never learnt {', '.join(unknown)}: its images will show little.", file=sys.stderr)
-    suited = pipe.info.scenes is not None
-    steps = options.steps or (pipe.info.num_inference_steps if suited else STEPS)
-    guidance = pipe.info.guidance_scale if suited else GUIDANCE
-    guidance = guidance if options.guidance_scale is None else options.guidance_scale
-    settings = {
-        "model": pipe.info.identity, "weights": pipe.weights, "scheduler": type(pipe.pipe.scheduler).__name__,
-        "steps": steps, "guidance_scale": guidance,
-    }  # fmt: skip
+    best = (info.num_inference_steps, info.guidance_scale) if info.scenes is not None else (STEPS, GUIDANCE)
+    steps = options.steps or best[0]
+    guidance = best[1] if options.guidance_scale is None else options.guidance_scale
+    model = {"model": info.identity, "weights": pipe.weights, "scheduler": type(pipe.pipe.scheduler).__name__}
+    settings = model | {"steps": steps, "guidance_scale": guidance}
     size = pipe.batch_size(options.batch_size)
     for entry in vocabulary.entries:
         folder = ClassFolder(options.output, entry.name, options.image_number, settings)
@@ -356,31 +347,11 @@ def run(options: argparse.Namespace) -> None:
             missing = folder.missing(drawings)
             if options.record:
                 folder.record(drawings)
-            for batch in _bar([missing[i : i + size] for i in range(0, len(missing), size)], entry.name):
+            batches = [missing[i : i + size] for i in range(0, len(missing), size)]
+            for batch in track(batches, entry.name, console=console, disable=not console.is_terminal, transient=True):
                 for drawing, (image, maps) in zip(batch, draw(pipe, batch, steps, guidance, columns), strict=True):
                     folder.write(drawing, image, maps)
         print(f"{folder.path}: {len(drawings)} images, {len(missing)} of them drawn now")
-
-
-def _bar(batches: list[list[Drawing]], description: str) -> Iterator[list[Drawing]]:
-    """Show progress on stderr, if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(batches, description, console=console, disable=not console.is_terminal, transient=True)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
-    return int(text)
-
-
-def _scale(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError
-    return value
 
 
 def parser() -> argparse.ArgumentParser:
@@ -392,15 +363,15 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add = flags.add_argument
     add("--classes", required=True, help="One VOC class; also several joined by commas, or voc for all 20.")
-    add("--thread_num", type=_count, default=1, help="Workers of the original: decides seeds and numbers, no more.")
+    add("--thread_num", type=int, default=1, help="Workers of the original: decides seeds and numbers, no more.")
     add("--output", type=Path, required=True, help="Folder of the class folders.")
-    add("--image_number", type=_count, required=True, help="Images of each class.")
+    add("--image_number", type=int, required=True, help="Images of each class.")
     add("--MY_TOKEN", help="Taken and not used: log in to the hub with `hf auth login`.")
     add("--model", default="mini", help="mini, a diffusers folder, or a hub id.")
     add("--record", action="store_true", help="Also write prompts.jsonl: prompt and seed of each image.")
     add("--batch_size", default="auto", help="Images per batch, or auto.")
-    add("--steps", type=_count, help="The model's best when left out, 50 where it names none.")
-    add("--guidance_scale", type=_scale, help="The model's best when left out, 7 where it names none.")
+    add("--steps", type=int, help="The model's best when left out, 50 where it names none.")
+    add("--guidance_scale", type=float, help="The model's best when left out, 7 where it names none.")
     add("--dtype", default="auto", help="auto, fp32, fp16 or bf16.")
     add("--device", default="auto", help="auto, cpu or cuda.")
     return flags
