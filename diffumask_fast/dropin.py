@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -135,13 +136,10 @@ def class_levels(class_name: str, keys: Sequence[str]) -> list[str]:
 
 
 def fuse(levels: Sequence[Tensor]) -> Tensor:
-    """Make one map of a class's maps: each to 512x512 and over its own maximum, then the mean.
+    """Make one map [512, 512] fp32 of a class's levels, each [n, h, w] for its n tokens.
 
-    Args:
-        levels: [n, h, w] for each level, one map for each token.
-
-    Returns:
-        [512, 512] fp32, at most 1; slightly negative where the bicubic kernel overshoots.
+    Every map is enlarged and divided by its maximum, then all are averaged: at most 1, and slightly negative where the
+    bicubic kernel overshoots.
     """
     enlarged = [F.interpolate(maps[None], (SIDE, SIDE), mode="bicubic", align_corners=False)[0] for maps in levels]
     return torch.stack([over_maximum(maps.flatten(1)) for maps in enlarged]).mean((0, 1)).view(SIDE, SIDE)
@@ -251,10 +249,11 @@ class ClassFolder:
         if not data.endswith(b"\xff\xd9"):  # cut off, by whatever copied it
             return False
         if (comment := self._provenance(drawing)) not in data[:65536]:
-            raise DiffuMaskError(
-                f"{path} was not drawn with this model, prompt and settings ({comment.decode()[:300]}): give the old "
-                "ones to finish the folder, or another --output"
-            )
+            found = re.search(rb'\{"image": .*?\}', data[:65536])
+            old, new = json.loads(found[0]) if found else {}, json.loads(comment)
+            changes = [f"{name} was {old.get(name)} and is {new[name]} now" for name in new if old.get(name) != new[name]]
+            why = f"with other settings: {', '.join(changes)[:300]}" if old else "by another program"
+            raise DiffuMaskError(f"{path} was drawn {why}; give the old settings, or another --output")
         maps = self.path / "npy" / f"{drawing.stem}.npy"
         return maps.is_file() and maps.stat().st_size == packed_size(len(drawing.tokens))
 
