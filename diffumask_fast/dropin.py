@@ -251,7 +251,7 @@ class ClassFolder:
         if (comment := self._provenance(drawing)) not in data[:65536]:
             found = re.search(rb'\{"image": .*?\}', data[:65536])
             old, new = json.loads(found[0]) if found else {}, json.loads(comment)
-            changes = [f"{name} was {old.get(name)} and is {new[name]} now" for name in new if old.get(name) != new[name]]
+            changes = [f"{key} was {old.get(key)} and is {new[key]} now" for key in new if old.get(key) != new[key]]
             why = f"with other settings: {', '.join(changes)[:300]}" if old else "by another program"
             raise DiffuMaskError(f"{path} was drawn {why}; give the old settings, or another --output")
         maps = self.path / "npy" / f"{drawing.stem}.npy"
