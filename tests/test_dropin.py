@@ -2,6 +2,7 @@
 
 import json
 import pickletools
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 from diffumask_fast.dropin import (
+    ClassFolder,
     Drawing,
     class_levels,
     draw,
@@ -189,19 +191,14 @@ def test_a_killed_run_leaves_whole_pairs_and_is_finished_by_the_next(tmp_path):
 def test_other_settings_and_other_numbers_are_refused(finished, capsys):
     folder, arguments = finished
     before = contents(folder)
-    swapped = {"--steps": 7, "--guidance_scale": 3, "--thread_num": 3}
-    for flag, words in (
-        ("--steps", "steps was 8 and is 7 now"),
-        ("--guidance_scale", "guidance_scale was 4.0 and is 3.0 now"),
-        ("--thread_num", "image_dog_200002.jpg.*--thread_num"),
+    for flag, value, words in (
+        ("--steps", 7, "steps was 8 and is 7 now"),
+        ("--guidance_scale", 3, "guidance_scale was 4.0 and is 3.0 now"),
+        ("--thread_num", 3, "image_dog_200002.jpg.*--thread_num"),
     ):
-        at = arguments.index(flag) if flag in arguments else None
-        changed = (
-            [*arguments[: at + 1], swapped[flag], *arguments[at + 2 :]] if at else [*arguments, flag, swapped[flag]]
-        )
-        assert call(*changed) == 1
+        assert call(*arguments, flag, value) == 1  # the last one counts
         error = capsys.readouterr().err
-        assert __import__("re").search(words, error) and error.count("\n") == 1
+        assert re.search(words, error) and error.count("\n") == 1
     assert contents(folder) == before
 
 
@@ -212,3 +209,179 @@ def test_images_of_another_program_are_not_touched(tmp_path, capsys):
     before = contents(folder)
     assert call("--classes", "bus", "--output", tmp_path, "--image_number", 1, "--steps", 1) == 1
     assert "another program" in capsys.readouterr().err and contents(folder) == before
+
+
+def test_a_folder_in_use_is_refused(finished, capsys):
+    folder, arguments = finished
+    with ClassFolder(folder.parent, "dog", 3, {}).locked():
+        assert call(*arguments) == 1
+    assert "another run" in capsys.readouterr().err and call(*arguments) == 0
+
+
+@cache
+def bicubic(size):
+    """OpenCV's enlargement to 512 as a matrix [512, size]: Keys' kernel with a = -0.75, the border repeated."""
+    matrix = np.zeros((512, size))
+    for row in range(512):
+        at = (row + 0.5) * size / 512 - 0.5
+        for cell in range(int(np.floor(at)) - 1, int(np.floor(at)) + 3):
+            x = abs(at - cell)
+            near = 1.25 * x**3 - 2.25 * x**2 + 1
+            far = -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+            matrix[row, min(max(cell, 0), size - 1)] += near if x <= 1 else far if x < 2 else 0
+    return matrix
+
+
+def reference_map(levels, tokens, chosen):
+    """The original's map of a class: levels {side: [side, side, 77]}, sides as chosen; one token after the other."""
+    total = np.zeros((512, 512))
+    for token in tokens:
+        for side in chosen:
+            enlarged = bicubic(side) @ levels[side][..., token] @ bicubic(side).T
+            total += enlarged / enlarged.max() / len(chosen)
+    return total / len(tokens)
+
+
+PROMPTS = {  # class, prompt, {class index: (positions, sides)}
+    "dog": ("a photo of a dog on the grass", {11: ([5], [16, 8])}),
+    "cat": ("a cat and a dog on a sofa, a cat", {7: ([2, 11], [16, 8]), 11: ([5], [16, 8]), 17: ([8], [4])}),
+    "diningtable": ("a photo of a dining table in a room", {10: ([6], [8])}),
+    "pottedplant": ("a potted plant by a tv monitor", {15: ([3], [16, 8]), 19: ([6, 7], [4])}),
+    "aeroplane": ("an aeroplane", {0: ([2, 3, 4, 5], [16, 8])}),
+    "train": ("a man by a train", {14: ([2], [16, 8]), 18: ([5], [4])}),
+}
+
+
+def test_maps_are_those_of_the_original_computed_from_all_probabilities(pipe, recording):
+    drawings = [
+        Drawing(name, 200000 + i, prompt, word_tokens(pipe.pipe.tokenizer, prompt))
+        for i, (name, (prompt, _)) in enumerate(PROMPTS.items())
+    ]
+    ours = list(draw(pipe, drawings, 4, 4.0, 5))
+    for drawing, (image, maps) in zip(drawings, ours, strict=True):
+        with recording(pipe.pipe.unet) as recorder:
+            pixels = pipe.pipe(
+                drawing.prompt, num_inference_steps=4, guidance_scale=4.0, output_type="np",
+                generator=torch.Generator().manual_seed(drawing.seed),
+            ).images[0]  # fmt: skip
+        levels = {}
+        for side in (16, 8, 4):  # conditional half; mean over layers, heads, calls
+            kept = [probs[1:].mean((0, 1)) for probs in recorder.cross if probs.shape[2] == side**2]
+            levels[side] = torch.stack(kept).mean(0).unflatten(0, (side, side)).double().numpy()
+            assert np.allclose(levels[side].sum(-1), 1, atol=1e-4)
+        expected = PROMPTS[drawing.class_name][1]
+        assert maps.keys() == expected.keys()
+        for index, (tokens, sides) in expected.items():
+            truth = reference_map(levels, tokens, sides)
+            assert maps[index].shape == (512, 512) and maps[index].dtype == np.float32
+            assert np.abs(maps[index] - truth).max() < 1e-3, (drawing.prompt, index)
+            others = [s for s in ([16, 8, 4], [16], [8], [4], [16, 8]) if s != sides]
+            assert all(np.abs(maps[index] - reference_map(levels, tokens, s)).max() > 0.02 for s in others)
+        small = Image.fromarray((pixels * 255).astype(np.uint8)).resize((512, 512), Image.Resampling.BICUBIC)
+        assert np.abs(np.asarray(image, int) - np.asarray(small, int)).max() <= 2
+
+
+def test_levels_are_counted_from_the_coarsest():
+    sd, mini, two, one = ([str(i) for i in range(n)] for n in (4, 3, 2, 1))
+    assert [class_levels("cow", keys) for keys in (sd, mini, two, one)] == [["0", "1", "2"], ["0", "1"], ["0"], ["0"]]
+    for name in ("sofa", "train", "tvmonitor"):
+        assert [class_levels(name, keys) for keys in (sd, mini, two, one)] == [["3"], ["2"], ["1"], ["0"]]
+    assert [class_levels("diningtable", keys) for keys in (sd, mini, two, one)] == [["2"], ["1"], ["0"], ["0"]]
+    assert class_levels("cow", ["10", "9", "2"]) == ["2", "9"]
+
+
+def test_a_map_without_attention_is_zero():
+    assert fuse([torch.zeros(2, 4, 4), torch.zeros(2, 8, 8)]).abs().max() == 0
+
+
+def test_words_as_clip_splits_them(tokenizer):
+    assert word_tokens(tokenizer, "a photo of a dog and the dog on a cat") == {11: [5, 8], 7: [11]}
+    assert word_tokens(tokenizer, "a dining table and a potted plant") == {10: [4], 15: [7, 8, 9]}
+    assert word_tokens(tokenizer, "grass on the street") == {}
+    long = "the red " * 40
+    assert word_tokens(tokenizer, f"a dog {long}and a cat") == {11: [2]}
+
+
+def test_the_original_s_thresholds_and_seeds_run_on_it(finished, tmp_path):
+    folder, _ = finished
+    cams, images = folder / "npy", folder / "train_image"
+    next_scripts.prepare_aff_data(cams, images, tmp_path / "crf")
+    refined, out = tmp_path / "refine_gt", tmp_path / "refine_gt_crf"
+    refined.mkdir()
+    for path in images.iterdir():
+        la, ha = (np.load(tmp_path / f"crf_{kind}" / f"{path.stem}.npy") for kind in ("la", "ha"))
+        assert la.shape == ha.shape == (21, 512, 512) and la.dtype == np.float32
+        a = load(folder, path.stem)[11]
+        sure, wide = la.argmax(0) == 12, ha.argmax(0) == 12
+        assert 0 < sure.sum() < wide.sum() < 512**2 and a[sure].mean() > a[wide].mean() > a[~wide].mean()
+        Image.fromarray((wide * 12).astype(np.uint8)).save(refined / f"{path.stem}.png")
+    next_scripts.curve_threshold(cams, images, refined, out)
+    assert sorted(p.stem for p in out.iterdir()) == ["image_dog_200001", "image_dog_200002", "image_dog_200003"]
+    for path in out.iterdir():
+        mask = np.array(Image.open(path))
+        assert mask.shape == (512, 512) and set(np.unique(mask)) == {0, 12}
+
+
+@pytest.mark.parametrize("name, index", [("bicycle", 1), ("motorbike", 13)])
+def test_classes_that_the_original_cannot_draw(tmp_path, capsys, name, index):
+    assert call("--classes", name, "--output", tmp_path, "--image_number", 1, "--steps", 1) == 0
+    said = capsys.readouterr()
+    assert f"mini never learnt {name}" in said.err and "1 images, 1 of them drawn now" in said.out
+    assert load(folder_of(tmp_path, name, 1), f"image_{name}_200001")[index].max() > 0.5
+
+
+def test_every_class_of_voc_in_one_command(tmp_path):
+    assert call("--classes", "voc", "--output", tmp_path, "--image_number", 1, "--steps", 1) == 0
+    for index, name in enumerate(next_scripts.CLASSES):
+        maps = load(folder_of(tmp_path, name, 1), f"image_{name}_200001")
+        assert maps[index].any() and len(maps) == 20
+
+
+def test_a_plain_model_is_drawn_with_the_original_s_steps_and_guidance(tiny_folder, tmp_path):
+    arguments = ["--model", tiny_folder, "--output", tmp_path, "--image_number", 1, "--record", "--MY_TOKEN", "key"]
+    assert call("--classes", "dog", *arguments) == 0
+    folder = folder_of(tmp_path, "dog", 1)
+    line = json.loads((folder / "prompts.jsonl").read_text())
+    assert (line["steps"], line["guidance_scale"], line["model"]) == (50, 7.0, "sd")
+    assert Image.open(folder / "train_image" / "image_dog_200001.jpg").size == (512, 512)
+    assert load(folder, "image_dog_200001")[11].any()
+
+
+@pytest.mark.parametrize(
+    "changes, code, words",
+    [
+        ({"--classes": "zebra"}, 1, "zebra.*aeroplane.*tvmonitor"),
+        ({"--model": "no/such/folder"}, 1, "no/such/folder"),
+        ({"--image_number": "0"}, 1, "--image_number 0"),
+        ({"--thread_num": "-1"}, 1, "--thread_num -1"),
+        ({"--steps": "0"}, 1, "--steps 0"),
+        ({"--guidance_scale": "nan"}, 1, "--guidance_scale nan"),
+        ({"--batch_size": "many"}, 1, "many"),
+        ({"--dtype": "fp8"}, 1, "fp8"),
+        ({"--output": "/proc/out"}, 1, "/proc/out"),
+        ({"--image_number": "many"}, 2, "--image_number"),
+        ({"--nope": "1"}, 2, "--nope"),
+    ],
+)
+def test_bad_flags_are_one_sentence(tmp_path, capsys, changes, code, words):
+    flags = {"--classes": "dog", "--output": tmp_path / "out", "--image_number": 1} | changes
+    arguments = [str(part) for item in flags.items() for part in item]
+    if code == 2:
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+    else:
+        assert main(arguments) == code
+    error = capsys.readouterr().err.strip().splitlines()
+    assert re.search(words, error[-1]) and (code == 2 or len(error) == 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_names_all_flags():
+    done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True)
+    assert all(f"--{flag}" in done.stdout for flag in ("classes", "thread_num", "output", "image_number", "model"))
+
+
+def test_nothing_said_is_wrong_usage(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    assert "--classes" in capsys.readouterr().err
