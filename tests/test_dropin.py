@@ -348,6 +348,14 @@ def test_a_plain_model_is_drawn_with_the_original_s_steps_and_guidance(tiny_fold
     assert load(folder, "image_dog_200001")[11].any()
 
 
+def test_two_levels_and_two_text_encoders(sdxl_folder, tmp_path):
+    arguments = ["--model", sdxl_folder, "--output", tmp_path, "--image_number", 2, "--steps", 1]
+    assert call("--classes", "dog,sofa", *arguments) == 0
+    for name, index in (("dog", 11), ("sofa", 17)):
+        maps = [load(folder_of(tmp_path, name, 2), f"image_{name}_{number}")[index] for number in (200001, 200002)]
+        assert all(0.9 < m.max() <= 1 for m in maps) and np.abs(maps[0] - maps[1]).max() > 0.01
+
+
 @pytest.mark.parametrize(
     "changes, code, words",
     [
