@@ -196,7 +196,7 @@ class DaamStore(_Hooked):
             self.sums[key] = self.sums[key] + heat if key in self.sums else heat
 
     def class_maps(self, select: Tensor, size: int) -> Tensor:
-        """Resize every sum, clamp it at 0, average over layers and heads, then over the tokens of a phrase.
+        """Bring every sum to the latents' size, clamp it at 0, average over layers and heads, then over the tokens.
 
         Args:
             select: [T, K], 1/n at each of the n tokens of a phrase.
@@ -205,8 +205,10 @@ class DaamStore(_Hooked):
         Returns:
             [K, size, size] fp32.
         """
-        each = [_resize(heat.float(), size).clamp_min(0) for heat in self.sums.values()]
-        return torch.einsum("tk,thw->khw", select.to(each[0].device), torch.stack(each).mean(0))
+        side = self.unet.config.sample_size
+        each = [_resize(heat.float(), side).clamp_min(0) for heat in self.sums.values()]
+        heat = torch.einsum("tk,thw->khw", select.to(each[0].device), torch.stack(each).mean(0))
+        return _resize(heat, size)
 
 
 class PeerMaps:
