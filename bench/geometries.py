@@ -27,9 +27,7 @@ _SD = dict(
 UNETS: dict[str, dict[str, Any]] = {
     "sd15": _SD | dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
     "sd21": _SD
-    | dict(
-        sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
-    ),
+    | dict(sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True),
     "sdxl": dict(
         sample_size=128,
         down_block_types=(PLAIN, CROSS, CROSS),

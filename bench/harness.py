@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import time
@@ -325,9 +326,19 @@ def append_rows(path: str | os.PathLike, rows: Sequence[dict]) -> None:
         file.writelines(json.dumps(one) + "\n" for one in rows)
 
 
+def results_file(device: str = "cpu") -> Path | None:
+    """Return where rows of this machine are kept in a checkout, `<processor or GPU>-<cores>.jsonl`; None elsewhere."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / ".git").exists():
+        return None
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _cpu_name()
+    slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+    return checkout / "bench" / "results" / f"{slug}-{os.cpu_count()}.jsonl"
+
+
 def describe(one: dict) -> str:
     """Return a row as one line of text, with its control where it has one."""
-    text = f"{one['name']:<24} {one['value']:8.3f} {one['unit']} ({one['low']:.3f} to {one['high']:.3f}, n {one['n']}"
+    text = f"{one['name']:<32} {one['value']:8.3f} {one['unit']} ({one['low']:.3f} to {one['high']:.3f}, n {one['n']}"
     deviation = one["config"].get("control_deviation")
     return text + (f"; control {1 + deviation:.3f}, subtracted)" if deviation is not None else ")")
 

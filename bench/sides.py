@@ -92,6 +92,17 @@ class Sides:
         """One image by the plain pipeline under the reference program's store, and its mask; gives the mask."""
         return self._alone(ReferenceStore, row)
 
+    def ours_by_token(self) -> np.ndarray:
+        """Our masks with a column for each token of a word, each over its own maximum, as the reference has it."""
+        tokens = [[[position] for position in rows[:, 0].nonzero().flatten().tolist()] for rows in self.select]
+        names = [[str(position) for position in row] for row in tokens]
+        with torch.no_grad(), collect_maps(self.pipe.pipe, names, token_indices=tokens, propagate="none") as maps:
+            self._draw(slice(None), "latent")
+        counts = torch.tensor([len(row) for row in tokens], device=self.latents.device)[:, None, None, None]
+        class_maps = maps.class_maps(LIKE_THE_REFERENCE).sum(1, keepdim=True) / counts
+        images = torch.zeros(self.batch, self._size(), self._size(), 3, dtype=torch.uint8)
+        return make_masks(class_maps, images, LIKE_THE_REFERENCE, self.ids)[0].cpu().numpy()
+
     def daam(self, row: int = 0) -> Callable[[], np.ndarray]:
         """One image and its mask with DAAM-style capture."""
         return self._alone(DaamStore, row)
