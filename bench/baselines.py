@@ -136,6 +136,10 @@ class ReferenceStore(_Hooked):
         """Bytes that the sums hold, both halves."""
         return sum(total.untyped_storage().nbytes() for total in self._sums)
 
+    def clear(self) -> None:
+        """Let go of all that is kept."""
+        self._sums, self._step = [], []
+
     def levels(self, select: Tensor) -> dict[str, Tensor]:
         """Return the mean over heads, layers and calls of the columns select [T, K]: level -> [K, N] fp32."""
         found: dict[str, list[Tensor]] = {}

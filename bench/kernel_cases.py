@@ -18,6 +18,7 @@ SHAPES = {
     "sd21": ((2, 9216, 5, 64), (2, 2304, 10, 64), (2, 576, 20, 64), (2, 144, 20, 64)),
     "sdxl": ((2, 4096, 10, 64), (2, 1024, 20, 64)),
 }
+SIZES = {"mini": 128, "sd15": 512, "sd21": 768, "sdxl": 1024}
 TOKENS, CLASSES = 77, 2
 SETTINGS = json.loads(os.environ.get("DIFFUMASK_FAST_KERNELS", '{"geometry": "mini", "device": "cpu"}'))
 DEVICE = SETTINGS["device"]
@@ -40,18 +41,11 @@ def test_cross_attention_maps(benchmark: Any, impl: str, dtype: str, shape: tupl
     item = kind.itemsize
     moved = (2 * q.numel() + k.numel() + v.numel()) * item + 8 * maps.numel() + 4 * select.numel()
     flops = 4 * size_b * pixels * TOKENS * heads * width + 2 * half * heads * pixels * TOKENS * CLASSES
-    _run(
-        benchmark,
-        moved,
-        flops,
-        dtype,
-        lambda: attend(q, k, v, select, heads=heads, first_conditional=half, maps=maps, impl=impl),
-    )
+    settings = {"heads": heads, "first_conditional": half, "maps": maps, "impl": impl}
+    _run(benchmark, moved, flops, dtype, lambda: attend(q, k, v, select, **settings))
 
 
-@pytest.mark.parametrize(
-    "size", {"mini": (128,), "sd15": (512,), "sd21": (768,), "sdxl": (1024,)}[SETTINGS["geometry"]]
-)
+@pytest.mark.parametrize("size", (SIZES[SETTINGS["geometry"]],))
 def test_guided_filter(benchmark: Any, size: int) -> None:
     rng = torch.Generator().manual_seed(0)
     guide = torch.rand(4, 3, size, size, generator=rng).to(DEVICE)

@@ -29,7 +29,7 @@ def against_reference(sides: Sides) -> tuple[float, dict]:
     reference, ours = ReferenceStore(sides.pipe.pipe), sides.collector()
     theirs = peak_bytes(lambda: sides.denoise_alone(reference))
     kept = reference.num_bytes
-    del reference
+    reference.clear()
     mine = peak_bytes(lambda: sides.denoise_alone(ours))
     config = {"peak_gib": round(mine / GIB, 4), "reference_peak_gib": round(theirs / GIB, 4)}
     config |= {"kept_gib": round(ours.store.num_bytes / GIB, 6), "reference_kept_gib": round(kept / GIB, 4)}

@@ -28,9 +28,7 @@ def read_rows(path: str | Path) -> list[dict]:
             if any(key not in one for one in found for key in ROW):
                 raise KeyError("row")
         except (ValueError, KeyError, TypeError) as error:
-            raise DiffuMaskError(
-                f"{path} line {number} is no row of the bench: give a file that bench wrote."
-            ) from error
+            raise DiffuMaskError(f"{path} line {number} is no row of the bench: give a file it wrote.") from error
         rows += found
     return rows
 
@@ -55,7 +53,7 @@ def compare_rows(before: list[dict], after: list[dict], threshold: float = 0.05)
     shared = [key for key in old if key in new]
     if not shared:
         raise DiffuMaskError(
-            "The two files have no row in common (same suite, geometry, machine, batch): nothing to do."
+            "The two files have no row in common (suite, geometry, machine, batch): give two of a kind."
         )
     result = []
     for key in shared:

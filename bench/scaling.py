@@ -54,8 +54,11 @@ def _rows(geometry, where, model, batches, numbers, steps, pairs) -> Iterator[di
     for batch in batches:
         sides = Sides(pipe, batch, steps)
         call = sides.ours(mask=pipe.mask_options(None))
+        before = pipe.seconds.as_dict()
         done = race({"ours": call}, pairs=pairs, device=str(where))
+        stages = {name: (value - before[name]) / (pairs + 1) for name, value in pipe.seconds.as_dict().items()}
         config = {**shared, "batch": batch, **sides.settings, "clock": done.clock}
+        config["stages_s"] = {name: round(value, 4) for name, value in stages.items()}
         rates = sorted(batch / seconds for seconds in done.times["ours"])
         spread = {"low": rates[0], "high": rates[-1], "n": pairs}
         yield row(SUITE, "images_per_s", batch / done.seconds("ours"), unit="images/s", config=config, **spread)

@@ -1,4 +1,4 @@
-"""Write the README's tables and plot from committed rows: `make tables`. Nothing between the markers is typed by hand."""
+"""Write the README's tables and plot from committed rows; what `make tables` runs."""
 
 import hashlib
 import json
