@@ -239,7 +239,7 @@ class _Job:
     def _probe(self, pipe: DiffuMaskPipeline, batch: int) -> float:
         """Time two steps once after a warm-up, which also compiles; one thread, as the race."""
         call = Sides(self.pipe, batch, 2).ours(pipe, batch)
-        done = race({"call": call}, pairs=2, device=str(self.where))
+        done = race({"call": call}, pairs=3, device=str(self.where))
         return min(done.times["call"])
 
     def _settings(self, sides: Sides) -> dict:
