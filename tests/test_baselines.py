@@ -8,6 +8,7 @@ from diffumask_fast import DiffuMaskError, collect_maps
 from diffumask_fast.attention.phrases import phrase_columns
 from diffumask_fast.bench import baselines
 from diffumask_fast.bench.baselines import DaamStore, PeerMaps, ReferenceStore, plain_attention, reference_mask
+from diffumask_fast.bench.geometries import open_geometry
 from diffumask_fast.masks.make import make_masks
 from diffumask_fast.masks.options import MaskOptions
 
@@ -103,8 +104,8 @@ def test_a_store_draws_the_same_image_and_is_gone_afterwards(tiny_sd, latents, k
     plain = tiny_sd(PROMPTS[0], latents=latents[:1], **STEPS).images
     _, _, image = next(each_alone(kind, tiny_sd, latents))
     assert torch.allclose(plain, image, atol=1e-4) and not torch.equal(plain, latents[:1])
-    with pytest.raises(ZeroDivisionError), kind(tiny_sd):
-        1 / 0
+    with pytest.raises(RuntimeError, match="no"), kind(tiny_sd):
+        raise RuntimeError("no")
     assert {name: id(processor) for name, processor in tiny_sd.unet.attn_processors.items()} == before
 
 
@@ -119,15 +120,35 @@ def test_half_precision_gives_nearly_the_same_maps(tiny_sd, latents, ours, selec
     assert (theirs.clamp_min(0) - ours.class_maps(OPTIONS)[0]).abs().max() < 0.05
 
 
-def test_daam_has_our_maps_of_its_levels(tiny_sd, latents, ours, select):
-    sizes = {"0": 3, "1": 3}  # one layer down and two up, each with two heads
-    for row, store, _ in each_alone(DaamStore, tiny_sd, latents):
-        assert len(store.sums) == 2 * sum(sizes.values())
-        theirs = store.class_maps(select[row], 8)
-        mean = sum(sizes[key] * bicubic(ours.levels[key][row], 8) for key in sizes) / sum(sizes.values())
-        theirs, mean = theirs / theirs.max(), mean / mean.max()
-        assert (theirs - mean).abs().max() < 0.02
-        assert iou(masks(theirs[None]), masks(mean[None])) >= 0.98
+def test_daam_keeps_a_sum_for_each_layer_and_head(tiny_sd, latents, select, recording):
+    with recording(tiny_sd.unet) as recorder, torch.no_grad():
+        tiny_sd(PROMPTS[0], latents=latents[:1], **STEPS)
+    calls = len(recorder.cross) // 2
+    summed = [one + other for one, other in zip(recorder.cross[:calls], recorder.cross[calls:], strict=True)]
+    kept = [probs[1] for probs in summed if probs.shape[2] > 4]  # the coarsest level, 2x2, is left out
+    heads = [bicubic(head.T, 8).clamp_min(0) for probs in kept for head in probs]
+    truth = torch.einsum("tk,thw->khw", select[0], torch.stack(heads).mean(0))
+    _, store, _ = next(each_alone(DaamStore, tiny_sd, latents))
+    assert len(store.sums) == len(heads) == 12
+    assert torch.allclose(store.class_maps(select[0], 8), truth, atol=1e-4 * truth.max())
+    assert truth.std() / truth.mean() > 0.1
+
+
+def test_daams_and_the_references_masks_of_the_embedded_model_are_ours():
+    pipe = open_geometry("mini", "cpu").pipe
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    select = phrase_columns(pipe.tokenizer, PROMPTS[:1], ["dog"], length=77)[0]
+    with collect_maps(pipe, ["dog"], propagate="none") as ours:
+        pipe(PROMPTS[0], latents=latents, **STEPS)
+    found = []
+    for kind in (ReferenceStore, DaamStore):
+        with torch.no_grad(), kind(pipe) as store:
+            pipe(PROMPTS[0], latents=latents, **STEPS)
+        found.append(masks(store.class_maps(select, 64)[None]))
+    layers = {"0": 3, "1": 3}  # one layer down and two up at each level
+    mean = sum(count * bicubic(ours.levels[key][0], 16) for key, count in layers.items()) / sum(layers.values())
+    assert iou(found[0], masks(ours.class_maps(OPTIONS))) >= 0.98
+    assert iou(found[1], masks(mean[None])) >= 0.98
 
 
 def test_the_peer_has_our_maps(tiny_sd, latents, ours, select):
@@ -147,9 +168,8 @@ def test_the_references_mask_follows_the_image():
     truth = image[..., 0] > 100
     y, x = np.mgrid[:48, :48]
     blob = np.exp(-(((y - 24) / 14) ** 2 + ((x - 24) / 10) ** 2)).astype(np.float32)
-    mask = reference_mask(blob, image, blob > 0.4)
-    before = (blob > 0.4) & truth
-    assert iou(torch.from_numpy(mask), torch.from_numpy(truth)) > before.sum() / ((blob > 0.4) | truth).sum()
+    mask = reference_mask(blob, image, blob > 0.35)
+    assert np.array_equal(mask, truth) and not np.array_equal(blob > 0.35, truth)
 
 
 def test_a_missing_library_is_said(monkeypatch):
