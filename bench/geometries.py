@@ -5,20 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DiffusionPipeline, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffumask_fast import mini
 from diffumask_fast.attention.unet import attention_places
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.loading import ModelInfo, resolve_device, resolve_dtype
+from diffumask_fast.loading import ModelInfo, quietly, resolve_device, resolve_dtype
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 GEOMETRIES = ("mini", "sd15", "sd21", "sdxl")
@@ -190,7 +183,10 @@ def _tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(mini.folder() / "tokenizer")
 
 
-def _build(geometry: str) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+def _build(geometry: str) -> DiffusionPipeline:
+    with quietly():
+        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         unet, vae, *texts = _modules(geometry)
