@@ -24,6 +24,8 @@ from torch.utils._pytree import tree_leaves
 
 CPU_PAIRS = 14
 CUDA_PAIRS = 10
+# what a row is printed with
+BESIDE = ("case", "batch", "engine", "dtype", "mask_iou", "crf_s", "peak_gib", "reference_peak_gib")
 Workload = Callable[[], object]
 Statistic = Callable[[Sequence[float]], float]
 
@@ -340,7 +342,9 @@ def describe(one: dict) -> str:
     """Return a row as one line of text, with its control where it has one."""
     text = f"{one['name']:<32} {one['value']:8.3f} {one['unit']} ({one['low']:.3f} to {one['high']:.3f}, n {one['n']}"
     deviation = one["config"].get("control_deviation")
-    return text + (f"; control {1 + deviation:.3f}, subtracted)" if deviation is not None else ")")
+    text += f"; control {1 + deviation:.3f}, subtracted)" if deviation is not None else ")"
+    beside = {key: one["config"][key] for key in BESIDE if key in one["config"]}
+    return text + "".join(f", {key} {value}" for key, value in beside.items())
 
 
 def environment(device: str = "cpu", threads: int = 1) -> dict:

@@ -152,7 +152,6 @@ def test_daams_and_the_references_masks_of_the_embedded_model_are_ours():
 
 
 def test_the_peer_has_our_maps(tiny_sd, latents, ours, select):
-    pytest.importorskip("attention_map_diffusers")
     with torch.no_grad(), PeerMaps(tiny_sd) as store:
         tiny_sd(PROMPTS, latents=latents, **STEPS)
     store.compute()
@@ -162,7 +161,6 @@ def test_the_peer_has_our_maps(tiny_sd, latents, ours, select):
 
 
 def test_the_references_mask_follows_the_image():
-    pytest.importorskip("pydensecrf")
     image = np.full((48, 48, 3), 40, np.uint8)
     image[10:38, 14:34] = 220
     truth = image[..., 0] > 100

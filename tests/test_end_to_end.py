@@ -71,8 +71,6 @@ def test_the_embedded_models_masks_are_the_references():
 
 
 def test_the_peer_and_the_references_mask_stage(folder, monkeypatch):
-    pytest.importorskip("attention_map_diffusers")
-    pytest.importorskip("pydensecrf")
     monkeypatch.setattr(baselines, "CRF_THRESHOLDS", (0.45,))
     rows = measured(folder, list(end_to_end.LIBRARIES))
     assert [row["name"] for row in rows] == list(end_to_end.LIBRARIES)

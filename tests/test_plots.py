@@ -13,7 +13,6 @@ ROWS = [
 
 
 def test_each_plot_is_written_as_png_and_svg(tmp_path):
-    pytest.importorskip("matplotlib")
     written = plots.draw(ROWS, tmp_path / "new")
     assert sorted({path.stem for path in written}) == ["memory", "speedups", "stages", "throughput"]
     assert len(written) == 8 and all(path.stat().st_size > 1000 for path in written)
@@ -23,7 +22,6 @@ def test_each_plot_is_written_as_png_and_svg(tmp_path):
 
 
 def test_rows_without_a_plot_are_passed_over(tmp_path):
-    pytest.importorskip("matplotlib")
     assert plots.draw([row("masks", "otsu", 1.0)], tmp_path) == []
 
 

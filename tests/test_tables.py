@@ -56,7 +56,6 @@ def test_no_rows():
 
 
 def test_a_checkout_is_rewritten(tmp_path):
-    pytest.importorskip("matplotlib")
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}\n")
     rows = [
