@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -259,21 +259,19 @@ class PeerMaps:
 
 
 def plain_attention(pipe: Any, kind: str) -> None:
-    """Set how the plain pipeline attends: "sdpa" (diffusers' default), "eager", or "xformers" where it is installed.
+    """Set how the plain pipeline attends: "sdpa" (diffusers' default), or "xformers" where it is installed.
 
     Raises:
         DiffuMaskError: xformers is not installed, or there is no such attention.
     """
     if kind == "sdpa":
-        pipe.unet.set_default_attn_processor()
-    elif kind == "eager":
-        pipe.unet.set_attn_processor(AttnProcessor())
+        pipe.unet.set_attn_processor(AttnProcessor2_0())
     elif kind == "xformers" and importlib.util.find_spec("xformers") is not None:
         pipe.enable_xformers_memory_efficient_attention()
     elif kind == "xformers":
         raise DiffuMaskError("The baseline's library xformers is not installed: pip install xformers, on CUDA only.")
     else:
-        raise DiffuMaskError(f"There is no plain attention {kind}: use sdpa, eager or xformers.")
+        raise DiffuMaskError(f"There is no plain attention {kind}: use sdpa or xformers.")
 
 
 def reference_mask(class_map: np.ndarray, image: np.ndarray, target: np.ndarray) -> np.ndarray:

@@ -1,9 +1,11 @@
 """Whole runs side by side: ours, plain diffusers, the reference program's store, DAAM-style capture and a peer."""
 
+import importlib.util
 import logging
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -145,7 +147,11 @@ class _Job:
         kinds = {"maps_overhead": "none", "propagation_overhead": self.pipe.mask_options(None).propagate}
         kinds = {name: propagate for name, propagate in kinds.items() if name in names}
         calls = {name: sides.mapped(propagate) for name, propagate in kinds.items()}
+        if self.where.type == "cuda" and importlib.util.find_spec("xformers"):
+            calls["plain_xformers"] = sides.plain_with("xformers")
         done = race({"plain": sides.plain(), **calls}, control="plain", pairs=self.pairs, device=str(self.where))
+        if "plain_xformers" in calls:
+            yield row(SUITE, "plain_xformers", done.ratio("plain_xformers", "plain"), config=self._settings(sides))
         for name, propagate in kinds.items():
             config = {**self._settings(sides), "output": "latent", "propagate": propagate}
             yield row(SUITE, name, done.ratio(name, "plain"), config=config)
@@ -239,7 +245,9 @@ class _Job:
     def _probe(self, pipe: DiffuMaskPipeline, batch: int) -> float:
         """Time two steps once after a warm-up, which also compiles; one thread, as the race."""
         call = Sides(self.pipe, batch, 2).ours(pipe, batch)
-        done = race({"call": call}, pairs=3, device=str(self.where))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the compiler's advice about diffusers
+            done = race({"call": call}, pairs=3, device=str(self.where))
         return min(done.times["call"])
 
     def _settings(self, sides: Sides) -> dict:

@@ -79,7 +79,9 @@ def open_geometry(
     if model is not None or geometry == "mini":
         pipe = DiffuMaskPipeline.from_pretrained(model or "mini", device=where, dtype=dtype)
     else:
-        pipe = DiffuMaskPipeline(_build(geometry).to(where, resolve_dtype(dtype, where)), ModelInfo(geometry))
+        with quietly():
+            built = _build(geometry).to(where, resolve_dtype(dtype, where))
+        pipe = DiffuMaskPipeline(built, ModelInfo(geometry))
     pipe.pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -184,8 +186,7 @@ def _tokenizer() -> CLIPTokenizer:
 
 
 def _build(geometry: str) -> DiffusionPipeline:
-    with quietly():
-        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)

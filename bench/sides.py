@@ -11,7 +11,7 @@ from torch import Tensor
 from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.attention.phrases import phrase_columns
 from diffumask_fast.attention.unet import UNetWithMaps
-from diffumask_fast.bench.baselines import DaamStore, PeerMaps, ReferenceStore, reference_mask
+from diffumask_fast.bench.baselines import DaamStore, PeerMaps, ReferenceStore, plain_attention, reference_mask
 from diffumask_fast.bench.harness import Workload
 from diffumask_fast.masks.make import make_masks
 from diffumask_fast.masks.options import MaskOptions
@@ -53,6 +53,18 @@ class Sides:
     def plain(self, output_type: str = "latent") -> Workload:
         """The plain diffusers pipeline, whole batch."""
         return lambda: self._draw(slice(None), output_type)
+
+    def plain_with(self, attention: str) -> Workload:
+        """The plain pipeline with another attention, set back afterwards."""
+
+        def call() -> None:
+            plain_attention(self.pipe.pipe, attention)
+            try:
+                self._draw(slice(None), "latent")
+            finally:
+                plain_attention(self.pipe.pipe, "sdpa")
+
+        return call
 
     def mapped(self, propagate: str | int) -> Workload:
         """The same denoising with maps, and with propagation where asked for."""

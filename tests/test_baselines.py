@@ -178,11 +178,9 @@ def test_a_missing_library_is_said(monkeypatch):
         plain_attention(None, "xformers")
 
 
-def test_plain_attention(tiny_sd, latents):
-    drawn = []
-    for kind in ("eager", "sdpa"):
-        plain_attention(tiny_sd, kind)
-        drawn.append(tiny_sd(PROMPTS[0], latents=latents[:1], **STEPS).images)
-    assert torch.allclose(*drawn, atol=1e-4)
+def test_plain_attention_is_the_pipelines_own(tiny_sd, latents):
+    before = tiny_sd(PROMPTS[0], latents=latents[:1], **STEPS).images
+    plain_attention(tiny_sd, "sdpa")
+    assert torch.equal(tiny_sd(PROMPTS[0], latents=latents[:1], **STEPS).images, before)
     with pytest.raises(DiffuMaskError, match="no plain attention flash"):
         plain_attention(tiny_sd, "flash")
