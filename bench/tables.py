@@ -23,6 +23,9 @@ SAYS = {
     "iou_vs_reference": "IoU with the reference's masks, same aggregation and threshold",
     "peak_memory_vs_reference": "peak memory over the reference store's, one image",
     "memory_vs_steps": "peak memory at 50 steps over that at 10",
+    "seconds_plain": "plain diffusers, one run of one image",
+    "seconds_ours": "ours with its mask, one run of one image",
+    "seconds_reference": "the reference program's store, one run of one image",
 }
 
 
