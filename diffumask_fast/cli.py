@@ -161,29 +161,59 @@ def export(
     print(f"Draw with --engine {manifest.engine.removesuffix('-rtx')} --engine-path {out}.")
 
 
-@app.command()
+bench_app = typer.Typer(help="Measure, side by side, and compare what was measured.", pretty_exceptions_enable=False)
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback(invoke_without_command=True)
 def bench(
-    suite: Annotated[str, typer.Option(help="end_to_end, or engines.")] = "end_to_end",
-    geometry: Annotated[str, typer.Option(help="mini.")] = "mini",
+    context: typer.Context,
+    suite: Annotated[str, typer.Option(help="A suite: end_to_end, engines, kernels, masks, scaling.")] = "end_to_end",
+    geometry: Annotated[str, typer.Option(help="mini, sd15, sd21 or sdxl.")] = "mini",
+    model: Annotated[str | None, typer.Option(help="A diffusers folder or hub id instead of a geometry.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="Append the rows to this .jsonl file.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; what the suite says when left out.")] = None,
+    names: Annotated[str | None, typer.Option("--rows", help="Only these rows, with commas.")] = None,
+    pairs: Annotated[int | None, typer.Option(help="Rounds of a comparison; 14 on a CPU, 10 on CUDA.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "--out", help="Append the rows to this .jsonl file.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the rows into this folder, PNG and SVG.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Measure what masks cost against the plain diffusers pipeline, and what engines take beside torch."""
-    from diffumask_fast.bench import end_to_end, engines, harness
-
-    suites = {"end_to_end": end_to_end, "engines": engines}
-    if suite not in suites:
-        raise DiffuMaskError(f"There is no suite {suite}: use {' or '.join(suites)}.")
-    rows = suites[suite].run(geometry, device=device)
-    if out is not None:
-        harness.append_rows(out, rows)
-    if as_json:
-        print(json.dumps({"rows": rows}))
+    """Measure: a table for people, one JSON object with --json; in a checkout the rows are kept in bench/results."""
+    if context.invoked_subcommand is not None:
         return
-    for row in rows:
-        spread = f"({row['low']:.3f} to {row['high']:.3f}, n {row['n']})"
-        print(f"{row['name']:24} {row['value']:8.3f} {row['unit']:8} {spread}")
+    from diffumask_fast.bench import report
+
+    wanted = {"model": model, "steps": steps, "names": names.split(",") if names else None, "pairs": pairs}
+    chosen = {key: value for key, value in wanted.items() if value is not None}
+    code = report.measure(suite, geometry, device, chosen, output=output, plot=plot, as_json=as_json)
+    if code:
+        raise typer.Exit(code)
+
+
+@bench_app.command("compare")
+def bench_compare(
+    before: Annotated[Path, typer.Argument(help="Rows of the earlier run.")],
+    after: Annotated[Path, typer.Argument(help="Rows of the later run.")],
+    threshold: Annotated[float, typer.Option(help="Share by which a row may become worse.")] = 0.05,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare two files of rows; exit code 1 when a row became worse by more than the threshold."""
+    from diffumask_fast.bench.regressions import compare_rows, read_rows
+
+    rows = compare_rows(read_rows(before), read_rows(after), threshold)
+    worse = [row["name"] for row in rows if row["regression"]]
+    if as_json:
+        print(json.dumps({"threshold": threshold, "rows": rows}))
+    else:
+        for row in rows:
+            name = row["name"] + (f" {row['case']}" if row["case"] else "")
+            mark = "  worse" if row["regression"] else ""
+            print(f"{name:36} {row['before']:10.4f} {row['after']:10.4f} {row['change']:+8.1%}{mark}")
+    if worse:
+        raise DiffuMaskError(f"Worse by more than {threshold:.0%}: {', '.join(worse)}; measure again or look for why.")
 
 
 @app.command()
