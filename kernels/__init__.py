@@ -2,5 +2,6 @@
 
 from diffumask_fast.kernels.attend import attend, cross_attention_maps
 from diffumask_fast.kernels.guided_filter import guided_filter
+from diffumask_fast.kernels.record import ran
 
-__all__ = ["attend", "cross_attention_maps", "guided_filter"]
+__all__ = ["attend", "cross_attention_maps", "guided_filter", "ran"]

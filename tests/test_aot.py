@@ -15,10 +15,11 @@ CASES = {(40, 77, "fp16"): 0, (64, 77, "fp16"): 0, (64, 77, "bf16"): 0, (80, 77,
 WORST = [(64, 77, "fp16"), (160, 77, "fp16")]
 SCRIPT = """
 import json, sys, torch
+from diffumask_fast.kernels import tuned
 from diffumask_fast.kernels import attend_triton as a
 from diffumask_fast.kernels.aot import SHARED, compile_for
 capability, head_dim, keys, dtype = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-config = a.launch(head_dim, keys, {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
+config = tuned.launch("attend", torch.device("cpu"), dtype=dtype, heads=8, head_dim=head_dim, pixels=4096, keys=keys)
 fixed = {**a.constants(4096, keys, 8, head_dim, 4, config.pop("block")), "UP": False}
 needs = compile_for(capability, a.attend_kernel, a.types(dtype), fixed, **config)
 products = sum(word in needs.ptx for word in ("mma.sync", "wgmma.mma_async", "tcgen05.mma"))

@@ -1,0 +1,47 @@
+"""The kernels as torch operators: one node for `torch.compile` and `torch.export`, with the Triton code behind it.
+
+An operator also runs on the CPU, in its torch form, so that a program exported on one device loads on another.
+Importing this module is what registers it.
+"""
+
+from torch import Tensor
+from torch.library import triton_op
+
+from diffumask_fast.kernels import attend_sdpa
+from diffumask_fast.kernels.attend_triton import attend as launch_attend
+
+
+@triton_op("diffumask_fast::cross_attention_maps", mutates_args={"maps"})
+def cross_attention_maps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    select: Tensor,
+    maps: Tensor,
+    heads: int,
+    scale: float,
+    first_conditional: int,
+    weight: float,
+) -> Tensor:
+    """Cross-attend, and add to maps in place: `attend` with every argument given, Triton on CUDA.
+
+    Example:
+        >>> import torch
+        >>> q, k, maps = torch.zeros(2, 4, 32), torch.zeros(2, 5, 32), torch.zeros(1, 2, 4)
+        >>> select = torch.eye(5)[None, :, :2]
+        >>> out = torch.ops.diffumask_fast.cross_attention_maps(q, k, k, select, maps, 2, 1.0, 1, 1.0)
+        >>> round(maps.max().item(), 3)
+        0.2
+    """
+    if q.is_cuda:
+        return launch_attend(
+            q, k, v, select, maps, heads=heads, scale=scale, first_conditional=first_conditional, weight=weight
+        )
+    out, added = attend_sdpa.attend(q, k, v, select, heads=heads, scale=scale, first_conditional=first_conditional)
+    maps.add_(added, alpha=weight)
+    return out
+
+
+@cross_attention_maps.register_fake
+def _(q, k, v, select, maps, heads, scale, first_conditional, weight):
+    return q.new_empty(q.shape)
