@@ -65,6 +65,8 @@ def load_engine(
     Raises:
         DiffuMaskError: no such engine, library, folder or device; an engine that is damaged or of other weights.
     """
+    if engine == "torch":
+        raise DiffuMaskError(f"--engine-path is for --engine {' or '.join(ENGINES)}: name one, or leave the path out.")
     if engine not in ENGINES:
         raise DiffuMaskError(f"There is no engine {engine}: use torch, {' or '.join(ENGINES)}.")
     if engine_path is None:

@@ -103,10 +103,10 @@ def versions() -> dict[str, str]:
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """Return name -> SHA-256 of the files of an engine, the manifest left out."""
+    """Return name -> SHA-256 of the files of an engine, the manifest and folders left out."""
     found = {}
     for path in sorted(folder.iterdir()):
-        if path.name != MANIFEST:
+        if path.name != MANIFEST and path.is_file():
             with path.open("rb") as file:
                 found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found

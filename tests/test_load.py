@@ -89,6 +89,7 @@ def test_auto_batch_size_and_calls_respect_the_limits(tiny_folder, static_engine
 @pytest.mark.parametrize(
     "changes, words",
     [
+        (dict(engine="torch"), "--engine-path is for --engine onnx or tensorrt"),
         (dict(engine="nonsense"), "no engine nonsense: use torch, onnx or tensorrt"),
         (dict(engine_path=None), "needs --engine-path"),
         (dict(dtype="fp16"), "works in fp32: leave --dtype out"),

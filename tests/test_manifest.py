@@ -58,6 +58,11 @@ def test_a_cut_off_or_altered_file_is_refused(copy):
         read_manifest(copy)
 
 
+def test_a_folder_inside_the_engine_changes_nothing(copy):
+    (copy / "dataset").mkdir()
+    assert read_manifest(copy).files == hash_files(copy)
+
+
 def test_a_damaged_manifest_is_refused(copy):
     text = (copy / "engine.json").read_text()
     for broken in (text[:-20], "[]", "{}", text.replace('"rows"', '"row"')):
