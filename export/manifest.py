@@ -134,6 +134,9 @@ def read_manifest(folder: Path) -> Manifest:
         if data["format"] == FORMAT:
             parts = {name: Part(**part) for name, part in data.pop("parts").items()}
             manifest = Manifest(**{**data, "limits": Limits.from_json(data["limits"]), "parts": parts})
+            named = {name for part in parts.values() for name in (part.graph, part.config)}
+            if "unet" not in parts or not named <= dict(manifest.files).keys():
+                raise KeyError("unet" if "unet" not in parts else min(named - manifest.files.keys()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DiffuMaskError(f"{path} is damaged ({error!r:.100}): export the model again.") from error
     if data["format"] != FORMAT or manifest.versions.get("diffumask_fast") != __version__:
