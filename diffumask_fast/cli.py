@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -158,7 +159,7 @@ def export(
         print(f"{part:16} {figures}")
     if manifest.passed:
         print("Largest errors against torch in fp32, relative to the largest value.")
-    print(f"Draw with --engine {manifest.engine.removesuffix('-rtx')} --engine-path {out}.")
+    print(f"Draw with --engine {manifest.engine.removesuffix('-rtx')} --engine-path {shlex.quote(str(out))}")
 
 
 bench_app = typer.Typer(help="Measure, side by side, and compare what was measured.", pretty_exceptions_enable=False)

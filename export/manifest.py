@@ -103,10 +103,10 @@ def versions() -> dict[str, str]:
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """Return name -> SHA-256 of the files of an engine, the manifest left out."""
+    """Return name -> SHA-256 of the files of an engine, the manifest and folders left out."""
     found = {}
     for path in sorted(folder.iterdir()):
-        if path.name != MANIFEST:
+        if path.name != MANIFEST and path.is_file():
             with path.open("rb") as file:
                 found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
@@ -134,6 +134,9 @@ def read_manifest(folder: Path) -> Manifest:
         if data["format"] == FORMAT:
             parts = {name: Part(**part) for name, part in data.pop("parts").items()}
             manifest = Manifest(**{**data, "limits": Limits.from_json(data["limits"]), "parts": parts})
+            named = {name for part in parts.values() for name in (part.graph, part.config)}
+            if "unet" not in parts or not named <= dict(manifest.files).keys():
+                raise KeyError("unet" if "unet" not in parts else min(named - manifest.files.keys()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DiffuMaskError(f"{path} is damaged ({error!r:.100}): export the model again.") from error
     if data["format"] != FORMAT or manifest.versions.get("diffumask_fast") != __version__:

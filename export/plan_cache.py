@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,22 @@ def keep(key: str, plan: bytes) -> None:
     path = cache_folder() / "plans" / key
     write_whole(path, hashlib.sha256(plan).digest() + plan)
     total = 0
-    for old in sorted(path.parent.iterdir(), key=lambda entry: entry.stat().st_mtime, reverse=True):
-        total += old.stat().st_size
-        if total > MOST_BYTES and old != path:
-            old.unlink(missing_ok=True)
+    try:
+        found = [(old.stat(), old) for old in path.parent.iterdir()]
+        for about, old in sorted(found, key=lambda entry: entry[0].st_mtime, reverse=True):
+            total += about.st_size
+            if total > MOST_BYTES and old != path:
+                old.unlink()
+    except OSError:  # no cache can be kept here, or another process drops the same plans
+        return
+
+
+def read_whole(path: Path) -> bytes | None:
+    """Return a file of the cache, None where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -54,4 +67,5 @@ def write_whole(path: Path, data: bytes) -> None:
         part.write_bytes(data)
         os.replace(part, path)
     except OSError:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()

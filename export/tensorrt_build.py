@@ -13,7 +13,7 @@ from diffumask_fast.export.limits import Limits
 from diffumask_fast.export.manifest import Manifest, hash_files, versions, write_manifest
 from diffumask_fast.export.onnx_export import check_out, export_onnx, staged
 from diffumask_fast.export.tensorrt_library import compute_capability as local_capability
-from diffumask_fast.export.tensorrt_library import keeping_logger, library, words_of
+from diffumask_fast.export.tensorrt_library import is_rtx, keeping_logger, library, words_of
 from diffumask_fast.loading import cache_folder
 
 
@@ -141,7 +141,8 @@ def profile_shapes(name: str, shape: tuple[int, ...], limits: Limits) -> tuple[t
 
     def filled(end: int) -> tuple[int, ...]:
         h, w = limits.height[end] // limits.vae_factor, limits.width[end] // limits.vae_factor
-        sizes = {0: limits.rows[end], 2: h, 3: w}
+        # where rows are dynamic in a static engine they are those of VAE and text encoder, whose calls nobody pads
+        sizes = {0: (1, limits.rows[1])[end], 2: h, 3: w}
         if name.startswith("prior."):
             sizes[2] = limits.level_pixels((h, w))[name.removeprefix("prior.")]
         return tuple(sizes[axis] if size == -1 else size for axis, size in enumerate(shape))
@@ -182,13 +183,12 @@ def _built(trt: Any, graph: Path, limits: Limits, target: str, decompose: bool, 
     if decompose:
         _decompose_attention(trt, network)
     timings = None
-    if hasattr(trt, "ComputeCapability"):
+    if is_rtx(trt):
         config.num_compute_capabilities = 1
         config.set_compute_capability(known_targets(trt)[target], 0)
     else:
         timings = cache_folder() / "timings" / f"{trt.__version__}-{target}"
-        cache = config.create_timing_cache(timings.read_bytes() if timings.is_file() else b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
+        _use_timings(config, timings)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise DiffuMaskError(
@@ -197,6 +197,13 @@ def _built(trt: Any, graph: Path, limits: Limits, target: str, decompose: bool, 
     if timings is not None:
         plan_cache.write_whole(timings, bytes(config.get_timing_cache().serialize()))
     return bytes(plan)
+
+
+def _use_timings(config: Any, timings: Path) -> None:
+    """Let a build know the timings of earlier ones, or of none where another model of GPU took them."""
+    kept = config.create_timing_cache(plan_cache.read_whole(timings) or b"")
+    if not config.set_timing_cache(kept, ignore_mismatch=False):
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 
 
 def _profile(builder: Any, network: Any, limits: Limits) -> Any:

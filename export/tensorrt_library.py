@@ -27,6 +27,11 @@ def library(flavour: str) -> Any:
         ) from error
 
 
+def is_rtx(trt: Any) -> bool:
+    """Tell whether a module is that of TensorRT-RTX."""
+    return trt.__name__ == MODULES["tensorrt-rtx"]
+
+
 def keeping_logger(trt: Any) -> Any:
     """Return a logger that keeps the library's errors in its list `errors`."""
 

@@ -92,4 +92,7 @@ def refit_plan(trt: Any, engine_file: Path, graph: Path) -> bytes:
         raise DiffuMaskError(
             f"The weights of {graph.name} do not fit the engine ({words_of(logger)}): export the model by itself."
         )
-    return bytes(engine.serialize())
+    config = engine.create_serialization_config()
+    config.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
+    config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)  # else the new engine would take no further weights
+    return bytes(engine.serialize_with_config(config))

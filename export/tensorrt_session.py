@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.export.tensorrt_library import keeping_logger, words_of
+from diffumask_fast.export.tensorrt_library import is_rtx, keeping_logger, words_of
 
 # a call of other shapes drops the oldest: each holds memory of its own
 KEPT_CALLS = 2
+SMALLER = "use a smaller --batch-size or --size"
 
 
 class TensorRTSession:
@@ -83,14 +84,13 @@ class TensorRTSession:
         while len(self._calls) >= KEPT_CALLS:
             torch.cuda.synchronize(self.device)
             self._calls.pop(next(iter(self._calls)))
-        given = {
-            name: torch.zeros(inputs[name].shape, dtype=dtype, device=self.device)
-            for name, dtype in self.inputs.items()
-        }
-        taken = {
-            name: torch.empty(*shapes[name], dtype=dtype, device=self.device) for name, dtype in self.outputs.items()
-        }
-        return _Call(self._trt, self._engine, self._logger, self._stream, given, taken)
+        where = {"device": self.device}
+        try:
+            given = {n: torch.zeros(inputs[n].shape, dtype=dtype, **where) for n, dtype in self.inputs.items()}
+            taken = {n: torch.empty(*shapes[n], dtype=dtype, **where) for n, dtype in self.outputs.items()}
+            return _Call(self._trt, self._engine, self._logger, self._stream, given, taken)
+        except torch.OutOfMemoryError as error:
+            raise DiffuMaskError(f"The GPU's memory is too small for this call: {SMALLER}.") from error
 
 
 class _Call:
@@ -108,15 +108,20 @@ class _Call:
         self.inputs, self.outputs = inputs, outputs
         self._logger, self._stream = logger, stream
         self._graph: torch.cuda.CUDAGraph | None = None
-        own_graph = hasattr(trt, "CudaGraphStrategy")
+        own_graph = is_rtx(trt)
+        # the library's own way takes what the profile's most would need, whatever is asked for
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if own_graph:
             config = engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            # lazily, other kernels would take over in the middle of a run, at a time that the clock decides
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
             context = engine.create_execution_context(runtime_config=config)
         else:
-            context = engine.create_execution_context()
+            context = engine.create_execution_context(strategy=strategy)
         if context is None:
-            raise DiffuMaskError(f"TensorRT cannot start ({words_of(logger)}): use a smaller --batch-size.")
+            raise DiffuMaskError(f"TensorRT cannot start ({words_of(logger)}): {SMALLER}.")
         self._context = context
         for name, tensor in inputs.items():
             if not context.set_input_shape(name, tuple(tensor.shape)):
@@ -124,6 +129,9 @@ class _Call:
                     f"The engine takes no {name} of {list(tensor.shape)} ({words_of(logger)}): export the model again "
                     "with other limits."
                 )
+        size = context.update_device_memory_size_for_shapes()
+        self._memory = torch.empty(size, dtype=torch.uint8, device=stream.device)
+        context.set_device_memory(self._memory.data_ptr(), size)
         for name, tensor in (inputs | outputs).items():
             context.set_tensor_address(name, tensor.data_ptr())
         if not own_graph:
@@ -146,4 +154,4 @@ class _Call:
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self._stream.cuda_stream):
-            raise DiffuMaskError(f"TensorRT could not run ({words_of(self._logger)}): use a smaller --batch-size.")
+            raise DiffuMaskError(f"TensorRT could not run ({words_of(self._logger)}): {SMALLER}.")

@@ -58,9 +58,16 @@ def test_a_cut_off_or_altered_file_is_refused(copy):
         read_manifest(copy)
 
 
+def test_a_folder_inside_the_engine_changes_nothing(copy):
+    (copy / "dataset").mkdir()
+    assert read_manifest(copy).files == hash_files(copy)
+
+
 def test_a_damaged_manifest_is_refused(copy):
     text = (copy / "engine.json").read_text()
-    for broken in (text[:-20], "[]", "{}", text.replace('"rows"', '"row"')):
+    without_files = json.dumps(json.loads(text) | {"files": {}})
+    without_parts = json.dumps(json.loads(text) | {"parts": {}})
+    for broken in (text[:-20], "[]", "{}", text.replace('"rows"', '"row"'), without_files, without_parts):
         (copy / "engine.json").write_text(broken)
         with pytest.raises(DiffuMaskError, match="engine.json is damaged"):
             read_manifest(copy)

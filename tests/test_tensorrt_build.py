@@ -1,5 +1,7 @@
 import copy
 import time
+from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -116,6 +118,11 @@ def test_shapes_of_the_profile(mini_engine):
     assert profile_shapes("select", (-1, 77, 8), limits) == ((1, 77, 8), (8, 77, 8))
 
 
+def test_fewer_images_than_a_static_engine_draws_are_decoded_too(mini_engine):
+    static = replace(read_manifest(mini_engine).limits, rows=(4, 4), height=(64, 64), width=(96, 96))
+    assert profile_shapes("latents", (-1, 4, 8, 12), static) == ((1, 4, 8, 12), (4, 4, 8, 12))
+
+
 def test_a_gpu_that_it_does_not_know_is_refused_before_anything_is_exported(tmp_path, monkeypatch):
     for wrong in ("9.0", "CURRENT", "sm_89"):
         with pytest.raises(DiffuMaskError, match="it knows 7.5, 8.0, 8.6, 8.9.*--to onnx"):
@@ -156,6 +163,23 @@ def test_the_cache_drops_what_was_used_longest_ago(cache, monkeypatch):
     time.sleep(0.02)
     plan_cache.keep("c", b"c" * 100)
     assert sorted(path.name for path in cache.iterdir()) == ["a", "c"]
+
+
+def test_a_cache_that_cannot_be_kept_costs_the_cache_alone(cache):
+    cache.parent.parent.mkdir()
+    cache.parent.write_text("a file in the place of the folder")
+    plan_cache.keep("a", b"a")
+    assert plan_cache.kept("a") is None
+
+
+@pytest.mark.parametrize("accepted, used", [([True], [b"old"]), ([False, True], [b"old", b""])])
+def test_timings_of_another_gpu_are_left_out(tmp_path, accepted, used):
+    (tmp_path / "timings").write_bytes(b"old")
+    config = Mock(spec=trt.IBuilderConfig)
+    config.set_timing_cache.side_effect = accepted
+    tensorrt_build._use_timings(config, tmp_path / "timings")
+    assert [call.args[0] for call in config.create_timing_cache.call_args_list] == used
+    assert config.set_timing_cache.call_count == len(accepted)
 
 
 @pytest.mark.slow

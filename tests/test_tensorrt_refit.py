@@ -1,5 +1,7 @@
 import json
 import shutil
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -50,3 +52,24 @@ def test_a_damaged_engine_is_refused(tmp_path):
     (tmp_path / "unet.engine").write_bytes(b"nonsense")
     with pytest.raises(DiffuMaskError, match="cannot load"):
         refit_plan(trt, tmp_path / "unet.engine", tmp_path / "unet.onnx")
+
+
+def test_an_engine_with_other_weights_can_be_refitted_again(tmp_path):
+    (tmp_path / "unet.engine").write_bytes(b"engine")
+    engine, config = Mock(spec=trt.ICudaEngine), Mock(spec=trt.ISerializationConfig)
+    engine.create_serialization_config.return_value = config
+    engine.serialize_with_config.return_value = b"refitted"
+    runtime, refitter = Mock(spec=trt.Runtime), Mock(spec=trt.Refitter)
+    runtime.deserialize_cuda_engine.return_value = engine
+    parser = Mock(spec=trt.OnnxParserRefitter)
+    library = SimpleNamespace(
+        ILogger=trt.ILogger, SerializationFlag=trt.SerializationFlag, Runtime=lambda _: runtime,
+        Refitter=lambda *_: refitter, OnnxParserRefitter=lambda *_: parser,
+    )  # fmt: skip
+    assert refit_plan(library, tmp_path / "unet.engine", tmp_path / "unet.onnx") == b"refitted"
+    config.set_flag.assert_called_once_with(trt.SerializationFlag.INCLUDE_REFIT)
+    for answers in (parser.refit_from_file, refitter.refit_cuda_engine):
+        answers.return_value = False
+        with pytest.raises(DiffuMaskError, match="weights of unet.onnx do not fit"):
+            refit_plan(library, tmp_path / "unet.engine", tmp_path / "unet.onnx")
+        answers.return_value = True
