@@ -208,7 +208,11 @@ def _overflows(pipe: Any, info: ModelInfo) -> bool:
 
 def check_out(out: Path) -> None:
     """Raise DiffuMaskError where something stands in the place of a new engine."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    try:
+        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except OSError as error:
+        raise DiffuMaskError(f"Cannot write {out} ({error.strerror}): choose another folder.") from error
+    if taken:
         raise DiffuMaskError(f"{out} is there already: delete it, or choose another folder.")
 
 

@@ -40,8 +40,12 @@ def test_the_hash_is_of_what_decides(copy):
     before = read_manifest(copy).sha256
     change(copy, checked={}, model="another name")
     assert read_manifest(copy).sha256 == before
-    change(copy, dtype="fp16")
-    assert read_manifest(copy).sha256 != before
+    for field, value in (("dtype", "fp16"), ("limits", read_manifest(copy).limits.as_json() | {"columns": 3})):
+        kept = json.loads((copy / "engine.json").read_text())[field]
+        change(copy, **{field: value})
+        assert read_manifest(copy).sha256 != before
+        change(copy, **{field: kept})
+    assert read_manifest(copy).sha256 == before
 
 
 def test_a_cut_off_or_altered_file_is_refused(copy):

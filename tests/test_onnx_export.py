@@ -77,3 +77,8 @@ def test_a_unet_that_is_told_its_guidance_is_refused(tiny_folder, tmp_path):
     with pytest.raises(DiffuMaskError, match="LCM.*--engine torch"):
         export_onnx(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["lcm"]
+
+
+def test_a_name_that_no_folder_can_have_is_refused_first(tmp_path):
+    with pytest.raises(DiffuMaskError, match="Cannot write .*File name too long.*choose another folder"):
+        export_onnx("mini", tmp_path / ("x" * 300))

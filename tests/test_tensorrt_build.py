@@ -50,7 +50,6 @@ def test_a_graph_is_built_once_without_a_gpu(mini_engine, sd_parts, tmp_path, ca
     write_graph(decode_call(vae, limits, 4), tmp_path / "vae.onnx", 2**30)
     plan = build_plan(trt, tmp_path / "vae.onnx", limits, "8.9")
     assert len(plan) > 10_000
-    assert trt.Runtime(trt.Logger()).deserialize_cuda_engine(plan[:100]) is None
 
     def refuse(*_):
         raise AssertionError("it is built again")
@@ -121,6 +120,7 @@ def test_shapes_of_the_profile(mini_engine):
 def test_fewer_images_than_a_static_engine_draws_are_decoded_too(mini_engine):
     static = replace(read_manifest(mini_engine).limits, rows=(4, 4), height=(64, 64), width=(96, 96))
     assert profile_shapes("latents", (-1, 4, 8, 12), static) == ((1, 4, 8, 12), (4, 4, 8, 12))
+    assert profile_shapes("prior.1", (4, 8, -1), static) == ((4, 8, 24), (4, 8, 24))
 
 
 def test_a_gpu_that_it_does_not_know_is_refused_before_anything_is_exported(tmp_path, monkeypatch):
