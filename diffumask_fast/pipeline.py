@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.attention.tap import Levels
+from diffumask_fast.compiled import compile_pipe
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.loading import (
     ModelInfo,
@@ -90,8 +91,9 @@ class DiffuMaskPipeline:
 
         Args:
             model: what to load.
-            engine: "torch", or "onnx" for ONNX Runtime.
-            engine_path: folder that `diffumask-fast export` wrote; not for "torch".
+            engine: "torch"; "compile" for torch.compile and CUDA graphs; "onnx" for ONNX Runtime; "tensorrt" for either
+                flavour of it.
+            engine_path: folder that `diffumask-fast export` wrote, for the last two.
             dtype: "fp32", "fp16", "bf16" or a torch dtype; None is fp32 on the CPU and fp16 on CUDA, or the engine's.
             device: None is CUDA where there is one.
             revision: of a hub id.
@@ -99,16 +101,20 @@ class DiffuMaskPipeline:
         Raises:
             DiffuMaskError: no such model, half-written or pickled weights, no such device, engine or dtype.
         """
-        if engine != "torch" or engine_path is not None:
+        if engine not in ("torch", "compile"):
             from diffumask_fast.export.load import load_engine
 
             return cls(*load_engine(model, engine, engine_path, dtype, device, revision))
+        if engine_path is not None:
+            raise DiffuMaskError(f"--engine {engine} takes no --engine-path: leave it out, or say --engine onnx.")
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
         info = find_model(model, revision)
         pipe = load_pipe(info, dtype, device)
         if dtype == torch.float16 and says_force_upcast(info.folder):
             pipe.vae.to(torch.float32)
+        if engine == "compile":
+            compile_pipe(pipe)
         return cls(pipe, info)
 
     @classmethod
@@ -131,6 +137,13 @@ class DiffuMaskPipeline:
         if self.engine is not None:
             return self.engine.weights
         return weight_hash(self.info.folder) if self.info.folder else None
+
+    @property
+    def engine_name(self) -> str:
+        """What denoises: "torch", "compile", or the engine's name."""
+        if self.engine is not None:
+            return self.engine.name
+        return "compile" if hasattr(self.pipe.unet, "denoiser") else "torch"
 
     @property
     def device(self) -> torch.device:
@@ -330,7 +343,7 @@ class DiffuMaskPipeline:
             "mask": dict(vars(options)),
             "dtype": str(self.pipe.unet.dtype).removeprefix("torch."),
             "device": self.device.type,
-            "engine": {"name": self.engine.name, "sha256": self.engine.sha256} if self.engine else {"name": "torch"},
+            "engine": {"name": self.engine_name, **({"sha256": self.engine.sha256} if self.engine else {})},
             "versions": {
                 "diffumask_fast": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__,
                 "transformers": transformers.__version__,

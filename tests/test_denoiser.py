@@ -5,8 +5,8 @@ from conftest import relative
 from diffumask_fast.attention import UNetWithMaps
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.check import random_inputs
+from diffumask_fast.export.denoiser import ExportedDenoiser
 from diffumask_fast.export.manifest import read_manifest
-from diffumask_fast.export.onnx_denoiser import OnnxDenoiser
 from diffumask_fast.export.session import Session
 from diffumask_fast.loading import find_model, load_pipe
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def denoiser_of(folder):
-    return OnnxDenoiser(Session(folder / "unet.onnx", CPU), read_manifest(folder).limits)
+    return ExportedDenoiser(Session(folder / "unet.onnx", CPU), read_manifest(folder).limits)
 
 
 @pytest.fixture(scope="module")
