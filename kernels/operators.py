@@ -2,13 +2,24 @@
 
 An operator also runs on the CPU, in its torch form, so that a program exported on one device loads on another.
 Importing this module is what registers it.
+
+Example:
+    >>> import torch
+    >>> q, k, maps = torch.zeros(2, 4, 32), torch.zeros(2, 5, 32), torch.zeros(1, 2, 4)
+    >>> select = torch.eye(5)[None, :, :2]
+    >>> out = torch.ops.diffumask_fast.cross_attention_maps(q, k, k, select, maps, 2, 1.0, 1, 1.0)
+    >>> round(maps.max().item(), 3)
+    0.2
 """
 
+import torch
 from torch import Tensor
 from torch.library import triton_op
 
 from diffumask_fast.kernels import attend_sdpa
 from diffumask_fast.kernels.attend_triton import attend as launch_attend
+from diffumask_fast.kernels.guided_filter import filter_planes
+from diffumask_fast.kernels.guided_filter_triton import guided_filter as launch_guided_filter
 
 
 @triton_op("diffumask_fast::cross_attention_maps", mutates_args={"maps"})
@@ -23,16 +34,7 @@ def cross_attention_maps(
     first_conditional: int,
     weight: float,
 ) -> Tensor:
-    """Cross-attend, and add to maps in place: `attend` with every argument given, Triton on CUDA.
-
-    Example:
-        >>> import torch
-        >>> q, k, maps = torch.zeros(2, 4, 32), torch.zeros(2, 5, 32), torch.zeros(1, 2, 4)
-        >>> select = torch.eye(5)[None, :, :2]
-        >>> out = torch.ops.diffumask_fast.cross_attention_maps(q, k, k, select, maps, 2, 1.0, 1, 1.0)
-        >>> round(maps.max().item(), 3)
-        0.2
-    """
+    """Cross-attend, and add to maps in place: `attend` with every argument given, Triton on CUDA."""
     if q.is_cuda:
         return launch_attend(
             q, k, v, select, maps, heads=heads, scale=scale, first_conditional=first_conditional, weight=weight
@@ -45,3 +47,15 @@ def cross_attention_maps(
 @cross_attention_maps.register_fake
 def _(q, k, v, select, maps, heads, scale, first_conditional, weight):
     return q.new_empty(q.shape)
+
+
+@triton_op("diffumask_fast::guided_filter", mutates_args=())
+def guided_filter(guide: Tensor, maps: Tensor, radius: int, eps: float) -> Tensor:
+    """Smooth maps inside regions of the guide: `guided_filter`, Triton on CUDA."""
+    form = launch_guided_filter if maps.is_cuda else filter_planes
+    return form(guide, maps, radius, eps)
+
+
+@guided_filter.register_fake
+def _(guide, maps, radius, eps):
+    return maps.new_empty(maps.shape, dtype=torch.float32)
