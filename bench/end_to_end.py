@@ -14,7 +14,8 @@ import torch
 from diffumask_fast.bench import baselines, memory
 from diffumask_fast.bench.geometries import check_geometry, check_memory, open_geometry
 from diffumask_fast.bench.harness import Race, compare, environment, race, row
-from diffumask_fast.bench.sides import LIKE_THE_REFERENCE, Sides, compiled, mask_iou
+from diffumask_fast.bench.sides import LIKE_THE_REFERENCE, Sides, mask_iou
+from diffumask_fast.compiled import compile_pipe
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.loading import resolve_device
 from diffumask_fast.pipeline import DiffuMaskPipeline
@@ -236,11 +237,14 @@ class _Job:
     def _with_engine(self, engine: str, dtype: str, batch: int) -> DiffuMaskPipeline | None:
         if engine == "onnx":
             return _onnx(self.model or self.geometry, batch) if dtype == "fp32" and self.where.type == "cpu" else None
-        if engine == "compile" and self.where.type == "cpu" and not (shutil.which("g++") or os.environ.get("CXX")):
-            logger.warning("torch.compile is left out: there is no C++ compiler (g++)")
-            return None
         pipe = open_geometry(self.geometry, str(self.where), model=self.model, dtype=dtype)
-        return compiled(pipe) if engine == "compile" else pipe
+        if engine == "compile":
+            try:
+                compile_pipe(pipe.pipe)
+            except DiffuMaskError as error:
+                logger.warning("the compiled engine is left out: %s", error)
+                return None
+        return pipe
 
     def _probe(self, pipe: DiffuMaskPipeline, batch: int) -> float:
         """Time two steps once after a warm-up, which also compiles; one thread, as the race."""

@@ -169,13 +169,6 @@ class Sides:
         return self.pipe.pipe.unet.config.sample_size * self.pipe.pipe.vae_scale_factor
 
 
-def compiled(pipe: DiffuMaskPipeline) -> DiffuMaskPipeline:
-    """Let torch.compile run the pipeline's UNet with maps, weights frozen into it; it compiles on its first call."""
-    program = torch.compile(UNetWithMaps(pipe.pipe.unet), dynamic=False, options={"freezing": True})
-    vars(pipe.pipe.unet)["denoiser"] = lambda *args, **kwargs: program(*args, **kwargs)
-    return pipe
-
-
 def mask_iou(left: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> list[float]:
     """Return the foreground IoU of each pair of masks; 1 for two empty ones."""
     pairs = [(a > 0, b > 0) for a, b in zip(left, right, strict=True)]

@@ -34,23 +34,6 @@ def test_the_peer_gives_maps_of_the_whole_batch(sides):
     assert sides.peer()().shape == (2, 1, 128, 128)
 
 
-def test_what_is_compiled_is_the_unet_with_maps(monkeypatch):
-    calls = []
-
-    def compile(module, **options):
-        def program(*args, **kwargs):
-            calls.append(type(module).__name__)
-            return module(*args, **kwargs)
-
-        return program
-
-    monkeypatch.setattr(room.torch, "compile", compile)
-    pipe = room.compiled(open_geometry("mini", "cpu"))
-    masks = Sides(pipe, 1, 2).ours()()
-    assert calls == ["UNetWithMaps"] * 2
-    assert np.array_equal(masks, Sides(open_geometry("mini", "cpu"), 1, 2).ours()())
-
-
 def test_mask_iou():
     empty, half = np.zeros((2, 2), np.uint8), np.array([[1, 1], [0, 0]], np.uint8)
     one = np.array([[1, 0], [0, 0]], np.uint8)
