@@ -20,6 +20,13 @@ app = typer.Typer(
     help="Draw images with pixel-accurate semantic masks from text.",
 )  # fmt: skip
 
+ThresholdFlag = Annotated[str, typer.Option(help="otsu, adaptive, or a number in 0..1.")]
+RefineFlag = Annotated[str, typer.Option(help="guided, crf or none.")]
+ColourFlag = Annotated[int, typer.Option(help="Rounds of sharpening by colour, after guided.")]
+BandFlag = Annotated[int, typer.Option(help="Pixels beside boundaries that become 255.")]
+ComponentFlag = Annotated[float, typer.Option(help="Parts of a class below this share of the image go.")]
+HolesFlag = Annotated[bool, typer.Option("--fill-holes", help="Fill holes in a class.")]
+QualityFlag = Annotated[float, typer.Option(help="Reject images with a class of lower quality.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
@@ -43,9 +50,13 @@ def generate(
     dtype: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16.")] = "auto",
     aggregation: Annotated[str, typer.Option(help="auto, paper, reference or finest.")] = "auto",
     propagate: Annotated[str, typer.Option(help="auto, none, or 1 to 4 times.")] = "auto",
-    threshold: Annotated[str, typer.Option(help="otsu, or a number in 0..1.")] = "otsu",
-    refine: Annotated[str, typer.Option(help="guided or none.")] = "guided",
-    ignore_band: Annotated[int, typer.Option(help="Pixels beside boundaries that become 255.")] = 0,
+    threshold: ThresholdFlag = "otsu",
+    refine: RefineFlag = "guided",
+    colour_steps: ColourFlag = 2,
+    ignore_band: BandFlag = 0,
+    min_component: ComponentFlag = 0.0,
+    fill_holes: HolesFlag = False,
+    min_quality: QualityFlag = 0.0,
     engine: Annotated[str, typer.Option(help="torch, compile, onnx or tensorrt.")] = "torch",
     engine_path: Annotated[Path | None, typer.Option(help="Folder that export wrote.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -59,8 +70,9 @@ def generate(
     from diffumask_fast.masks.options import MaskOptions
 
     mask = MaskOptions(
-        aggregation=aggregation, propagate=propagate, threshold=threshold, refine=refine, ignore_band=ignore_band
-    )
+        aggregation=aggregation, propagate=propagate, threshold=threshold, refine=refine, colour_steps=colour_steps,
+        ignore_band=ignore_band, min_component=min_component, fill_holes=fill_holes, min_quality=min_quality,
+    )  # fmt: skip
     options = GenerateOptions(
         out=out, model=model, revision=revision, classes=classes, classes_per_image=classes_per_image, num=num,
         seed=seed, batch_size=batch_size, shard_size=shard_size, steps=steps, guidance_scale=guidance_scale,
@@ -77,6 +89,36 @@ def generate(
     else:
         accepted = f"{summary['accepted']} of {summary['images']} images accepted"
         print(f"{accepted}, {summary['images_per_s']:.2f} images/s. Look at {out / 'preview.png'}.")
+
+
+@app.command()
+def remask(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Dataset with stored maps.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the new dataset; run again to finish it.")],
+    threshold: ThresholdFlag = "otsu",
+    refine: RefineFlag = "guided",
+    colour_steps: ColourFlag = 2,
+    ignore_band: BandFlag = 0,
+    min_component: ComponentFlag = 0.0,
+    fill_holes: HolesFlag = False,
+    min_quality: QualityFlag = 0.0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: JsonFlag = False,
+) -> None:
+    """Make new masks of a dataset's stored maps, without drawing."""
+    from diffumask_fast.dataset import remask as remasking
+    from diffumask_fast.loading import resolve_device
+    from diffumask_fast.masks.options import MaskOptions
+
+    options = MaskOptions(
+        threshold=threshold, refine=refine, colour_steps=colour_steps, ignore_band=ignore_band,
+        min_component=min_component, fill_holes=fill_holes, min_quality=min_quality,
+    )  # fmt: skip
+    summary = remasking.remask(source, out, options, device=resolve_device(device), progress=_progress)
+    if as_json:
+        print(json.dumps(summary))
+    else:
+        print(f"{summary['accepted']} of {summary['images']} images accepted. Look at {out / 'preview.png'}.")
 
 
 @app.command()

@@ -31,7 +31,7 @@ from diffumask_fast.loading import (
     says_force_upcast,
     weight_hash,
 )
-from diffumask_fast.masks.accept import rejections
+from diffumask_fast.masks.accept import NOT_FINITE, rejections
 from diffumask_fast.masks.make import make_masks, quantise_maps
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.prompts.request import Request
@@ -50,6 +50,7 @@ class _Drawn:
     pixels: Tensor  # [B, 3, H, W] in 0..1, as diffusers gives it
     mask: Tensor
     quality: list[list[float]]
+    padded_quality: Tensor  # [B, K]
     class_maps: Tensor
     levels: Levels
     ids: Tensor = field(repr=False)
@@ -253,11 +254,9 @@ class DiffuMaskPipeline:
                 generator=self._generators([request.seed for request in batch], None, len(batch)),
                 class_ids=[request.class_ids for request in batch], num_phrases=num_phrases, **kwargs,
             )  # fmt: skip
-        reasons = rejections(drawn.images, drawn.mask, drawn.ids, [r.phrases for r in batch], options)
-        reasons = [
-            reason if finite else "the image is not finite"
-            for reason, finite in zip(reasons, drawn.finite, strict=True)
-        ]
+        names = [request.phrases for request in batch]
+        reasons = rejections(drawn.images, drawn.mask, drawn.ids, names, options, drawn.padded_quality)
+        reasons = [reason if finite else NOT_FINITE for reason, finite in zip(reasons, drawn.finite, strict=True)]
         images, masks, maps = (tensor.cpu().numpy() for tensor in (drawn.images, drawn.mask, drawn.class_maps))
         return [
             Result(
@@ -293,8 +292,8 @@ class DiffuMaskPipeline:
             class_maps = quantise_maps(store.class_maps(options))
             mask, _, quality = make_masks(class_maps, images, options, ids)
             counts = (ids > 0).sum(1).tolist()
-            quality = [row[:count] for row, count in zip(quality.tolist(), counts, strict=True)]
-            drawn = _Drawn(images, finite.tolist(), pixels, mask, quality, class_maps, store.levels, ids)
+            own = [row[:count] for row, count in zip(quality.tolist(), counts, strict=True)]
+            drawn = _Drawn(images, finite.tolist(), pixels, mask, own, quality, class_maps, store.levels, ids)
             self.seconds.masks += time.perf_counter() - start
         return drawn
 

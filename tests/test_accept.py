@@ -17,7 +17,8 @@ def test_reasons():
     mask[5, :5], mask[5, 5:10] = 12, 7  # fine, two classes
     ids = torch.tensor([[12, 0]] * 5 + [[12, 7]])
     names = [["dog"]] * 5 + [["dog", "car"]]
-    assert rejections(images, mask, ids, names, MaskOptions()) == [
+    good = torch.ones(6, 2)
+    assert rejections(images, mask, ids, names, MaskOptions(), good) == [
         "",
         "dog covers 0.25% of the image, less than 0.50%",
         "dog has no pixel in the mask",
@@ -26,12 +27,23 @@ def test_reasons():
         "",
     ]
     loose = MaskOptions(min_area=0, max_area=1)
-    assert [bool(reason) for reason in rejections(images, mask, ids, names, loose)] == [0, 0, 1, 0, 1, 0]
+    assert [bool(reason) for reason in rejections(images, mask, ids, names, loose, good)] == [0, 0, 1, 0, 1, 0]
 
 
 def test_the_second_class_counts():
     images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(-1, -1, -1, 3)
     mask = torch.zeros(1, 16, 16, dtype=torch.uint8)
     mask[0, :8] = 12
-    reason = rejections(images, mask, torch.tensor([[12, 7]]), [["dog", "car"]], MaskOptions())
+    reason = rejections(images, mask, torch.tensor([[12, 7]]), [["dog", "car"]], MaskOptions(), torch.ones(1, 2))
     assert reason == ["car has no pixel in the mask"]
+
+
+def test_a_poor_mask_is_rejected_where_that_is_asked_for():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(2, -1, -1, 3)
+    mask = torch.zeros(2, 16, 16, dtype=torch.uint8)
+    mask[:, :8], mask[:, 10:12] = 12, 7
+    quality, ids = torch.tensor([[0.9, 0.31], [0.9, 0.5]]), torch.tensor([[12, 7]] * 2)
+    names = [["dog", "car"]] * 2
+    assert rejections(images, mask, ids, names, MaskOptions(), quality) == ["", ""]
+    reasons = rejections(images, mask, ids, names, MaskOptions(min_quality=0.5), quality)
+    assert reasons == ["the mask of car has quality 0.31, less than 0.50", ""]

@@ -7,6 +7,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels import guided_filter
 from diffumask_fast.masks.make import make_masks, mask_quality, quantise_maps, refine_maps
 from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.masks.threshold import otsu
 
 SIDE, CELLS = 96, 12
 
@@ -108,7 +109,7 @@ def test_the_filters_window_grows_with_the_image(height, width, radius):
     image = picture(height=height, width=width)[None]
     maps = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(2))
     wanted = refine_maps(maps, image, MaskOptions(refine="none"))
-    wanted = guided_filter(image.permute(0, 3, 1, 2) / 255, wanted, radius, 1e-3).clamp(0, 1)
+    wanted = guided_filter(image.permute(0, 3, 1, 2) / 255, wanted, radius, 1e-4).clamp(0, 1)
     assert torch.equal(refine_maps(maps, image, MaskOptions(radius=8)), wanted)
 
 
@@ -161,16 +162,26 @@ def test_quality_orders_masks():
     clear = inside.float()
     faint = 0.6 + 0.2 * clear
     noise = torch.rand(1, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    values = [mask_quality(maps, inside).item() for maps in (clear, faint, 0.7 * clear + 0.3 * noise, noise)]
+    values = [
+        mask_quality(maps, otsu(maps), inside).item() for maps in (clear, faint, 0.7 * clear + 0.3 * noise, noise)
+    ]
     assert values[0] == pytest.approx(1, abs=1e-5)
-    assert values[0] > values[2] > values[1] > values[3] >= 0 and values[3] < 0.01
-    assert mask_quality(clear, torch.zeros_like(inside)).item() == mask_quality(clear, inside | True).item() == 0
+    assert values[0] > values[2] > values[1] > values[3] >= 0 and values[3] < 0.05
+    cut = torch.full((1, 1), 0.5)
+    assert mask_quality(clear, cut, torch.zeros_like(inside)).item() == mask_quality(clear, cut, inside | True) == 0
+
+
+def test_a_mask_that_a_little_of_the_threshold_changes_is_poor():
+    steep, gentle = ((torch.linspace(-1, 1, 64) * slope + 0.5).clamp(0, 1).expand(1, 1, 64, 64) for slope in (9, 1))
+    cut = torch.full((1, 1), 0.5)
+    values = [mask_quality(maps, cut, maps > 0.5).item() for maps in (steep, gentle)]
+    assert values[0] > 1.15 * values[1] > 0
 
 
 def test_quality_of_two_images_in_one_batch():
     clear = torch.stack([ONE, LEFT]).float()[:, None]
     wrong = torch.stack([ONE, RIGHT])[:, None]
-    assert mask_quality(clear, wrong)[:, 0].tolist() == pytest.approx([1, 0], abs=1e-5)
+    assert mask_quality(clear, torch.full((2, 1), 0.5), wrong)[:, 0].tolist() == pytest.approx([1, 0], abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ def test_takes_what_the_command_line_has():
         options.threshold = "otsu"
 
 
-@pytest.mark.parametrize("name, value", [("threshold", "adaptive"), ("refine", "crf")])
-def test_what_comes_later_says_so(name, value):
-    with pytest.raises(DiffuMaskError, match=f"{name} {value} is not available in this version: use"):
-        MaskOptions(**{name: value})
+def test_takes_every_choice():
+    options = MaskOptions(threshold="adaptive", refine="crf", radius="cell", colour_steps="0", min_component="0.01")
+    assert (options.threshold, options.refine, options.radius) == ("adaptive", "crf", "cell")
+    assert (options.colour_steps, options.min_component, options.fill_holes) == (0, 0.01, False)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,9 @@ def test_what_comes_later_says_so(name, value):
         ("aggregation", "mean"),
         ("refine", ""),
         ("radius", 0),
+        ("colour_steps", -1),
+        ("min_component", 2),
+        ("min_quality", "good"),
         ("eps", 0.0),
         ("ignore_band", -1),
         ("ignore_band", "wide"),

@@ -7,9 +7,16 @@ from torch import Tensor
 
 from diffumask_fast.masks.options import MaskOptions
 
+NOT_FINITE = "the image is not finite"
+
 
 def rejections(
-    images: Tensor, mask: Tensor, class_ids: Tensor, names: Sequence[Sequence[str]], options: MaskOptions
+    images: Tensor,
+    mask: Tensor,
+    class_ids: Tensor,
+    names: Sequence[Sequence[str]],
+    options: MaskOptions,
+    quality: Tensor,
 ) -> list[str]:
     """Say for each sample why it is rejected.
 
@@ -18,7 +25,8 @@ def rejections(
         mask: [B, H, W] uint8; 255 is ignored.
         class_ids: [B, K]; 0 marks a padded column.
         names: the classes' names, for each sample those of its ids that are not 0.
-        options: `min_area` and `max_area` are read.
+        options: `min_area`, `max_area` and `min_quality` are read.
+        quality: [B, K].
 
     Returns:
         One sentence per sample, "" where it is accepted.
@@ -26,20 +34,28 @@ def rejections(
     class_ids = class_ids.to(mask.device)
     area = (mask[:, None] == class_ids[..., None, None]).float().mean((2, 3))  # [B, K]
     flat = images.flatten(1).amax(1) - images.flatten(1).amin(1) < 8
-    table = torch.cat([flat[:, None].to(area), area], 1).tolist()  # one transfer
-    padded = class_ids.tolist()
-    return [_reason(row[0] > 0, row[1:], ids, own, options) for row, ids, own in zip(table, padded, names, strict=True)]
+    table = torch.cat([flat[:, None].to(area), area, quality.to(area)], 1).tolist()  # one transfer
+    size_k = class_ids.shape[1]
+    return [
+        _reason(row[0] > 0, row[1 : 1 + size_k], row[1 + size_k :], ids, own, options)
+        for row, ids, own in zip(table, class_ids.tolist(), names, strict=True)
+    ]
 
 
-def _reason(flat: bool, area: list[float], ids: list[int], names: Sequence[str], options: MaskOptions) -> str:
+def _reason(
+    flat: bool, area: list[float], quality: list[float], ids: list[int], names: Sequence[str], options: MaskOptions
+) -> str:
     if flat:
         return "the image is of one colour"
-    shares = [share for share, class_id in zip(area, ids, strict=True) if class_id > 0]
-    for name, share in zip(names, shares, strict=True):
+    there = [(share, value) for share, value, class_id in zip(area, quality, ids, strict=True) if class_id > 0]
+    for name, (share, value) in zip(names, there, strict=True):
         if share == 0:
             return f"{name} has no pixel in the mask"
         if share < options.min_area:
             return f"{name} covers {share:.2%} of the image, less than {options.min_area:.2%}"
-    if sum(shares) > options.max_area:
-        return f"the classes cover {sum(shares):.2%} of the image, more than {options.max_area:.2%}"
+        if value < options.min_quality:
+            return f"the mask of {name} has quality {value:.2f}, less than {options.min_quality:.2f}"
+    total = sum(share for share, _ in there)
+    if total > options.max_area:
+        return f"the classes cover {total:.2%} of the image, more than {options.max_area:.2%}"
     return ""

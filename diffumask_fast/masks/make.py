@@ -1,15 +1,22 @@
 """Class maps to masks: normalise, resize, refine, threshold, argmax; batched and without a word to the host."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels.guided_filter import guided_filter
+from diffumask_fast.masks.adaptive import adaptive
+from diffumask_fast.masks.colour import sharpen_by_colour
+from diffumask_fast.masks.components import fill_holes, remove_small
+from diffumask_fast.masks.crf import PRESETS, crf
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.masks.threshold import otsu
 
 IGNORE = 255
+_SHIFT = 0.2  # of the threshold, for the stability of a mask
 
 
 def quantise_maps(class_maps: Tensor) -> Tensor:
@@ -35,8 +42,9 @@ def make_masks(
     """Make masks of class maps and the images they belong to.
 
     Maps pass through `quantise_maps` first, so that masks made again from stored maps are the same. A class's score is
-    0.5 at its threshold and linear on both sides; the background's is 1 minus the best class's, so that a pixel goes
-    to the class of the highest score if that is above its threshold.
+    0.5 at its threshold and linear on both sides. The best of them is the foreground's, which refinement sharpens; a
+    pixel is foreground where that is above 0.5, and belongs to the class that leads around it. The leading class has
+    the foreground's score, the others at most half of it, the background what is left to 1.
 
     Args:
         class_maps: [B, K, h, w], one map per class; float or uint8.
@@ -61,18 +69,19 @@ def make_masks(
     _check(class_maps, images, class_ids)
     class_ids = class_ids.to(class_maps.device)
     images = images.to(class_maps.device)
-    maps = quantise_maps(class_maps).float() * (class_ids > 0)[..., None, None]
-    maps = refine_maps(maps, images, options)
-
-    if options.threshold == "otsu":
-        threshold = otsu(maps)
-    else:
-        threshold = torch.full(maps.shape[:2], options.threshold, device=maps.device)
-    scores = _scores(maps, threshold)
-    winner = scores.argmax(1)  # [B, H, W], 0 the background, also in a tie
+    coarse = quantise_maps(class_maps).float() * (class_ids > 0)[..., None, None]
+    maps = refine_maps(coarse, images, options)
+    threshold = _threshold(maps, coarse, images, options)
+    scores = _refined_scores(maps, threshold, coarse, images, options)
+    best, winner = scores[:, 1:].max(1)
+    winner = torch.where(best > scores[:, 0], winner + 1, 0)  # [B, H, W], 0 the background, also in a tie
+    if options.min_component:
+        winner = remove_small(winner, max(1, round(options.min_component * winner[0].numel())))
+    if options.fill_holes:
+        winner = fill_holes(winner)
 
     inside = winner[:, None] == torch.arange(1, maps.shape[1] + 1, device=maps.device)[:, None, None]
-    quality = mask_quality(maps, inside)
+    quality = mask_quality(maps, threshold, inside)
     ids = F.pad(class_ids, (1, 0)).long()
     mask = ids.gather(1, winner.flatten(1)).view(winner.shape)
     return _with_band(mask, options.ignore_band).to(torch.uint8), scores, quality
@@ -80,30 +89,89 @@ def make_masks(
 
 def refine_maps(maps: Tensor, images: Tensor, options: MaskOptions) -> Tensor:
     """Bring maps [B, K, h, w] to the size of images [B, H, W, 3], each over its own maximum: [B, K, H, W] in 0..1."""
-    height, width = images.shape[1:3]
-    maps = F.interpolate(maps, (height, width), mode="bicubic", align_corners=False).clamp(min=0)
-    maps = maps / _maximum(maps)
+    size = images.shape[1:3]
+    refined = F.interpolate(maps, size, mode="bicubic", align_corners=False).clamp(min=0)
+    refined = refined / _maximum(refined)
     if options.refine == "guided":
-        guide = images.permute(0, 3, 1, 2).float() / 255
-        radius = max(1, round(options.radius * min(height, width) / 128))
-        maps = guided_filter(guide, maps, radius, options.eps)
-    return maps.clamp(0, 1)
+        refined = guided_filter(_guide(images), refined, _radius(maps, images, options), options.eps)
+    return refined.clamp(0, 1)
 
 
-def mask_quality(maps: Tensor, inside: Tensor) -> Tensor:
+def _threshold(maps: Tensor, coarse: Tensor, images: Tensor, options: MaskOptions) -> Tensor:
+    if options.threshold == "otsu":
+        return otsu(maps)
+    if options.threshold == "adaptive":
+        estimate = refine_maps(coarse, images, replace(options, refine="none"))
+        return adaptive(maps, estimate > otsu(estimate)[..., None, None], images)
+    return torch.full(maps.shape[:2], options.threshold, device=maps.device)
+
+
+def _refined_scores(maps: Tensor, threshold: Tensor, coarse: Tensor, images: Tensor, options: MaskOptions) -> Tensor:
+    """Turn maps and thresholds into scores [B, K+1, H, W]: first where any class is, then which."""
+    cell = _radius(coarse, images, options)
+    own = _class_scores(maps, threshold)
+    foreground = own.amax(1, keepdim=True)
+    if options.refine == "guided" and options.colour_steps:
+        settings = {"steps": options.colour_steps, "radius": max(1, round(0.75 * cell)), "eps": options.eps}
+        half = torch.full_like(threshold[:, :1], 0.5)
+        foreground = sharpen_by_colour(foreground, half, _guide(images), **settings)
+    favourite = _favourite(maps, foreground, 2 * cell)
+    if options.refine == "crf":
+        labels = torch.where(foreground > 0.5, favourite + 1, 0)
+        return crf(labels, maps.shape[1] + 1, images, PRESETS["threshold"])[:, 0]
+    first = favourite == torch.arange(maps.shape[1], device=maps.device)[:, None, None]
+    scores = torch.where(first, foreground, torch.minimum(own, foreground) / 2)
+    return torch.cat([1 - foreground, scores], 1)
+
+
+def _favourite(maps: Tensor, foreground: Tensor, radius: int) -> Tensor:
+    """Return the class [B, 1, H, W] that leads around each pixel, within the foreground [B, 1, H, W].
+
+    A class leads where its map stands out most from its own mean, in its own standard deviations.
+    """
+    if maps.shape[1] == 1:
+        return torch.zeros_like(foreground, dtype=torch.long)
+    centred = maps - maps.mean((2, 3), keepdim=True)
+    spread = centred.square().mean((2, 3), keepdim=True).sqrt()
+    standing = centred / spread.clamp(min=1e-6)
+    standing = torch.where(maps.amax((2, 3), keepdim=True) > 0, standing, -1e3)  # a padded column never leads
+    size = 2 * radius + 1
+    votes = F.avg_pool2d(standing * foreground, (size, 1), 1, (radius, 0))
+    return F.avg_pool2d(votes, (1, size), 1, (0, radius)).argmax(1, keepdim=True)
+
+
+def _guide(images: Tensor) -> Tensor:
+    return images.permute(0, 3, 1, 2).float() / 255
+
+
+def _radius(coarse: Tensor, images: Tensor, options: MaskOptions) -> int:
+    height, width = images.shape[1:3]
+    if options.radius == "cell":
+        return max(1, round(min(height / coarse.shape[2], width / coarse.shape[3])))
+    return max(1, round(options.radius * min(height, width) / 128))
+
+
+def mask_quality(maps: Tensor, threshold: Tensor, inside: Tensor) -> Tensor:
     """Say how clearly each map stands for its mask.
 
-    The product of two shares: how much of the map's variance the split in and out of the mask explains (Otsu's
-    separability), and by how much the mean inside exceeds the mean outside, relative to the mean inside. It is 1 for a
-    map that is its mask, near 0 for one that is spread over the image, and needs no truth; it is no IoU.
+    The product of two numbers. Stability is the IoU of what lies above the threshold when that is moved a fifth of the
+    way to 0 and to 1. Clarity is the root of two shares: how much of the map's variance the split in and out of the
+    mask explains (Otsu's separability), and by how much the mean inside exceeds the mean outside, relative to the mean
+    inside. Quality is 1 for a map that is its mask, near 0 for one that is spread over the image, and needs no truth;
+    it ranks masks and is no IoU.
 
     Args:
         maps: [B, K, H, W] in 0..1.
+        threshold: [B, K].
         inside: [B, K, H, W] bool.
 
     Returns:
         [B, K] fp32 in 0..1; 0 for a mask that is empty or covers everything.
     """
+    threshold = threshold[..., None, None]
+    wide = (maps > (1 - _SHIFT) * threshold).sum((2, 3))
+    narrow = (maps > threshold + _SHIFT * (1 - threshold)).sum((2, 3))
+    stability = narrow / wide.clamp(min=1)
     maps, inside = maps.flatten(2), inside.flatten(2).float()
     share = inside.mean(2)
     mean = maps.mean(2)
@@ -112,7 +180,7 @@ def mask_quality(maps: Tensor, inside: Tensor) -> Tensor:
     variance = (maps - mean[..., None]).square().mean(2)
     separability = share * (1 - share) * (mean_in - mean_out).square() / variance.clamp(min=1e-12)
     contrast = (mean_in - mean_out) / mean_in.clamp(min=1e-12)
-    quality = (separability * contrast).clamp(0, 1)
+    quality = stability * (separability * contrast).clamp(0, 1).sqrt()
     return torch.where((share > 0) & (share < 1), quality, torch.zeros_like(quality))
 
 
@@ -132,12 +200,12 @@ def _maximum(maps: Tensor) -> Tensor:
     return maps.amax((2, 3), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _scores(maps: Tensor, threshold: Tensor) -> Tensor:
+def _class_scores(maps: Tensor, threshold: Tensor) -> Tensor:
+    """Map [B, K, H, W] so that 0, the threshold and 1 become 0, 0.5 and 1, linear between."""
     threshold = threshold[..., None, None]
     low = 0.5 * maps / threshold.clamp(min=1e-6)
     high = 0.5 + 0.5 * (maps - threshold) / (1 - threshold).clamp(min=1e-6)
-    scores = torch.where(maps > threshold, high, low).clamp(0, 1)
-    return torch.cat([1 - scores.amax(1, keepdim=True), scores], 1)
+    return torch.where(maps > threshold, high, low).clamp(0, 1)
 
 
 def _with_band(mask: Tensor, band: int) -> Tensor:

@@ -7,9 +7,8 @@ from diffumask_fast.errors import DiffuMaskError
 
 _CHOICES = {
     "aggregation": ("auto", "paper", "reference", "finest"),
-    "refine": ("guided", "none"),
+    "refine": ("guided", "crf", "none"),
 }
-_LATER = {"threshold": "adaptive", "refine": "crf"}
 
 
 @dataclass(frozen=True)
@@ -21,13 +20,20 @@ class MaskOptions:
             maximum; "reference": all levels but the coarsest, mean over steps first; "finest": the finest level alone;
             "auto": what was measured best for the model.
         propagate: how often maps are spread along self-attention: "none", 1 to 4, or "auto" for the model's best.
-        threshold: "otsu", one per image and class, or a fixed number between 0 and 1 of the map's maximum.
-        refine: "guided" sharpens maps with a guided filter along the edges of the image; "none" leaves them soft.
-        radius: half width of the filter's window at 128 pixels; it grows with the shorter side of the image.
+        threshold: "otsu", one per image and class; "adaptive", the one of several that agrees best with the map after
+            a CRF; or a fixed number between 0 and 1 of the map's maximum.
+        refine: "guided" sharpens maps with a guided filter along the edges of the image; "crf" hands the mask of the
+            soft maps to a windowed dense CRF; "none" leaves maps soft.
+        radius: half width of the filter's window in pixels at 128; it grows with the shorter side of the image.
+            "cell" is one cell of the map.
         eps: variance of the image's colours (0..1) below which the filter sees no edge.
+        colour_steps: after the guided filter, how often the mask is moved to where the colours inside and outside part.
         ignore_band: pixels on either side of a boundary that become 255 in the mask.
+        min_component: connected parts of a class below this share of the image become background.
+        fill_holes: whether holes in a class are filled.
         min_area: an image is rejected when a class has a smaller share of its pixels than this.
         max_area: an image is rejected when its classes together have a larger share of its pixels than this.
+        min_quality: an image is rejected when the quality of a class is below this.
 
     Raises:
         DiffuMaskError: a value is not one of those above.
@@ -39,29 +45,30 @@ class MaskOptions:
 
     aggregation: Literal["auto", "paper", "reference", "finest"] = "auto"
     propagate: Literal["auto", "none"] | int = "auto"
-    threshold: Literal["otsu"] | float = "otsu"
-    refine: Literal["guided", "none"] = "guided"
-    radius: int = 8
-    eps: float = 1e-3
+    threshold: Literal["otsu", "adaptive"] | float = "otsu"
+    refine: Literal["guided", "crf", "none"] = "guided"
+    radius: Literal["cell"] | int = "cell"
+    eps: float = 1e-4
+    colour_steps: int = 2
     ignore_band: int = 0
+    min_component: float = 0.0
+    fill_holes: bool = False
     min_area: float = 0.005
     max_area: float = 0.95
+    min_quality: float = 0.0
 
     def __post_init__(self):
-        for name, value in _LATER.items():
-            if getattr(self, name) == value:
-                known = "otsu or a number between 0 and 1" if name == "threshold" else "guided or none"
-                raise DiffuMaskError(f"{name} {value} is not available in this version: use {known}")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise DiffuMaskError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         self._set("propagate", _whole(self.propagate, 1, 4, "propagate", ("auto", "none")))
-        self._set("threshold", _number(self.threshold, "threshold", "between 0 and 1", ("otsu",)))
-        self._set("radius", _whole(self.radius, 1, 1024, "radius"))
+        self._set("threshold", _number(self.threshold, "threshold", "between 0 and 1", ("otsu", "adaptive")))
+        self._set("radius", _whole(self.radius, 1, 1024, "radius", ("cell",)))
         self._set("eps", _number(self.eps, "eps", "between 0 and 1"))
+        self._set("colour_steps", _whole(self.colour_steps, 0, 16, "colour_steps"))
         self._set("ignore_band", _whole(self.ignore_band, 0, 64, "ignore_band"))
-        self._set("min_area", _number(self.min_area, "min_area", "from 0 to 1"))
-        self._set("max_area", _number(self.max_area, "max_area", "from 0 to 1"))
+        for name in ("min_component", "min_area", "max_area", "min_quality"):
+            self._set(name, _number(getattr(self, name), name, "from 0 to 1"))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

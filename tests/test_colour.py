@@ -1,0 +1,44 @@
+"""masks/colour.py: maps move to where the colours part."""
+
+import pytest
+import torch
+from test_make import LEFT, ONE, RIGHT, iou, picture
+
+from diffumask_fast.masks.colour import sharpen_by_colour
+
+
+def soft(shape):
+    return torch.nn.functional.avg_pool2d(shape[None, None].float(), 25, 1, 12, count_include_pad=False)
+
+
+def sharp(maps, image, threshold=0.5, steps=2):
+    guide = image.permute(2, 0, 1)[None] / 255
+    cut = torch.full(maps.shape[:2], threshold)
+    return sharpen_by_colour(maps, cut, guide, steps=steps, radius=4, eps=1e-4)
+
+
+@pytest.mark.parametrize("threshold", [0.35, 0.5, 0.65])
+def test_a_wrong_threshold_is_mended_by_the_colours(threshold):
+    maps = soft(ONE)
+    out = sharp(maps, picture(ONE), threshold)
+    assert out.min() >= 0 and out.max() <= 1
+    assert iou(out[0, 0] > 0.5, ONE) > 0.97 > iou(maps[0, 0] > threshold, ONE)
+
+
+def test_far_places_of_the_same_colour_do_not_join():
+    image = picture(LEFT | RIGHT)
+    out = sharp(soft(LEFT), image)
+    assert iou(out[0, 0] > 0.5, LEFT) > 0.95 and not (out[0, 0] > 0.5)[RIGHT].any()
+
+
+def test_an_image_of_one_colour_decides_nothing():
+    maps = soft(ONE)
+    out = sharp(maps, torch.full((96, 96, 3), 90, dtype=torch.uint8))
+    assert iou(out[0, 0] > 0.5, maps[0, 0] > 0.5) > 0.95
+
+
+def test_empty_maps_stay_empty_and_batch_changes_nothing():
+    maps = torch.cat([soft(ONE), torch.zeros(1, 1, 96, 96), soft(LEFT)], 1)
+    out = sharp(maps, picture(ONE))
+    assert out[0, 1].max() == 0
+    assert torch.allclose(out[:, 2:], sharp(maps[:, 2:], picture(ONE)), atol=1e-5)

@@ -1,0 +1,97 @@
+"""dataset/remask.py: new masks of stored maps are those that drawing would have made."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from samples import draw, requests
+from test_generation import options as generate_options
+from test_generation import silent
+
+from diffumask_fast.dataset.reader import read_rows
+from diffumask_fast.dataset.remask import remask
+from diffumask_fast.dataset.run import open_run
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.generation import run_generate
+from diffumask_fast.masks.accept import NOT_FINITE
+from diffumask_fast.masks.make import make_masks
+from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.prompts.vocabulary import Vocabulary
+
+
+def dataset(folder, change=lambda sample: sample, **keywords):
+    drawn_with = {"aggregation": "finest", "propagate": 1, "threshold": "otsu"}
+    plan = requests(7, **keywords)
+    with open_run(folder, plan, drawn_with, {}, 3, vocabulary=Vocabulary.parse("dog,car")) as run:
+        for index, part in run.missing_shards():
+            run.write(index, [change(draw(request)) for request in part])
+    return folder
+
+
+def rows(folder):
+    return list(read_rows(folder, accepted_only=False))
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_masks_of_generation_come_back(tiny_folder, tmp_path):
+    run_generate(generate_options(tmp_path / "a", tiny_folder, classes_per_image=2), silent)
+    summary = remask(tmp_path / "a", tmp_path / "b")
+    assert summary["images"] == 6
+    for drawn, made in zip(rows(tmp_path / "a"), rows(tmp_path / "b"), strict=True):
+        assert drawn.values["image"] == made.values["image"] and np.array_equal(drawn.maps, made.maps)
+        both, either = (drawn.mask > 0) & (drawn.mask == made.mask), (drawn.mask > 0) | (made.mask > 0)
+        assert both.sum() >= 0.98 * either.sum()
+        assert made.quality == pytest.approx(drawn.quality, abs=1e-4)
+        assert (drawn.accepted, drawn.reason) == (made.accepted, made.reason)
+        pixels = drawn.mask.size
+        assert drawn.maps[0].nbytes <= 12 * 1024 * pixels / 512**2
+
+
+@pytest.mark.parametrize("classes_per_image", [1, 2])
+def test_options_reach_the_masks_and_all_else_stays(tmp_path, classes_per_image):
+    before = dataset(tmp_path / "a", classes_per_image=classes_per_image)
+    options = MaskOptions(threshold=0.6, refine="none", aggregation="paper", ignore_band=1)
+    remask(before, tmp_path / "b", options)
+    for old, new in zip(rows(before), rows(tmp_path / "b"), strict=True):
+        maps, image, ids = (torch.tensor(np.array(x))[None] for x in (old.maps, old.image, old.class_ids))
+        mask, _, quality = make_masks(maps, image, options, ids)
+        assert np.array_equal(new.mask, mask[0].numpy()) and new.quality == pytest.approx(quality[0].tolist(), abs=1e-5)
+        made = ("mask", "quality", "accepted", "reason")
+        assert all(old.values[name] == new.values[name] for name in old.values if name not in made)
+    there, now = (json.loads((folder / "dataset.json").read_text()) for folder in (before, tmp_path / "b"))
+    assert now["options"] == there["options"] | dataclasses.asdict(options) | {"aggregation": "finest", "propagate": 1}
+    assert {k: v for k, v in there.items() if k != "options"} == {k: v for k, v in now.items() if k != "options"}
+
+
+def test_run_again_finishes_and_gives_the_same_bytes(tmp_path):
+    before = dataset(tmp_path / "a")
+    first = remask(before, tmp_path / "b")
+    whole = contents(tmp_path / "b")
+    (tmp_path / "b/data/shard-00001.parquet").unlink()
+    assert remask(before, tmp_path / "b") == first
+    assert contents(tmp_path / "b") == whole
+    with pytest.raises(DiffuMaskError, match="other options"):
+        remask(before, tmp_path / "b", MaskOptions(threshold=0.3))
+
+
+def test_what_was_not_finite_stays_rejected(tmp_path):
+    def spoil(sample):
+        return dataclasses.replace(sample, accepted=False, reason=NOT_FINITE)
+
+    remask(dataset(tmp_path / "a", spoil), tmp_path / "b", MaskOptions(min_area=0, max_area=1))
+    assert {row.reason for row in rows(tmp_path / "b")} == {NOT_FINITE}
+
+
+def test_refuses_what_it_cannot_do(tmp_path):
+    bare = dataset(tmp_path / "bare", lambda sample: dataclasses.replace(sample, maps=None))
+    with pytest.raises(DiffuMaskError, match="stores no maps"):
+        remask(bare, tmp_path / "b")
+    with pytest.raises(DiffuMaskError, match="another folder"):
+        remask(bare, tmp_path / "bare")
+    with pytest.raises(DiffuMaskError, match="dataset.json is missing"):
+        remask(tmp_path, tmp_path / "b")
