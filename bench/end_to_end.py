@@ -2,8 +2,6 @@
 
 import importlib.util
 import logging
-import os
-import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.attention.phrases import phrase_columns
-from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.bench.baselines import DaamStore, PeerMaps, ReferenceStore, plain_attention, reference_mask
 from diffumask_fast.bench.harness import Workload
 from diffumask_fast.masks.make import make_masks

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 
-from diffumask_fast.bench import sides as room
 from diffumask_fast.bench.geometries import open_geometry
 from diffumask_fast.bench.sides import Sides, mask_iou
 
