@@ -197,3 +197,52 @@ def test_quality_of_two_images_in_one_batch():
 def test_refuses_what_does_not_fit(maps, images, ids, word):
     with pytest.raises(DiffuMaskError, match=word):
         make_masks(maps, images, MaskOptions(), ids)
+
+
+REFINEMENTS = [{}, {"colour_steps": 0}, {"refine": "crf"}, {"refine": "none"}, {"threshold": "adaptive"}]
+REFINED = pytest.mark.parametrize("options", REFINEMENTS, ids=[str(*o.values()) or "default" for o in REFINEMENTS])
+
+
+@REFINED
+def test_an_object_of_one_cell_and_one_of_one_pixel(options):
+    maps = torch.zeros(2, 1, 12, 12)
+    maps[:, 0, 5, 6] = 1
+    pixel = torch.zeros(SIDE, SIDE, dtype=torch.bool)
+    cell = pixel.clone()
+    cell[40:48, 48:56] = pixel[44, 52] = True
+    mask, scores, quality = make_masks(
+        maps, torch.stack([picture(cell), picture(pixel)]), MaskOptions(**options), torch.tensor([[9], [9]])
+    )
+    assert scores.isfinite().all() and quality.isfinite().all()
+    assert iou(mask[0] == 9, cell) > 0.4 and mask[0].count_nonzero() < 4 * cell.sum()
+    assert 0 < mask[1].count_nonzero() < 12 * cell.sum()  # what attention cannot see is a cell at best
+
+
+@REFINED
+def test_an_object_that_fills_the_frame(options):
+    everything = torch.ones(SIDE, SIDE, dtype=torch.bool)
+    maps = torch.ones(1, 1, 12, 12)
+    mask, _, quality = make_masks(maps, picture(everything)[None], MaskOptions(**options), torch.tensor([[9]]))
+    assert mask.unique().numel() == 1 and quality.item() == 0  # a map of one value says nothing
+    maps[..., 0, :] = 0.1
+    mask = make_masks(maps, picture(everything)[None], MaskOptions(**options), torch.tensor([[9]]))[0][0]
+    assert (mask == 9).float().mean() > 0.85
+
+
+def test_small_parts_and_holes():
+    ring = ONE & ~disc(0.4, 0.55, 0.08)
+    speck = disc(0.9, 0.1, 0.05)
+    maps = torch.nn.functional.adaptive_avg_pool2d((ring | speck)[None, None].float(), 48)
+    images, ids = picture(ring | speck)[None], torch.tensor([[9]])
+    plain, cleaned, filled = (
+        make_masks(maps, images, MaskOptions(**options), ids)[0][0] == 9
+        for options in ({}, {"min_component": 0.02}, {"min_component": 0.02, "fill_holes": True})
+    )
+    assert iou(plain, ring | speck) > 0.9 and iou(cleaned, ring) > 0.9 and iou(filled, ONE) > 0.9
+    assert plain[speck].any() and not cleaned[speck].any() and not cleaned[ONE & ~ring].all()
+
+
+def test_the_class_that_leads_takes_all_of_an_object():
+    maps = torch.stack([seen(LEFT) + 0.3 * seen(RIGHT), seen(RIGHT) + 0.6 * seen(LEFT)])[None]
+    mask = make_masks(maps, picture(LEFT, RIGHT)[None], MaskOptions(), torch.tensor([[7, 12]]))[0][0]
+    assert iou(mask == 7, LEFT) > 0.95 and iou(mask == 12, RIGHT) > 0.95
