@@ -64,7 +64,8 @@ def test_it_draws_the_word_and_its_mask_lies_on_it(drawn):
     assert figures["n"] == 48
     assert figures["class_agreement"] >= 0.9, figures["per_class_agreement"]  # 0.95 over 200, less four of 48
     assert figures["foreground_iou"] >= 0.8, figures
-    assert figures["best_threshold_iou"] >= figures["foreground_iou"]
+    # of the maps alone: colours come in after the threshold, and may take a mask past it
+    assert figures["best_threshold_iou"] >= 0.8
 
 
 def test_two_words_are_two_objects(tmp_path):
