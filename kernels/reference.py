@@ -69,3 +69,46 @@ def guided_filter(guide: Tensor, maps: Tensor, radius: int, eps: float) -> Tenso
     a = torch.linalg.solve(sigma, covariance.permute(0, 3, 4, 2, 1)).permute(0, 4, 3, 1, 2)  # [B, K, 3, H, W]
     b = mean_maps - (a * mean_guide[:, None]).sum(2)
     return (mean(a) * guide[:, None]).sum(2) + mean(b)
+
+
+def mean_field(
+    q: Tensor,
+    unary: Tensor,
+    guide: Tensor,
+    *,
+    window: int,
+    dilation: int = 1,
+    bilateral: tuple[float, float, float] = (10.0, 80.0, 13.0),
+    gaussian: tuple[float, float] = (3.0, 3.0),
+) -> Tensor:
+    """Update q [B, M, L, H, W] with both kernels written out as matrices [HW, HW]: for small images.
+
+    Args:
+        q: [B, M, L, H, W] probabilities.
+        unary: [B, M, L, H, W] energies.
+        guide: [B, 3, H, W] in 0..255.
+        window: odd number of offsets along each side.
+        dilation: pixels between two offsets.
+        bilateral: compatibility, sxy, srgb.
+        gaussian: compatibility, sxy.
+
+    Returns:
+        [B, M, L, H, W] fp32.
+    """
+    height, width = q.shape[-2:]
+    ys, xs = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    place = torch.stack([ys, xs], -1).view(-1, 2).to(guide.device)
+    step = place[:, None] - place  # [HW, HW, 2]
+    near = ((step % dilation == 0) & (step.abs() <= window // 2 * dilation)).all(-1)
+    distance = step.square().sum(-1).float()
+    colour = guide.float().flatten(2).mT  # [B, HW, 3]
+    difference = (colour[:, :, None] - colour[:, None]).square().sum(-1)
+    message = 0
+    for compat, weight in (
+        (bilateral[0], near * torch.exp(-distance / (2 * bilateral[1] ** 2) - difference / (2 * bilateral[2] ** 2))),
+        (gaussian[0], torch.exp(-distance / (2 * gaussian[1] ** 2)).expand_as(difference)),
+    ):
+        norm = weight.sum(-1).rsqrt()
+        weight = norm[:, :, None] * weight * norm[:, None]  # [B, HW, HW]
+        message = message + compat * (q.float().flatten(3) @ weight[:, None])
+    return torch.softmax(message.view(q.shape) - unary.float(), dim=2)
