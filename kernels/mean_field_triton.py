@@ -129,6 +129,7 @@ def mean_field(
     bilateral: tuple[float, float, float],
     gaussian: tuple[float, float],
     norm: Tensor,
+    config: dict[str, int] | None = None,
 ) -> Tensor:
     """Update label probabilities once: `mean_field` with every argument given.
 
@@ -141,6 +142,7 @@ def mean_field(
         bilateral: c1, sxy, srgb.
         gaussian: c2, sxy.
         norm: [B, 1, H, W] from `bilateral_norm`.
+        config: of the launch; None is what `tuned.json` has.
 
     Returns:
         [B, M, L, H, W] fp32.
@@ -150,7 +152,7 @@ def mean_field(
     rows, columns = (_gaussian(length, gaussian[1], q.device) for length in (height, width))
     smooth = (gaussian[0] * rows) @ q @ columns
     out = torch.empty_like(q)
-    config = _config(q.device, window)
+    config = config or _config(q.device, window)
     fixed = constants(step_kernel, candidates, labels, window, config)
     grid = triton.cdiv(height * width, config["block"]), size_b, triton.cdiv(candidates, fixed["BM"])
     _traced(step_kernel)[grid](

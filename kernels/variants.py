@@ -51,9 +51,8 @@ def variants() -> list[Variant]:
     """Return every variant of the page, the worst of each kernel among them."""
     sizes = [(head_dim, 77) for head_dim in (40, 64, 80, 160)] + [(64, 128), (160, 128)]
     listed = [Variant("attend", dtype, *size) for dtype in ("fp16", "bf16", "fp32") for size in sizes]
-    return listed + [
-        Variant(kernel.__name__.removesuffix("_kernel"), "fp32") for kernel in guided_filter_triton.KERNELS
-    ]
+    others = _named(guided_filter_triton.KERNELS + mean_field_triton.KERNELS)
+    return listed + [Variant(name, "fp32") for name in others]
 
 
 def uses_tensor_cores(needs: Needs) -> bool:
