@@ -260,6 +260,19 @@ def bench_compare(
 
 
 @app.command()
+def tune(
+    out: Annotated[Path | None, typer.Option(help="Table to write; the installed one when left out.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Time the kernels' launch configurations on this GPU, and keep the best."""
+    from diffumask_fast.kernels.tune import tune as measure
+
+    entries = measure(out, progress=lambda sentence: print(sentence, file=sys.stderr))
+    if as_json:
+        print(json.dumps(entries))
+
+
+@app.command()
 def doctor(as_json: JsonFlag = False) -> None:
     """Tell versions, devices, and what works here."""
     from diffumask_fast.doctor import examine

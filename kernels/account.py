@@ -155,9 +155,24 @@ def guided_filter(height: int, width: int, num: int, radius: int) -> dict[str, C
     }
 
 
+def mean_field(height: int, width: int, candidates: int, labels: int, window: int) -> dict[str, Cost]:
+    """Count one step of the windowed CRF for one image, and the norm, once for all steps."""
+    size, offsets, planes = height * width, window**2, candidates * labels
+    programs = -(-candidates // tuned.launch("mean_field", torch.device("cpu"), window=window)["candidates"])
+    weight = 14  # three differences, their squares, the distance, the exponential
+    step = Cost(
+        4 * size * (4 + 4 * planes), 0, offsets * size * (programs * (weight + 1) + 2 * planes),
+        offsets * size * (4 * programs + planes),
+    )  # fmt: skip
+    smooth = Cost(4 * size * 4 * planes, 0, 2 * size * planes * (height + width))
+    return {"norm": Cost(16 * size, 0, offsets * size * weight, 3 * offsets * size), "smooth": smooth, "step": step}
+
+
 def account() -> str:
     """Return the arithmetic part of the page."""
-    parts = [_HEAD, *map(_attention_table, MODELS), _overhead_table(), _filter_table()]
+    filter_costs, step_costs = guided_filter(512, 512, 1, 32), mean_field(512, 512, 8, 2, 11)
+    parts = [_HEAD, *map(_attention_table, MODELS), _overhead_table()]
+    parts += [_launch_table(_FILTER, filter_costs), _launch_table(_STEP, step_costs)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -195,14 +210,8 @@ def _overhead_table() -> str:
     return "\n".join(lines)
 
 
-def _filter_table() -> str:
-    lines = [
-        _FILTER,
-        "",
-        f"| launch | MB | MFLOP | million loads | {_names(' µs')} |",
-        "|" + " --- |" * (4 + len(GPUS)),
-    ]
-    costs = guided_filter(512, 512, 1, 32)
+def _launch_table(text: str, costs: dict[str, Cost]) -> str:
+    lines = [text, "", f"| launch | MB | MFLOP | million loads | {_names(' µs')} |", "|" + " --- |" * (4 + len(GPUS))]
     for name, cost in costs.items():
         times = " | ".join(f"{cost.seconds(gpu) * 1e6:.1f}" for gpu in GPUS)
         lines.append(f"| {name} | {cost.bytes / 1e6:.1f} | {cost.fp32 / 1e6:.0f} | {cost.loads / 1e6:.0f} | {times} |")
@@ -253,6 +262,13 @@ _FILTER = """\
 Four launches for all images and maps: box means of products along rows, along columns with the 3x3 systems solved in
 registers, and the same two ways for the lines. Below: one image of 512 x 512, one map, radius 32 (65 taps). What binds
 is loading the taps from the first-level caches, not device memory."""
+
+_STEP = """\
+## One step of the CRF
+
+The Gaussian term is two products along the sides in fp32 (`smooth`, torch's own), the windowed term and the softmax one
+launch (`step`); `norm` comes once for all steps of a guide. Below: one image of 512 x 512, 8 candidates of 2 labels,
+window 11. A pair's weight is made once for 4 candidates."""
 
 _COMPILED = """\
 ## What each kernel needs

@@ -162,6 +162,7 @@ def attend(
     scale: float,
     first_conditional: int = 0,
     weight: float = 1.0,
+    config: dict[str, int] | None = None,
 ) -> Tensor:
     """Attend to at most 128 keys, and add the columns' maps in place.
 
@@ -175,6 +176,7 @@ def attend(
         scale: factor of the scores.
         first_conditional: the rows first_conditional : first_conditional + Bc own the columns.
         weight: factor of what is added.
+        config: of the launch; None is what `tuned.json` has.
 
     Returns:
         out [B, N, H*D] in the dtype of q.
@@ -182,7 +184,7 @@ def attend(
     rows, pixels, width = q.shape
     keys, num, head_dim = k.shape[1], columns.shape[2], width // heads
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    config = tuned.launch(
+    config = dict(config) if config else tuned.launch(
         "attend", q.device, dtype=tuned.DTYPES[q.dtype], heads=heads, head_dim=head_dim, pixels=pixels, keys=keys
     )  # fmt: skip
     block = config.pop("block")

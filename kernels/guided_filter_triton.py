@@ -209,7 +209,9 @@ def types(kernel: triton.JITFunction) -> dict[str, str]:
     return {name: kinds.get(name, "*fp32") for name in names}
 
 
-def guided_filter(guide: Tensor, maps: Tensor, radius: int, eps: float) -> Tensor:
+def guided_filter(
+    guide: Tensor, maps: Tensor, radius: int, eps: float, *, config: dict[str, int] | None = None
+) -> Tensor:
     """Smooth maps [B, K, H, W] inside regions of a guide [B, 3, H, W] in 0..1.
 
     Args:
@@ -217,13 +219,14 @@ def guided_filter(guide: Tensor, maps: Tensor, radius: int, eps: float) -> Tenso
         maps: [B, K, H, W].
         radius: half width of the window; it may exceed the image.
         eps: added to the variance of each channel.
+        config: of the launches; None is what `tuned.json` has.
 
     Returns:
         [B, K, H, W] fp32.
     """
     guide, maps = guide.float().contiguous(), maps.float().contiguous()
     size_b, num, height, width = maps.shape
-    config = tuned.launch("guided_filter", maps.device, height=height, width=width)
+    config = dict(config) if config else tuned.launch("guided_filter", maps.device, height=height, width=width)
     tile = {"BY": config.pop("rows"), "BX": config.pop("columns"), **config}
     tiles = triton.cdiv(height, tile["BY"]) * triton.cdiv(width, tile["BX"])
     across, down = min(radius, width - 1), min(radius, height - 1)

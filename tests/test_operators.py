@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from diffumask_fast import kernels
 from diffumask_fast.kernels import attend, operators  # noqa: F401 - importing operators registers them
 
 OP = torch.ops.diffumask_fast.cross_attention_maps
@@ -38,10 +39,43 @@ def assert_equal(found, truth):
         assert torch.equal(a, b)
 
 
+GUIDE, Q = torch.rand(2, 3, 6, 5), torch.rand(2, 3, 2, 6, 5)
+WIDTHS = [2.0, 4.0, 60.0]
+CALLS = {
+    "cross_attention_maps": (*make(), *SETTINGS),
+    "guided_filter": (GUIDE, torch.rand(2, 4, 6, 5), 2, 1e-3),
+    "bilateral_norm": (GUIDE, 3, 1, WIDTHS),
+    "mean_field": (Q, -Q.log(), GUIDE, torch.rand(2, 1, 6, 5), 3, 1, WIDTHS, [1.5, 1.2]),
+}
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_the_operator_obeys_its_own_description():
-    result = torch.library.opcheck(OP.default, (*make(), *SETTINGS))
+@pytest.mark.parametrize("name", CALLS)
+def test_an_operator_obeys_its_own_description(name):
+    result = torch.library.opcheck(getattr(torch.ops.diffumask_fast, name).default, CALLS[name])
     assert set(result.values()) == {"SUCCESS"} and len(result) >= 4
+
+
+@pytest.mark.parametrize("name", list(CALLS)[1:])
+def test_the_other_operators_are_one_node_too_and_give_what_torch_gives(name):
+    op = getattr(torch.ops.diffumask_fast, name)
+
+    class One(torch.nn.Module):
+        def forward(self, *tensors):
+            return op(*tensors, *rest) * 2
+
+    tensors = tuple(x for x in CALLS[name] if isinstance(x, torch.Tensor))
+    rest = CALLS[name][len(tensors) :]
+    named = {
+        "guided_filter": lambda: kernels.guided_filter(*CALLS[name]),
+        "bilateral_norm": lambda: kernels.bilateral_norm(GUIDE, window=3, dilation=1, bilateral=tuple(WIDTHS)),
+        "mean_field": lambda: kernels.mean_field(
+            *tensors[:3], norm=tensors[3], window=3, dilation=1, bilateral=tuple(WIDTHS), gaussian=(1.5, 1.2)
+        ),
+    }
+    program = torch.export.export(One(), tensors)
+    assert sum(node.target is op.default for node in program.graph.nodes) == 1
+    assert torch.equal(program.module()(*tensors), 2 * named[name]())
 
 
 def test_a_compiled_graph_holds_one_node():
