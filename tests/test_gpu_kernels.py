@@ -110,17 +110,27 @@ def test_time_of_the_guided_filter_and_the_crf_step():
     q = torch.rand(4, 8, 2, 512, 512, device=DEVICE).softmax(2)
     settings = {"window": 11, "dilation": 1, **WEIGHTS}
     norm = torch.ones(4, 1, 512, 512, device=DEVICE)
-    pairs = {
-        "guided_filter_over_torch": [
-            lambda impl=impl: guided_filter(guide, maps, 32, 1e-3, impl=impl) for impl in ("triton", "torch")
-        ],
-        "mean_field_over_torch": [
-            lambda: mean_field_triton.mean_field(q, q, 255 * guide[:4], **settings, norm=norm),
-            lambda: mean_field(q, q, 255 * guide[:4], **settings, norm=norm, impl="torch"),
-        ],
-    }
-    for name, (kernel, baseline) in pairs.items():
-        keep(name, compare(kernel, baseline, device=DEVICE, warmup=3), {"size": 512, "batch": len(maps)})
+    colours = 255 * guide[:4]
+    keep(
+        "guided_filter_over_torch",
+        compare(
+            lambda: guided_filter(guide, maps, 32, 1e-3, impl="triton"),
+            lambda: guided_filter(guide, maps, 32, 1e-3, impl="torch"),
+            device=DEVICE,
+            warmup=3,
+        ),
+        {"size": 512, "batch": 16, "maps": 1, "radius": 32},
+    )
+    keep(
+        "mean_field_over_torch",
+        compare(
+            lambda: mean_field_triton.mean_field(q, q, colours, **settings, norm=norm),
+            lambda: mean_field(q, q, colours, **settings, norm=norm, impl="torch"),
+            device=DEVICE,
+            warmup=3,
+        ),
+        {"size": 512, "batch": 4, "candidates": 8, "labels": 2, "window": 11},
+    )
 
 
 def keep(name, ratio, config):
