@@ -73,9 +73,9 @@ def _calls(where: torch.device, batch: int, count: int, latent: int) -> dict[str
         images.permute(0, 3, 1, 2).float() / 255,
         torch.rand(batch, count, size, size, generator=rng).to(where),
     )
-    radius = max(1, round(MaskOptions().radius * size / 128))
+    radius = size // latent  # one cell of the map, as the default
     calls = {f"make_masks: {name}": _making(maps, images, options, ids) for name, options in CASES.items()}
-    calls["guided_filter: "] = lambda: guided_filter(guide, large, radius, 1e-3)
+    calls["guided_filter: "] = lambda: guided_filter(guide, large, radius, MaskOptions().eps)
     calls["otsu: "] = lambda: otsu(large)
     return calls
 
