@@ -41,18 +41,24 @@ def _holds(when: dict[str, Any], facts: dict[str, Any]) -> bool:
     return all(fits(wanted, facts[name]) for name, wanted in when.items())
 
 
+def _entry(kernel: str, device: torch.device, facts: dict[str, Any]) -> dict[str, Any]:
+    # a traced size becomes a number here: a configuration is chosen once for a graph
+    fixed = ((name, fact if isinstance(fact, str) else int(fact)) for name, fact in facts.items())
+    return _cached_entry(kernel, device, tuple(fixed))
+
+
 @functools.cache
-def _entry(kernel: str, device: torch.device, facts: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+def _cached_entry(kernel: str, device: torch.device, facts: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return find(table(), kernel, name, dict(facts))
 
 
 def launch(kernel: str, device: torch.device, **facts: Any) -> dict[str, int]:
     """Return the launch configuration of a kernel: a function of the facts, which never include the batch."""
-    return dict(_entry(kernel, device, tuple(facts.items()))["launch"])
+    return dict(_entry(kernel, device, facts)["launch"])
 
 
 @torch.compiler.assume_constant_result
 def impl(kernel: str, device: torch.device, **facts: Any) -> str:
     """Return the form that was measured to be the faster one on this device, "triton" or else "torch"."""
-    return _entry(kernel, device, tuple(facts.items())).get("impl", "torch")
+    return _entry(kernel, device, facts).get("impl", "torch")

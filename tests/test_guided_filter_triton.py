@@ -14,7 +14,7 @@ SHAPES = [  # B, K, H, W, radius
     (1, 2, 6, 6, 20),
     (3, 1, 13, 4, 5),
     (1, 1, 1, 9, 3),
-    (1, 2, 17, 70, 4),
+    (1, 2, 9, 70, 3),
 ]
 
 
@@ -41,7 +41,7 @@ def test_the_error_is_at_most_twice_that_of_torch(shape):
 
 @pytest.mark.parametrize("offset", [0.0, 0.9])
 def test_it_stays_accurate_where_the_guide_is_grey_and_bright(offset):
-    guide, maps = draw(1, 1, 20, 18)
+    guide, maps = draw(1, 1, 16, 18)
     guide = offset + (1 - offset) * guide[:, :1].expand(-1, 3, -1, -1)
     truth = brute_force(guide, maps, 4, 1e-5)
     found, plain = both(guide, maps, 4, 1e-5)
@@ -49,23 +49,23 @@ def test_it_stays_accurate_where_the_guide_is_grey_and_bright(offset):
 
 
 def test_the_same_input_gives_the_same_bits_in_every_batch():
-    guide, maps = draw(3, 2, 12, 11)
-    first, again = (guided_filter(guide.to(DEVICE), maps.to(DEVICE), 3, 1e-3, impl="triton") for _ in range(2))
-    alone = guided_filter(guide[1:2].to(DEVICE), maps[1:2].to(DEVICE), 3, 1e-3, impl="triton")
+    guide, maps = draw(2, 2, 8, 11)
+    first, again = (guided_filter(guide.to(DEVICE), maps.to(DEVICE), 2, 1e-3, impl="triton") for _ in range(2))
+    alone = guided_filter(guide[1:2].to(DEVICE), maps[1:2].to(DEVICE), 2, 1e-3, impl="triton")
     assert torch.equal(first, again) and torch.equal(first[1:2], alone)
 
 
 def test_what_is_not_written_is_not_read(monkeypatch):
-    guide, maps = draw(2, 2, 9, 13)
-    clean = guided_filter(guide.to(DEVICE), maps.to(DEVICE), 4, 1e-3, impl="triton")
+    guide, maps = draw(1, 2, 9, 13)
+    clean = guided_filter(guide.to(DEVICE), maps.to(DEVICE), 2, 1e-3, impl="triton")
     for name in ("empty", "empty_like"):
         plain = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *a, plain=plain, **k: plain(*a, **k).fill_(float("nan")))
-    assert torch.equal(guided_filter(guide.to(DEVICE), maps.to(DEVICE), 4, 1e-3, impl="triton"), clean)
+    assert torch.equal(guided_filter(guide.to(DEVICE), maps.to(DEVICE), 2, 1e-3, impl="triton"), clean)
 
 
 def test_it_takes_strided_and_half_precision_input():
-    guide, maps = draw(2, 2, 11, 8)
+    guide, maps = draw(1, 2, 7, 8)
     guide, maps = guide.half(), maps.half()
     truth, _ = both(guide.float(), maps.float(), 2, 1e-3)
     found, _ = both(guide.to(memory_format=torch.channels_last), maps.mT.contiguous().mT, 2, 1e-3)

@@ -100,7 +100,7 @@ def test_the_other_configurations_have_what_their_kernels_take(monkeypatch):
     facts = {"guided_filter": {"height": 512, "width": 512}, "mean_field": {"window": 11}}
     for case in cases(CPU):
         assert set(case.configs[0]) == set(tuned.launch(case.kernel, CPU, **facts[case.kernel]))
-        case.run(case.configs[0])
+        case.run(case.configs[-1])
         case.plain()
 
 

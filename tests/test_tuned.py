@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from diffumask_fast.kernels import attend, ran, tuned
+from diffumask_fast.kernels import attend, guided_filter, ran, tuned
 
 LAYER = {"dtype": "fp16", "heads": 8, "head_dim": 40, "pixels": 4096, "keys": 77}
 CPU = torch.device("cpu")
@@ -18,11 +18,11 @@ def entries(monkeypatch):
 
     def replace(found):
         monkeypatch.setattr(tuned, "table", lambda: found)
-        tuned._entry.cache_clear()
+        tuned._cached_entry.cache_clear()
 
     yield replace
     monkeypatch.undo()
-    tuned._entry.cache_clear()
+    tuned._cached_entry.cache_clear()
 
 
 def test_the_committed_table_serves_every_layer():
@@ -87,3 +87,27 @@ def test_auto_on_cuda_is_what_was_measured_to_be_faster(entries, monkeypatch, pi
     with ran() as forms:
         _, maps = attend(q, k, k, torch.rand(1, keys, 1), heads=1, mask=mask)
     assert forms == [("attend", form)] and (maps == "the kernel's") == (form == "triton")
+
+
+def test_an_export_on_cuda_holds_torch_whatever_was_measured(entries, monkeypatch):
+    faster = [{"when": {}, "launch": {}, "impl": "triton"}]
+    entries({"cpu": {"attend": faster, "guided_filter": faster}, **tuned.table()})
+    for name in ("attend", "guided_filter"):
+        module = importlib.import_module(f"diffumask_fast.kernels.{name}")
+        monkeypatch.setattr(module, "_triton", lambda q, *rest: (q, None))
+    x, image = torch.randn(1, 8, 16).as_subclass(OnCuda), torch.rand(1, 3, 6, 6).as_subclass(OnCuda)
+    for exporting in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_exporting", lambda exporting=exporting: exporting)
+        with ran() as forms:
+            attend(x, x, x, torch.rand(1, 8, 1), heads=1)
+            guided_filter(image, image, 1, 1e-3)
+        wanted = ("sdpa", "torch") if exporting else ("triton", "triton")
+        assert tuple(form for _, form in forms) == wanted
+
+
+def test_the_choice_is_a_constant_of_a_compiled_graph():
+    def choose(x):
+        facts = {"dtype": "fp16", "heads": 8, "head_dim": 40, "pixels": x.shape[1], "keys": 77}
+        return x + 1 if tuned.impl("attend", x.device, **facts) == "torch" else x
+
+    assert torch.equal(torch.compile(choose, fullgraph=True, backend="eager")(torch.zeros(1, 4)), torch.ones(1, 4))
