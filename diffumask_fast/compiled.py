@@ -32,8 +32,8 @@ def compile_pipe(pipe: DiffusionPipeline) -> None:
         DiffuMaskError: on the CPU without a C++ compiler.
     """
     on_cpu = pipe.unet.device.type == "cpu"
-    if on_cpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        raise DiffuMaskError("--engine compile needs a C++ compiler on the CPU: install g++, or use --engine torch.")
+    if on_cpu:
+        need_compiler()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
     for part in (pipe.unet, pipe.vae):
         part.to(memory_format=torch.channels_last)
@@ -41,6 +41,12 @@ def compile_pipe(pipe: DiffusionPipeline) -> None:
     options = {"freezing": True} if on_cpu else None
     pipe.unet.denoiser = CompiledDenoiser(pipe.unet, options)
     pipe.vae.decoder.compile(options=options)
+
+
+def need_compiler() -> None:
+    """Raise DiffuMaskError where there is no C++ compiler, which torch.compile needs on the CPU."""
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        raise DiffuMaskError("--engine compile needs a C++ compiler on the CPU: install g++, or use --engine torch.")
 
 
 class CompiledDenoiser:

@@ -46,10 +46,17 @@ def _devices() -> dict[str, Any]:
 
 def _works() -> dict[str, str]:
     checks = {
-        "embedded model": _embedded_model, "maps in attention": _maps, "torch engine": _torch_engine,
-        "export to onnx": _onnx_export, "onnx engine": _onnx_engine, "export to tensorrt-rtx": _rtx_export,
-        "tensorrt-rtx engine": _rtx_engine, "export to tensorrt": _tensorrt_export, "tensorrt engine": _tensorrt_engine,
-    }  # fmt: skip
+        "embedded model": _embedded_model,
+        "maps in attention": _maps,
+        "torch engine": _torch_engine,
+        "compile engine": _compile_engine,
+        "export to onnx": _onnx_export,
+        "onnx engine": _onnx_engine,
+        "export to tensorrt-rtx": _rtx_export,
+        "tensorrt-rtx engine": _rtx_engine,
+        "export to tensorrt": _tensorrt_export,
+        "tensorrt engine": _tensorrt_engine,
+    }
     report = {}
     for name, check in checks.items():
         try:
@@ -82,6 +89,15 @@ def _torch_engine() -> None:
 
     with quietly():
         importlib.import_module("diffusers").StableDiffusionPipeline  # noqa: B018 - a lazy import that can fail
+
+
+def _compile_engine() -> None:
+    import torch
+
+    from diffumask_fast.compiled import need_compiler
+
+    if not torch.cuda.is_available():
+        need_compiler()
 
 
 def _onnx_export() -> None:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,15 @@ class _Drawn:
     finite: list[bool]
     pixels: Tensor  # [B, 3, H, W] in 0..1, as diffusers gives it
     mask: Tensor
-    quality: list[list[float]]
-    padded_quality: Tensor  # [B, K]
+    quality: Tensor  # [B, K], as ids
     class_maps: Tensor
     levels: Levels
-    ids: Tensor = field(repr=False)
+    ids: Tensor  # [B, K], 0 where there is no class
+
+    def qualities(self) -> list[list[float]]:
+        """Return the quality of each image's own classes."""
+        counts = (self.ids > 0).sum(1).tolist()
+        return [row[:count] for row, count in zip(self.quality.tolist(), counts, strict=True)]
 
 
 class DiffuMaskPipeline:
@@ -201,7 +205,7 @@ class DiffuMaskPipeline:
             images = [Image.fromarray(image) for image in drawn.images.cpu().numpy()]
         masks = drawn.mask.cpu().numpy()
         if not return_dict:
-            return images, masks, drawn.quality
+            return images, masks, drawn.qualities()
         class_ids = [tuple(i for i in row if i) for row in drawn.ids.tolist()]
         provenance = self.provenance(
             options,
@@ -209,7 +213,9 @@ class DiffuMaskPipeline:
             num_inference_steps=kwargs.get("num_inference_steps", self.info.num_inference_steps),
             guidance_scale=kwargs.get("guidance_scale", self.info.guidance_scale),
         )
-        return Output(images, masks, drawn.quality, drawn.levels, drawn.class_maps.cpu().numpy(), class_ids, provenance)
+        return Output(
+            images, masks, drawn.qualities(), drawn.levels, drawn.class_maps.cpu().numpy(), class_ids, provenance
+        )
 
     def stream(
         self,
@@ -255,12 +261,13 @@ class DiffuMaskPipeline:
                 class_ids=[request.class_ids for request in batch], num_phrases=num_phrases, **kwargs,
             )  # fmt: skip
         names = [request.phrases for request in batch]
-        reasons = rejections(drawn.images, drawn.mask, drawn.ids, names, options, drawn.padded_quality)
+        reasons = rejections(drawn.images, drawn.mask, drawn.ids, names, options, drawn.quality)
         reasons = [reason if finite else NOT_FINITE for reason, finite in zip(reasons, drawn.finite, strict=True)]
         images, masks, maps = (tensor.cpu().numpy() for tensor in (drawn.images, drawn.mask, drawn.class_maps))
+        quality = drawn.qualities()
         return [
             Result(
-                request, images[row], masks[row], tuple(drawn.quality[row]), maps[row, : len(request.phrases)],
+                request, images[row], masks[row], tuple(quality[row]), maps[row, : len(request.phrases)],
                 not reasons[row], reasons[row],
             )
             for row, request in enumerate(batch)
@@ -291,9 +298,7 @@ class DiffuMaskPipeline:
             images = (pixels.nan_to_num(0).permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8)
             class_maps = quantise_maps(store.class_maps(options))
             mask, _, quality = make_masks(class_maps, images, options, ids)
-            counts = (ids > 0).sum(1).tolist()
-            own = [row[:count] for row, count in zip(quality.tolist(), counts, strict=True)]
-            drawn = _Drawn(images, finite.tolist(), pixels, mask, own, quality, class_maps, store.levels, ids)
+            drawn = _Drawn(images, finite.tolist(), pixels, mask, quality, class_maps, store.levels, ids)
             self.seconds.masks += time.perf_counter() - start
         return drawn
 

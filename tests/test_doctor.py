@@ -11,7 +11,7 @@ def test_the_report_names_versions_devices_and_what_works():
     assert {"python", "torch", "diffusers", "pyarrow"} <= set(report["versions"])
     assert "threads" in report["devices"]["cpu"]
     reasons = {name: reason for name, reason in report["works"].items() if reason != "works"}
-    assert len(report["works"]) == 9 and {name.split()[-1] for name in reasons} <= {"engine", "tensorrt"}
+    assert len(report["works"]) == 10 and {name.split()[-1] for name in reasons} <= {"engine", "tensorrt"}
 
 
 def test_engines_for_a_gpu_say_what_is_missing(monkeypatch):

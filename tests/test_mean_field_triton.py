@@ -4,7 +4,8 @@ import pytest
 import torch
 from test_mean_field import WEIGHTS, brute_force, draw
 
-from diffumask_fast.kernels import mean_field_triton
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.kernels import mean_field_triton, ran
 from diffumask_fast.kernels.mean_field import bilateral_norm, mean_field
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,9 +21,10 @@ SHAPES = [  # B, M, L, H, W, window, dilation
 
 def step(q, unary, guide, window, dilation):
     q, unary, guide = (x.to(DEVICE) for x in (q, unary, guide))
-    settings = {"window": window, "dilation": dilation}
-    norm = mean_field_triton.bilateral_norm(guide, **settings, bilateral=WEIGHTS["bilateral"])
-    return mean_field_triton.mean_field(q, unary, guide, **settings, **WEIGHTS, norm=norm).cpu()
+    with ran() as forms:
+        out = mean_field(q, unary, guide, window=window, dilation=dilation, **WEIGHTS, impl="triton")
+    assert forms == [("mean_field", "triton")]
+    return out.cpu()
 
 
 def worst(value, truth):
@@ -64,3 +66,9 @@ def test_strided_input_is_read_as_it_means():
     q, unary, guide = draw(1, 2, 2, 6, 5)
     turned = q.mT.contiguous().mT, unary.mT.contiguous().mT, guide.to(memory_format=torch.channels_last)
     assert torch.equal(step(*turned, 3, 1), step(q, unary, guide, 3, 1))
+
+
+def test_without_a_gpu_and_the_interpreter_it_is_one_sentence(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(DiffuMaskError, match="impl 'triton' runs on CUDA, not on cpu: use 'torch'"):
+        mean_field(*draw(1, 1, 2, 4, 4), window=3, impl="triton")

@@ -6,9 +6,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from geometries import SD15, SDXL_CUT
 
 from diffumask_fast.attention.unet import UNetWithMaps
+from diffumask_fast.bench.geometries import UNETS
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export import plan_cache, tensorrt_build
 from diffumask_fast.export.graphs import Call, decode_call, unet_call, write_graph
@@ -18,6 +18,13 @@ from diffumask_fast.export.onnx_export import level_divisors
 from diffumask_fast.export.tensorrt_build import build_plan, export_tensorrt, find_target, profile_shapes
 
 trt = pytest.importorskip("tensorrt_rtx_bindings")
+# the widest level of SDXL's attention, with its added conditions, one transformer block deep
+SDXL_CUT = dict(
+    sample_size=32, in_channels=4, out_channels=4, block_out_channels=(640,), layers_per_block=1,
+    down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), attention_head_dim=10,
+    transformer_layers_per_block=1, cross_attention_dim=2048, use_linear_projection=True,
+    addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -195,7 +202,7 @@ def test_mini_is_built_whole_and_says_that_it_was_never_run(tmp_path):
 @pytest.mark.slow
 def test_stable_diffusion_is_built_in_fp16_with_fused_attention(tmp_path):
     torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_config(SD15)
+    unet = UNet2DConditionModel.from_config(UNETS["sd15"])
     assert sum(p.numel() for p in unet.parameters()) == 859_520_964
     limits = written(unet, tmp_path / "unet.onnx", 64, batch=8)
     nodes = nodes_of(tmp_path / "unet.onnx")
