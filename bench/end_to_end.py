@@ -179,7 +179,12 @@ class _Job:
         control = "reference" if "reference" in calls else "ours"
         done = race(calls, control=control, pairs=self.pairs, device=str(self.where))
         shared = {**self._settings(sides), "best_batch": batch, "mask": dict(vars(LIKE_THE_REFERENCE))}
-        shared |= {"tried_s": tried, "engine": fp32_engine, "dtype": "fp32", "s_per_image": round(done.seconds("ours") / batch, 5)}
+        shared |= {
+            "tried_s": tried,
+            "engine": fp32_engine,
+            "dtype": "fp32",
+            "s_per_image": round(done.seconds("ours") / batch, 5),
+        }
         if "speedup_vs_reference_fp32" in names:
             yield row(SUITE, "speedup_vs_reference_fp32", done.ratio("reference", "ours", batch), config=shared)
         if "speedup_vs_daam" in names:
