@@ -7,7 +7,7 @@ INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.
 export OMP_NUM_THREADS ?= 2
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test-env test test-slow lint gpu
+.PHONY: demo test-env test test-slow lint tables gpu
 
 demo: .venv/.core
 	$(BIN)/diffumask-fast generate demo --num 24
@@ -24,6 +24,9 @@ lint: test-env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+tables: test-env
+	$(BIN)/python -m diffumask_fast.bench.tables .
+
 gpu:
 	bash .ci/gpu
 
@@ -36,5 +39,6 @@ gpu:
 	@touch $@
 
 .venv/.test: pyproject.toml constraints.txt | .venv/bin/python
-	$(INSTALL) -e ".[test,onnx,tensorrt-rtx]"
+	$(INSTALL) -e ".[test,bench,onnx,tensorrt-rtx]"
+	$(INSTALL) --no-deps attention-map-diffusers
 	@touch $@ .venv/.core

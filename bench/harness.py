@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import time
@@ -23,6 +24,8 @@ from torch.utils._pytree import tree_leaves
 
 CPU_PAIRS = 14
 CUDA_PAIRS = 10
+# what a row is printed with
+BESIDE = ("case", "batch", "best_batch", "engine", "dtype", "mask_iou", "crf_s", "peak_gib", "reference_peak_gib")
 Workload = Callable[[], object]
 Statistic = Callable[[Sequence[float]], float]
 
@@ -80,29 +83,76 @@ def compare(
         >>> compare(lambda: sum(range(40_000)), lambda: sum(range(10_000)), pairs=3).value > 1
         True
     """
+    workloads = {"candidate": candidate, "baseline": baseline}
+    chosen = "baseline" if control else None
+    done = race(workloads, control=chosen, pairs=pairs, device=device, threads=threads, warmup=warmup)
+    return done.ratio("candidate", "baseline")
+
+
+class Race:
+    """The times of several workloads in the same rounds, and what any two of them are to each other."""
+
+    def __init__(self, times: dict[str, list[float]], control: str | None, cuda: bool) -> None:
+        self.times = times
+        self.control = control
+        self.statistic = statistics.median if cuda else third_smallest
+        self.clock = "CUDA events" if cuda else "process CPU time"
+
+    def seconds(self, name: str) -> float:
+        """Return a workload's time: the statistic over its rounds."""
+        return self.statistic(self.times[name])
+
+    def ratio(self, candidate: str, baseline: str, scale: float = 1.0) -> Ratio:
+        """Return the time of one over the other's, times scale (where they draw different numbers of images)."""
+        times = {"candidate": [scale * time for time in self.times[candidate]], "baseline": self.times[baseline]}
+        if self.control:
+            times |= {"control": self.times["control"], "controlled": self.times[self.control]}
+        rounds = len(times["baseline"])
+        raw, deviation = _ratio(times, range(rounds), self.statistic)
+        low, high = _bounds(times, rounds, self.statistic)
+        value = raw - deviation
+        return Ratio(
+            value=value,
+            low=min(low, value),
+            high=max(high, value),
+            n=rounds,
+            raw=raw,
+            deviation=deviation,
+            baseline_s=self.seconds(baseline),
+            clock=self.clock,
+        )
+
+
+def race(
+    workloads: dict[str, Workload],
+    *,
+    control: str | None = None,
+    pairs: int | None = None,
+    device: str = "cpu",
+    threads: int = 1,
+    warmup: int = 1,
+) -> Race:
+    """Time several workloads in the same rounds, each early as often as late; arguments as for `compare`.
+
+    Args:
+        workloads: by name.
+        control: which of them runs twice in each round, against itself; None leaves the control out.
+
+    Example:
+        >>> done = race({"a": lambda: sum(range(40_000)), "b": lambda: sum(range(10_000))}, pairs=3)
+        >>> done.ratio("a", "b").value > 1
+        True
+    """
     cuda = torch.device(device).type == "cuda"
     rounds = pairs or (CUDA_PAIRS if cuda else CPU_PAIRS)
     if rounds < 1:
         raise ValueError(f"pairs is {pairs}: at least one round is needed")
-    statistic = statistics.median if cuda else third_smallest
-    workloads = {"candidate": candidate, "baseline": baseline} | ({"control": baseline} if control else {})
+    timed = workloads | ({"control": workloads[control]} if control else {})
     with _torch_threads(threads):
-        for workload in (candidate, baseline) * warmup:
+        for workload in tuple(workloads.values()) * warmup:
             workload()
-        times = _time_rounds(workloads, rounds, _cuda_seconds if cuda else _cpu_seconds)
-    raw, deviation = _ratio(times, range(rounds), statistic)
-    low, high = _bounds(times, rounds, statistic)
-    value = raw - deviation
-    return Ratio(
-        value=value,
-        low=min(low, value),
-        high=max(high, value),
-        n=rounds,
-        raw=raw,
-        deviation=deviation,
-        baseline_s=statistic(times["baseline"]),
-        clock="CUDA events" if cuda else "process CPU time",
-    )
+        times = _time_rounds(timed, rounds, _cuda_seconds if cuda else _cpu_seconds)
+    return Race(times, control, cuda)
 
 
 def third_smallest(times: Sequence[float]) -> float:
@@ -161,7 +211,8 @@ def _cuda_seconds(workload: Workload) -> float:
 
 def _ratio(times: dict[str, list[float]], chosen: Sequence[int], statistic: Statistic) -> tuple[float, float]:
     level = {name: statistic([values[index] for index in chosen]) for name, values in times.items()}
-    return level["candidate"] / level["baseline"], level.get("control", level["baseline"]) / level["baseline"] - 1
+    deviation = level["control"] / level["controlled"] - 1 if "control" in level else 0.0
+    return level["candidate"] / level["baseline"], deviation
 
 
 def _bounds(times: dict[str, list[float]], rounds: int, statistic: Statistic) -> tuple[float, float]:
@@ -277,11 +328,23 @@ def append_rows(path: str | os.PathLike, rows: Sequence[dict]) -> None:
         file.writelines(json.dumps(one) + "\n" for one in rows)
 
 
+def results_file(device: str = "cpu") -> Path | None:
+    """Return where rows of this machine are kept in a checkout, `<processor or GPU>-<cores>.jsonl`; None elsewhere."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / ".git").exists():
+        return None
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _cpu_name()
+    slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+    return checkout / "bench" / "results" / f"{slug}-{os.cpu_count()}.jsonl"
+
+
 def describe(one: dict) -> str:
     """Return a row as one line of text, with its control where it has one."""
-    text = f"{one['name']:<24} {one['value']:8.3f} {one['unit']} ({one['low']:.3f} to {one['high']:.3f}, n {one['n']}"
+    text = f"{one['name']:<32} {one['value']:8.3f} {one['unit']} ({one['low']:.3f} to {one['high']:.3f}, n {one['n']}"
     deviation = one["config"].get("control_deviation")
-    return text + (f"; control {1 + deviation:.3f}, subtracted)" if deviation is not None else ")")
+    text += f"; control {1 + deviation:.3f}, subtracted)" if deviation is not None else ")"
+    beside = {key: one["config"][key] for key in BESIDE if key in one["config"]}
+    return text + "".join(f", {key} {value}" for key, value in beside.items())
 
 
 def environment(device: str = "cpu", threads: int = 1) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -56,8 +57,8 @@ def generate(
     min_component: ComponentFlag = 0.0,
     fill_holes: HolesFlag = False,
     min_quality: QualityFlag = 0.0,
-    engine: Annotated[str, typer.Option(help="torch or onnx.")] = "torch",
-    engine_path: Annotated[Path | None, typer.Option(help="Folder that export wrote, for --engine onnx.")] = None,
+    engine: Annotated[str, typer.Option(help="torch, compile, onnx or tensorrt.")] = "torch",
+    engine_path: Annotated[Path | None, typer.Option(help="Folder that export wrote.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     allow_drift: Annotated[bool, typer.Option("--allow-drift", help="Go on in a changed environment.")] = False,
     log: Annotated[Path | None, typer.Option(help="Append a log to this file.")] = None,
@@ -146,36 +147,49 @@ def evaluate(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="mini, a diffusers folder, or a hub id.")],
+    model: Annotated[str, typer.Argument(help="mini, a diffusers folder, or a hub id; with --refit, an engine.")],
     out: Annotated[Path, typer.Argument(help="Folder of the engine; must not be there yet.")],
-    to: Annotated[str, typer.Option(help="onnx, or tensorrt-rtx, which is built and not run.")] = "onnx",
+    to: Annotated[str, typer.Option(help="onnx, tensorrt or tensorrt-rtx.")] = "onnx",
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
-    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
-    compute_capability: Annotated[str, typer.Option(help="Of the GPU, for tensorrt-rtx.")] = "8.9",
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16; auto: fp32 for onnx, else fp16.")] = "auto",
+    compute_capability: Annotated[
+        str | None, typer.Option(help="Of the GPU, such as 8.9, for TensorRT; that of the one here when left out.")
+    ] = None,
     max_batch: Annotated[int, typer.Option(help="The most images of a batch.")] = 16,
     min_size: Annotated[str | None, typer.Option(help="HxW in pixels; the model's own when left out.")] = None,
     max_size: Annotated[str | None, typer.Option(help="HxW in pixels; twice the least when left out.")] = None,
     static: Annotated[bool, typer.Option("--static", help="Only --max-batch images of --min-size.")] = False,
     columns: Annotated[int, typer.Option(help="The most phrases times propagations.")] = 8,
     propagate: Annotated[bool, typer.Option(help="Let the graph propagate maps.")] = True,
+    refittable: Annotated[bool, typer.Option("--refittable", help="Of TensorRT: allow --refit later.")] = False,
+    refit: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Write the engine given with the weights of this fine-tune.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Write a model for an engine other than torch, and check it against torch."""
-    from diffumask_fast.export.onnx_export import export_onnx
-    from diffumask_fast.export.tensorrt_build import export_rtx
+    from diffumask_fast import export as exports
     from diffumask_fast.generation import split_size
 
-    writers = {"onnx": export_onnx, "tensorrt-rtx": export_rtx}
-    if to not in writers:
-        raise DiffuMaskError(f"There is no export to {to}: use {' or '.join(writers)}.")
+    if to not in ("onnx", "tensorrt", "tensorrt-rtx"):
+        raise DiffuMaskError(f"There is no export to {to}: use onnx, tensorrt or tensorrt-rtx.")
+    if to == "onnx" and not refit and (refittable or compute_capability):
+        raise DiffuMaskError("--refittable and --compute-capability are TensorRT's: say --to tensorrt or tensorrt-rtx.")
+    dtype = {"onnx": "fp32"}.get(to, "fp16") if dtype == "auto" else dtype
+    settings = dict(
+        max_batch=max_batch, static=static, columns=columns, propagate=propagate,
+        min_size=split_size(min_size, "--min-size") if min_size else None,
+        max_size=split_size(max_size, "--max-size") if max_size else None,
+    )  # fmt: skip
+    told = dict(revision=revision, progress=lambda sentence: print(sentence, file=sys.stderr))
     try:
-        manifest = writers[to](
-            model, out, dtype, max_batch=max_batch, static=static, columns=columns, propagate=propagate,
-            revision=revision, min_size=split_size(min_size, "--min-size") if min_size else None,
-            max_size=split_size(max_size, "--max-size") if max_size else None,
-            progress=lambda sentence: print(sentence, file=sys.stderr),
-            **({"compute_capability": compute_capability} if to == "tensorrt-rtx" else {}),
-        )  # fmt: skip
+        if refit:
+            manifest = exports.refit_engine(model, refit, out, **told)
+        elif to == "onnx":
+            manifest = exports.export_onnx(model, out, dtype, **settings, **told)
+        else:
+            settings |= dict(flavour=to, compute_capability=compute_capability, refittable=refittable)
+            manifest = exports.export_tensorrt(model, out, dtype, **settings, **told)
     except KeyboardInterrupt:
         print("Stopped; nothing was written.", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -187,36 +201,77 @@ def export(
         print(f"{part:16} {figures}")
     if manifest.passed:
         print("Largest errors against torch in fp32, relative to the largest value.")
-    if to == "onnx":
-        print(f"Draw with --engine {manifest.engine} --engine-path {out}.")
+    print(f"Draw with --engine {manifest.engine.removesuffix('-rtx')} --engine-path {shlex.quote(str(out))}")
+
+
+bench_app = typer.Typer(help="Measure, side by side, and compare what was measured.", pretty_exceptions_enable=False)
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback(invoke_without_command=True)
+def bench(
+    context: typer.Context,
+    suite: Annotated[str, typer.Option(help="end_to_end, engines, kernels, masks, quality or scaling.")] = "end_to_end",
+    geometry: Annotated[str, typer.Option(help="mini, sd15, sd21 or sdxl.")] = "mini",
+    model: Annotated[str | None, typer.Option(help="A diffusers folder or hub id instead of a geometry.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; what the suite says when left out.")] = None,
+    names: Annotated[str | None, typer.Option("--rows", help="Only these rows, with commas.")] = None,
+    pairs: Annotated[int | None, typer.Option(help="Rounds of a comparison; 14 on a CPU, 10 on CUDA.")] = None,
+    photos: Annotated[Path | None, typer.Option(help="Photographs with masks, for the suite quality.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "--out", help="Append the rows to this .jsonl file.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the rows into this folder, PNG and SVG.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure: a table for people, one JSON object with --json; in a checkout the rows are kept in bench/results."""
+    if context.invoked_subcommand is not None:
+        return
+    from diffumask_fast.bench import report
+
+    names = names.split(",") if names else None
+    wanted = {"model": model, "steps": steps, "names": names, "pairs": pairs, "photos": photos}
+    chosen = {key: value for key, value in wanted.items() if value is not None}
+    code = report.measure(suite, geometry, device, chosen, output=output, plot=plot, as_json=as_json)
+    if code:
+        raise typer.Exit(code)
+
+
+@bench_app.command("compare")
+def bench_compare(
+    before: Annotated[Path, typer.Argument(help="Rows of the earlier run.")],
+    after: Annotated[Path, typer.Argument(help="Rows of the later run.")],
+    threshold: Annotated[float, typer.Option(help="Share by which a row may become worse.")] = 0.05,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare two files of rows; exit code 1 when a row became worse by more than the threshold."""
+    from diffumask_fast.bench.regressions import compare_rows, read_rows
+
+    rows = compare_rows(read_rows(before), read_rows(after), threshold)
+    worse = [row["name"] for row in rows if row["regression"]]
+    if as_json:
+        print(json.dumps({"threshold": threshold, "rows": rows}))
+    else:
+        for row in rows:
+            name = row["name"] + (f" {row['case']}" if row["case"] else "")
+            mark = "  worse" if row["regression"] else ""
+            print(f"{name:36} {row['before']:10.4f} {row['after']:10.4f} {row['change']:+8.1%}{mark}")
+    if worse:
+        raise DiffuMaskError(f"Worse by more than {threshold:.0%}: {', '.join(worse)}; measure again or look for why.")
 
 
 @app.command()
-def bench(
-    suite: Annotated[str, typer.Option(help="end_to_end, engines or quality.")] = "end_to_end",
-    geometry: Annotated[str, typer.Option(help="mini.")] = "mini",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    photos: Annotated[Path | None, typer.Option(help="Photographs with masks, for quality.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Append the rows to this .jsonl file.")] = None,
+def tune(
+    out: Annotated[Path | None, typer.Option(help="Table to write; the installed one when left out.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Measure what masks cost against the plain diffusers pipeline, what engines take, and how good masks are."""
-    from diffumask_fast.bench import end_to_end, engines, harness, quality
+    """Time the kernels' launch configurations on this GPU, and keep the best."""
+    from diffumask_fast.kernels.tune import tune as measure
 
-    suites = {"end_to_end": end_to_end, "engines": engines, "quality": quality}
-    if suite not in suites:
-        raise DiffuMaskError(f"There is no suite {suite}: use {' or '.join(suites)}.")
-    if photos is not None and suite != "quality":
-        raise DiffuMaskError(f"The suite {suite} takes no photographs: use --suite quality.")
-    rows = suites[suite].run(geometry, device=device, **({"photos": photos} if photos else {}))
-    if out is not None:
-        harness.append_rows(out, rows)
+    entries = measure(out, progress=lambda sentence: print(sentence, file=sys.stderr))
     if as_json:
-        print(json.dumps({"rows": rows}))
-        return
-    for row in rows:
-        spread = f"({row['low']:.3f} to {row['high']:.3f}, n {row['n']})"
-        print(f"{row['name']:24} {row['value']:8.3f} {row['unit']:8} {spread}")
+        print(json.dumps(entries))
 
 
 @app.command()

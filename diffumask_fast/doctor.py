@@ -7,9 +7,11 @@ import platform
 from importlib import metadata
 from typing import Any
 
+from diffumask_fast.errors import DiffuMaskError
+
 PACKAGES = (
     "diffumask-fast", "torch", "diffusers", "transformers", "triton", "safetensors", "numpy", "pillow", "pyarrow",
-    "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
+    "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13-libs",
 )  # fmt: skip
 
 
@@ -44,9 +46,17 @@ def _devices() -> dict[str, Any]:
 
 def _works() -> dict[str, str]:
     checks = {
-        "embedded model": _embedded_model, "maps in attention": _maps, "torch engine": _torch_engine,
-        "export to onnx": _onnx_export, "onnx engine": _onnx_engine, "export to tensorrt-rtx": _rtx_export,
-    }  # fmt: skip
+        "embedded model": _embedded_model,
+        "maps in attention": _maps,
+        "torch engine": _torch_engine,
+        "compile engine": _compile_engine,
+        "export to onnx": _onnx_export,
+        "onnx engine": _onnx_engine,
+        "export to tensorrt-rtx": _rtx_export,
+        "tensorrt-rtx engine": _rtx_engine,
+        "export to tensorrt": _tensorrt_export,
+        "tensorrt engine": _tensorrt_engine,
+    }
     report = {}
     for name, check in checks.items():
         try:
@@ -81,6 +91,15 @@ def _torch_engine() -> None:
         importlib.import_module("diffusers").StableDiffusionPipeline  # noqa: B018 - a lazy import that can fail
 
 
+def _compile_engine() -> None:
+    import torch
+
+    from diffumask_fast.compiled import need_compiler
+
+    if not torch.cuda.is_available():
+        need_compiler()
+
+
 def _onnx_export() -> None:
     from diffumask_fast.export.onnx_export import need_exporter
 
@@ -90,7 +109,6 @@ def _onnx_export() -> None:
 def _onnx_engine() -> None:
     import torch
 
-    from diffumask_fast.errors import DiffuMaskError
     from diffumask_fast.export.session import runtime
 
     providers = runtime().get_available_providers()
@@ -99,7 +117,37 @@ def _onnx_engine() -> None:
 
 
 def _rtx_export() -> None:
-    from diffumask_fast.export.tensorrt_build import builder_library
+    from diffumask_fast.export.tensorrt_library import library
 
     _onnx_export()
-    builder_library()
+    library("tensorrt-rtx")
+
+
+def _rtx_engine() -> None:
+    from diffumask_fast.export.tensorrt_build import known_targets
+    from diffumask_fast.export.tensorrt_library import library
+
+    targets, here = known_targets(library("tensorrt-rtx")), _need_gpu()
+    if here not in targets:
+        raise DiffuMaskError(f"it runs on compute capability {', '.join(targets)}, and the GPU here has {here}")
+
+
+def _tensorrt_export() -> None:
+    _onnx_export()
+    _tensorrt_engine()
+
+
+def _tensorrt_engine() -> None:
+    from diffumask_fast.export.tensorrt_library import library
+
+    library("tensorrt")
+    _need_gpu()
+
+
+def _need_gpu() -> str:
+    from diffumask_fast.export.tensorrt_library import compute_capability
+
+    found = compute_capability()
+    if found is None:
+        raise DiffuMaskError("torch sees no NVIDIA GPU here")
+    return found

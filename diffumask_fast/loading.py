@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import re
 import warnings
 from collections.abc import Collection, Iterator
@@ -147,6 +148,11 @@ def _read_info(name: str, folder: Path) -> ModelInfo:
         )  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DiffuMaskError(f"{path} is damaged ({error}): fetch the model again or delete that file.") from error
+
+
+def cache_folder() -> Path:
+    """Return where this user's caches are kept: $XDG_CACHE_HOME/diffumask-fast, or ~/.cache/diffumask-fast."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffumask-fast"
 
 
 def weight_hash(folder: Path) -> str:

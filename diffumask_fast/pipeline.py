@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.attention.tap import Levels
+from diffumask_fast.compiled import compile_pipe
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.loading import (
     ModelInfo,
@@ -48,11 +49,15 @@ class _Drawn:
     finite: list[bool]
     pixels: Tensor  # [B, 3, H, W] in 0..1, as diffusers gives it
     mask: Tensor
-    quality: list[list[float]]
-    padded_quality: Tensor  # [B, K]
+    quality: Tensor  # [B, K], as ids
     class_maps: Tensor
     levels: Levels
-    ids: Tensor = field(repr=False)
+    ids: Tensor  # [B, K], 0 where there is no class
+
+    def qualities(self) -> list[list[float]]:
+        """Return the quality of each image's own classes."""
+        counts = (self.ids > 0).sum(1).tolist()
+        return [row[:count] for row, count in zip(self.quality.tolist(), counts, strict=True)]
 
 
 class DiffuMaskPipeline:
@@ -91,8 +96,9 @@ class DiffuMaskPipeline:
 
         Args:
             model: what to load.
-            engine: "torch", or "onnx" for ONNX Runtime.
-            engine_path: folder that `diffumask-fast export` wrote; not for "torch".
+            engine: "torch"; "compile" for torch.compile and CUDA graphs; "onnx" for ONNX Runtime; "tensorrt" for either
+                flavour of it.
+            engine_path: folder that `diffumask-fast export` wrote, for the last two.
             dtype: "fp32", "fp16", "bf16" or a torch dtype; None is fp32 on the CPU and fp16 on CUDA, or the engine's.
             device: None is CUDA where there is one.
             revision: of a hub id.
@@ -100,16 +106,20 @@ class DiffuMaskPipeline:
         Raises:
             DiffuMaskError: no such model, half-written or pickled weights, no such device, engine or dtype.
         """
-        if engine != "torch" or engine_path is not None:
+        if engine not in ("torch", "compile"):
             from diffumask_fast.export.load import load_engine
 
             return cls(*load_engine(model, engine, engine_path, dtype, device, revision))
+        if engine_path is not None:
+            raise DiffuMaskError(f"--engine {engine} takes no --engine-path: leave it out, or say --engine onnx.")
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
         info = find_model(model, revision)
         pipe = load_pipe(info, dtype, device)
         if dtype == torch.float16 and says_force_upcast(info.folder):
             pipe.vae.to(torch.float32)
+        if engine == "compile":
+            compile_pipe(pipe)
         return cls(pipe, info)
 
     @classmethod
@@ -132,6 +142,13 @@ class DiffuMaskPipeline:
         if self.engine is not None:
             return self.engine.weights
         return weight_hash(self.info.folder) if self.info.folder else None
+
+    @property
+    def engine_name(self) -> str:
+        """What denoises: "torch", "compile", or the engine's name."""
+        if self.engine is not None:
+            return self.engine.name
+        return "compile" if hasattr(self.pipe.unet, "denoiser") else "torch"
 
     @property
     def device(self) -> torch.device:
@@ -188,7 +205,7 @@ class DiffuMaskPipeline:
             images = [Image.fromarray(image) for image in drawn.images.cpu().numpy()]
         masks = drawn.mask.cpu().numpy()
         if not return_dict:
-            return images, masks, drawn.quality
+            return images, masks, drawn.qualities()
         class_ids = [tuple(i for i in row if i) for row in drawn.ids.tolist()]
         provenance = self.provenance(
             options,
@@ -196,7 +213,9 @@ class DiffuMaskPipeline:
             num_inference_steps=kwargs.get("num_inference_steps", self.info.num_inference_steps),
             guidance_scale=kwargs.get("guidance_scale", self.info.guidance_scale),
         )
-        return Output(images, masks, drawn.quality, drawn.levels, drawn.class_maps.cpu().numpy(), class_ids, provenance)
+        return Output(
+            images, masks, drawn.qualities(), drawn.levels, drawn.class_maps.cpu().numpy(), class_ids, provenance
+        )
 
     def stream(
         self,
@@ -242,12 +261,13 @@ class DiffuMaskPipeline:
                 class_ids=[request.class_ids for request in batch], num_phrases=num_phrases, **kwargs,
             )  # fmt: skip
         names = [request.phrases for request in batch]
-        reasons = rejections(drawn.images, drawn.mask, drawn.ids, names, options, drawn.padded_quality)
+        reasons = rejections(drawn.images, drawn.mask, drawn.ids, names, options, drawn.quality)
         reasons = [reason if finite else NOT_FINITE for reason, finite in zip(reasons, drawn.finite, strict=True)]
         images, masks, maps = (tensor.cpu().numpy() for tensor in (drawn.images, drawn.mask, drawn.class_maps))
+        quality = drawn.qualities()
         return [
             Result(
-                request, images[row], masks[row], tuple(drawn.quality[row]), maps[row, : len(request.phrases)],
+                request, images[row], masks[row], tuple(quality[row]), maps[row, : len(request.phrases)],
                 not reasons[row], reasons[row],
             )
             for row, request in enumerate(batch)
@@ -278,9 +298,7 @@ class DiffuMaskPipeline:
             images = (pixels.nan_to_num(0).permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8)
             class_maps = quantise_maps(store.class_maps(options))
             mask, _, quality = make_masks(class_maps, images, options, ids)
-            counts = (ids > 0).sum(1).tolist()
-            own = [row[:count] for row, count in zip(quality.tolist(), counts, strict=True)]
-            drawn = _Drawn(images, finite.tolist(), pixels, mask, own, quality, class_maps, store.levels, ids)
+            drawn = _Drawn(images, finite.tolist(), pixels, mask, quality, class_maps, store.levels, ids)
             self.seconds.masks += time.perf_counter() - start
         return drawn
 
@@ -329,7 +347,7 @@ class DiffuMaskPipeline:
             "mask": dict(vars(options)),
             "dtype": str(self.pipe.unet.dtype).removeprefix("torch."),
             "device": self.device.type,
-            "engine": {"name": self.engine.name, "sha256": self.engine.sha256} if self.engine else {"name": "torch"},
+            "engine": {"name": self.engine_name, **({"sha256": self.engine.sha256} if self.engine else {})},
             "versions": {
                 "diffumask_fast": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__,
                 "transformers": transformers.__version__,

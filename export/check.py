@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.export.denoiser import ExportedDenoiser
 from diffumask_fast.export.graphs import pooled_width, states_width
 from diffumask_fast.export.limits import Limits
-from diffumask_fast.export.onnx_denoiser import OnnxDenoiser
 from diffumask_fast.export.session import Session
 
 logger = logging.getLogger("diffumask_fast")
@@ -47,7 +47,7 @@ def check_part(name: str, graph: Path, module: nn.Module, limits: Limits, dtype:
         return "written, never run: ONNX Runtime has no bf16 on the CPU"
     with torch.no_grad():
         if name == "unet":
-            errors = _check_unet(OnnxDenoiser(session, limits), UNetWithMaps(module, impl="sdpa"), limits)
+            errors = _check_unet(ExportedDenoiser(session, limits), UNetWithMaps(module, impl="sdpa"), limits)
         else:
             errors = _check_decoder(session, module, limits) if name == "vae" else _check_text(session, module, limits)
     for output, error in errors.items():
@@ -90,7 +90,7 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return ((value.float() - truth.float()).abs().max() / truth.float().abs().max()).item()
 
 
-def _check_unet(denoiser: OnnxDenoiser, model: UNetWithMaps, limits: Limits) -> dict[str, float]:
+def _check_unet(denoiser: ExportedDenoiser, model: UNetWithMaps, limits: Limits) -> dict[str, float]:
     errors: dict[str, float] = {}
     for images, guided, size in _shapes(limits):
         call = random_inputs(model.unet, limits, images * (1 + guided), images, size)

@@ -17,9 +17,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.export.denoiser import ExportedDenoiser
 from diffumask_fast.export.limits import Limits
-from diffumask_fast.export.onnx_denoiser import OnnxDenoiser
-from diffumask_fast.export.session import Session
+from diffumask_fast.export.session import Runs
 
 CHANGES = (
     "load_lora_adapter", "load_attn_procs", "add_adapter", "set_attn_processor", "fuse_lora", "enable_freeu",
@@ -63,7 +63,7 @@ def _refuse(name: str) -> Callable[..., Any]:
 class HollowUNet(Hollow, UNet2DConditionModel):
     """A UNet whose calls an exported graph answers, with maps or without."""
 
-    denoiser: OnnxDenoiser
+    denoiser: ExportedDenoiser
 
     @property
     def limits(self) -> Limits:
@@ -91,7 +91,7 @@ class HollowUNet(Hollow, UNet2DConditionModel):
 class HollowDecoder(Hollow):
     """The decoding side of a VAE."""
 
-    session: Session
+    session: Runs
     vae_factor: int
     encode = _refuse("encode")
 
@@ -105,7 +105,7 @@ class HollowDecoder(Hollow):
 class HollowTextEncoder(Hollow):
     """A CLIP text encoder."""
 
-    session: Session
+    session: Runs
 
     def forward(
         self,
@@ -144,7 +144,7 @@ for _name in CHANGES:
     setattr(Hollow, _name, _refuse(_name))
 
 
-def hollow_unet(config: Path, denoiser: OnnxDenoiser) -> HollowUNet:
+def hollow_unet(config: Path, denoiser: ExportedDenoiser) -> HollowUNet:
     """Make the UNet of an engine.
 
     Args:
@@ -156,14 +156,14 @@ def hollow_unet(config: Path, denoiser: OnnxDenoiser) -> HollowUNet:
     return unet
 
 
-def hollow_decoder(kind: str, config: Path, session: Session, vae_factor: int) -> Any:
+def hollow_decoder(kind: str, config: Path, session: Runs, vae_factor: int) -> Any:
     """Make the VAE of an engine; `kind` is its class in diffusers."""
     vae = _without_weights(_mixed(HollowDecoder, "diffusers", kind), config, session.device, session.inputs["latents"])
     vae.session, vae.vae_factor = session, vae_factor
     return vae
 
 
-def hollow_text_encoder(kind: str, config: Path, session: Session) -> Any:
+def hollow_text_encoder(kind: str, config: Path, session: Runs) -> Any:
     """Make a text encoder of an engine; `kind` is its class in transformers."""
     dtype = session.outputs["last_hidden_state"]
     encoder = _without_weights(_mixed(HollowTextEncoder, "transformers", kind), config, session.device, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,18 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.export.denoiser import ExportedDenoiser
 from diffumask_fast.export.hollow import hollow_decoder, hollow_text_encoder, hollow_unet
 from diffumask_fast.export.limits import Limits
-from diffumask_fast.export.manifest import Manifest, check_runtime, check_sources, read_manifest
-from diffumask_fast.export.onnx_denoiser import OnnxDenoiser
-from diffumask_fast.export.session import Session, runtime
+from diffumask_fast.export.manifest import Manifest, check_build, check_runtime, check_sources, read_manifest
+from diffumask_fast.export.session import Runs, Session, runtime
+from diffumask_fast.export.tensorrt_library import compute_capability, library
+from diffumask_fast.export.tensorrt_session import TensorRTSession
 from diffumask_fast.loading import DTYPES, ModelInfo, find_model, load_pipe, quietly, resolve_device, resolve_dtype
 
-ENGINES = ("onnx",)
+# --engine -> what its folder may say of itself
+ENGINES = {"onnx": ("onnx",), "tensorrt": ("tensorrt", "tensorrt-rtx")}
+Open = Callable[[Path], Runs]
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Engine:
     """What runs a pipeline in torch's place.
 
     Args:
-        name: "onnx".
+        name: "onnx", "tensorrt" or "tensorrt-rtx".
         sha256: what decides what it draws.
         limits: what it can be asked for.
         weights: hash of the model, the files included that only the engine still holds.
@@ -51,50 +56,61 @@ def load_engine(
 
     Args:
         model: what was exported.
-        engine: "onnx".
+        engine: "onnx" or "tensorrt".
         engine_path: folder that `diffumask-fast export` wrote.
         dtype: None is the engine's; another one is refused.
-        device: None is CUDA where there is one that ONNX Runtime can use.
+        device: None is CUDA where there is one that the engine can use.
         revision: of a hub id.
 
     Raises:
         DiffuMaskError: no such engine, library, folder or device; an engine that is damaged or of other weights.
     """
     if engine not in ENGINES:
-        raise DiffuMaskError(f"There is no engine {engine}: use torch or {', '.join(ENGINES)}.")
+        raise DiffuMaskError(f"There is no engine {engine}: use torch, compile, {' or '.join(ENGINES)}.")
     if engine_path is None:
         raise DiffuMaskError(f"--engine {engine} needs --engine-path, a folder that `diffumask-fast export` wrote.")
-    folder, ort = Path(engine_path).expanduser(), runtime()
+    folder = Path(engine_path).expanduser()
     manifest = read_manifest(folder)
-    if manifest.engine != engine:
-        raise DiffuMaskError(
-            f"{folder} is an engine for {manifest.engine}, which this version does not run: export the model --to "
-            f"{engine}."
-        )
-    check_runtime(manifest, ort.__version__, folder)
-    device = _device(device, ort)
+    if manifest.engine not in ENGINES[engine]:
+        fitting = next((name for name, kinds in ENGINES.items() if manifest.engine in kinds), "torch")
+        raise DiffuMaskError(f"{folder} is an engine for {manifest.engine}: use --engine {fitting}, or another folder.")
+    device, open_graph, libraries = (_onnx if engine == "onnx" else _tensorrt)(manifest, folder, device)
     if dtype not in (None, "auto") and resolve_dtype(dtype, device) != DTYPES[manifest.dtype]:
         raise DiffuMaskError(f"{folder} works in {manifest.dtype}: leave --dtype out, or export with --dtype {dtype}.")
     info = find_model(model, revision, held=manifest.parts)
     weights = check_sources(manifest, info.folder, folder)
     with quietly():
-        components = load_components(manifest, folder, device)
+        components = load_components(manifest, folder, open_graph)
     pipe = load_pipe(info, DTYPES[manifest.dtype], device, **components)
-    return pipe, info, Engine(engine, manifest.sha256, manifest.limits, weights, {"onnxruntime": ort.__version__})
+    return pipe, info, Engine(manifest.engine, manifest.sha256, manifest.limits, weights, libraries)
 
 
-def load_components(manifest: Manifest, folder: Path, device: torch.device) -> dict[str, Any]:
+def load_components(manifest: Manifest, folder: Path, open_graph: Open) -> dict[str, Any]:
     """Return the components that an engine stands for."""
     found = {}
     for name, part in manifest.parts.items():
-        session, config = Session(folder / part.graph, device), folder / part.config
+        session, config = open_graph(folder / part.graph), folder / part.config
         if name == "unet":
-            found[name] = hollow_unet(config, OnnxDenoiser(session, manifest.limits))
+            found[name] = hollow_unet(config, ExportedDenoiser(session, manifest.limits))
         elif name == "vae":
             found[name] = hollow_decoder(part.kind, config, session, manifest.limits.vae_factor)
         else:
             found[name] = hollow_text_encoder(part.kind, config, session)
     return found
+
+
+def _onnx(manifest: Manifest, folder: Path, device: Any) -> tuple[torch.device, Open, dict[str, str]]:
+    ort = runtime()
+    check_runtime(manifest, ort.__version__, folder)
+    where = _device(device, ort)
+    return where, lambda path: Session(path, where), {"onnxruntime": ort.__version__}
+
+
+def _tensorrt(manifest: Manifest, folder: Path, device: Any) -> tuple[torch.device, Open, dict[str, str]]:
+    trt, where = library(manifest.engine), resolve_device(device)
+    capability = compute_capability(where) if where.type == "cuda" else None
+    check_build(manifest, folder, trt.__version__, capability)
+    return where, lambda path: TensorRTSession(trt, path, where), {manifest.engine: trt.__version__}
 
 
 def _device(device: str | torch.device | None, ort: Any) -> torch.device:

@@ -46,7 +46,7 @@ class Manifest:
     """What `engine.json` holds.
 
     Args:
-        engine: "onnx" or "tensorrt-rtx".
+        engine: "onnx", "tensorrt" or "tensorrt-rtx".
         dtype: "fp32", "fp16" or "bf16".
         opset: of the graphs.
         limits: of the engine.
@@ -58,6 +58,7 @@ class Manifest:
         checked: part -> output -> largest error against torch in fp32, relative to the largest value; a part that was
             not run has a reason in place of the figures.
         target: compute capability of the GPU, where it was built for one.
+        refittable: whether it takes the weights of other models.
     """
 
     engine: str
@@ -71,6 +72,7 @@ class Manifest:
     versions: dict[str, str]
     checked: dict[str, Any]
     target: str = ""
+    refittable: bool = False
     format: int = FORMAT
 
     @property
@@ -101,10 +103,10 @@ def versions() -> dict[str, str]:
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """Return name -> SHA-256 of the files of an engine, the manifest left out."""
+    """Return name -> SHA-256 of the files of an engine, the manifest and folders left out."""
     found = {}
     for path in sorted(folder.iterdir()):
-        if path.name != MANIFEST:
+        if path.name != MANIFEST and path.is_file():
             with path.open("rb") as file:
                 found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
@@ -132,6 +134,9 @@ def read_manifest(folder: Path) -> Manifest:
         if data["format"] == FORMAT:
             parts = {name: Part(**part) for name, part in data.pop("parts").items()}
             manifest = Manifest(**{**data, "limits": Limits.from_json(data["limits"]), "parts": parts})
+            named = {name for part in parts.values() for name in (part.graph, part.config)}
+            if "unet" not in parts or not named <= dict(manifest.files).keys():
+                raise KeyError("unet" if "unet" not in parts else min(named - manifest.files.keys()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DiffuMaskError(f"{path} is damaged ({error!r:.100}): export the model again.") from error
     if data["format"] != FORMAT or manifest.versions.get("diffumask_fast") != __version__:
@@ -158,6 +163,31 @@ def check_runtime(manifest: Manifest, version: str, folder: Path) -> None:
         raise DiffuMaskError(
             f"{folder} was checked with onnxruntime {wrote} and {version} is older: update onnxruntime, or export the "
             "model again here."
+        )
+
+
+def check_build(manifest: Manifest, folder: Path, version: str, capability: str | None) -> None:
+    """Refuse a TensorRT engine that another version of the library built, or for another GPU than the one here.
+
+    Args:
+        manifest: of the engine.
+        folder: the engine's, for the message.
+        version: of the library that is installed.
+        capability: of the GPU, None where there is none.
+
+    Raises:
+        DiffuMaskError: naming what differs.
+    """
+    wrote = manifest.versions.get(manifest.engine, "another version")
+    if wrote != version:
+        raise DiffuMaskError(
+            f"{folder} was built by {manifest.engine} {wrote} and {version} is installed: export the model again here."
+        )
+    if capability != manifest.target:
+        here = f"the one here has {capability}" if capability else "there is none here"
+        raise DiffuMaskError(
+            f"{folder} was built for a GPU of compute capability {manifest.target} and {here}: export the model again "
+            "for the GPU that runs it, or use --engine torch."
         )
 
 

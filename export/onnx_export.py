@@ -74,6 +74,8 @@ def export_onnx(
     check_out(out)
     info = find_model(model, revision)
     pipe = load_pipe(info, torch.float32, torch.device("cpu"))
+    if getattr(pipe.unet.config, "time_cond_proj_dim", None):
+        raise DiffuMaskError(f"The UNet of {model} is told its guidance (LCM), which has no graph: use --engine torch.")
     limits = find_limits(pipe, max_batch, min_size, max_size, static, columns, propagate)
     with staged(out) as folder, torch.random.fork_rng(devices=[]):
         folder.mkdir(parents=True)
@@ -206,7 +208,11 @@ def _overflows(pipe: Any, info: ModelInfo) -> bool:
 
 def check_out(out: Path) -> None:
     """Raise DiffuMaskError where something stands in the place of a new engine."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    try:
+        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except OSError as error:
+        raise DiffuMaskError(f"Cannot write {out} ({error.strerror}): choose another folder.") from error
+    if taken:
         raise DiffuMaskError(f"{out} is there already: delete it, or choose another folder.")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +35,17 @@ def runtime() -> Any:
         ) from error
 
 
+class Runs(Protocol):
+    """What answers for a graph: `Session`, or `TensorRTSession`."""
+
+    device: torch.device
+    inputs: dict[str, torch.dtype]
+    outputs: dict[str, torch.dtype]
+
+    def run(self, inputs: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """Run the graph; shapes are those of the outputs."""
+
+
 class Session:
     """Run a graph on one device.
 
@@ -61,6 +72,11 @@ class Session:
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             cause = " ".join(str(error).split())[:200]
             raise DiffuMaskError(f"ONNX Runtime cannot run {path} on {device} ({cause}): export it again.") from error
+        if device.type == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
+            raise DiffuMaskError(
+                "ONNX Runtime cannot load the CUDA libraries that it was built for, and would draw on the CPU: install "
+                "its CUDA and cuDNN (pip install 'onnxruntime-gpu[cuda,cudnn]'), or use --device cpu."
+            )
         self.inputs = {entry.name: TYPES[entry.type] for entry in self._session.get_inputs()}
         self.outputs = {entry.name: TYPES[entry.type] for entry in self._session.get_outputs()}
 
@@ -73,7 +89,8 @@ class Session:
                 "onnxruntime-gpu, or use --device cpu."
             )
         ort.preload_dlls()
-        self._stream = torch.cuda.current_stream(self.device)
+        # not the current one: ONNX Runtime takes the default stream, 0, for none and makes one that nothing waits for
+        self._stream = torch.cuda.Stream(self.device)
         stream = {"user_compute_stream": str(self._stream.cuda_stream), "device_id": str(self.device.index or 0)}
         return [("CUDAExecutionProvider", stream), "CPUExecutionProvider"]
 

@@ -3,5 +3,6 @@
 from diffumask_fast.kernels.attend import attend, cross_attention_maps
 from diffumask_fast.kernels.guided_filter import guided_filter
 from diffumask_fast.kernels.mean_field import bilateral_norm, mean_field
+from diffumask_fast.kernels.record import ran
 
-__all__ = ["attend", "bilateral_norm", "cross_attention_maps", "guided_filter", "mean_field"]
+__all__ = ["attend", "bilateral_norm", "cross_attention_maps", "guided_filter", "mean_field", "ran"]

@@ -6,13 +6,14 @@ maps.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.kernels import reference
+from diffumask_fast.kernels import attend_sdpa, reference, tuned
+from diffumask_fast.kernels.record import interpreted, note
 
 IMPLS = ("auto", "sdpa", "triton", "reference")
+MAX_KEYS = 128  # of the Triton kernel, which keeps a row of scores in registers
 
 
 def attend(
@@ -44,7 +45,8 @@ def attend(
         mask: bias added to the scores, broadcastable to [B, H, N, T].
         impl: "sdpa", where the extra columns have the precision of q and their sum over heads is fp32; "triton", where
             maps are fp32 all through, for at most 128 keys on CUDA or in Triton's interpreter; "reference"; "auto" is
-            "sdpa".
+            "triton" on CUDA where `tuned.json` says that it is the faster one for the layer, else and in exports
+            "sdpa". `kernels.ran` tells which it was.
 
     Returns:
         out [B, N, H*D] in the dtype of q, bit-equal on CPU to attention without columns for head sizes of 16 and more
@@ -63,14 +65,13 @@ def attend(
     if columns is not None and columns.shape[1] != k.shape[1]:
         raise DiffuMaskError(f"columns are for {columns.shape[1]} keys, there are {k.shape[1]}")
     scale = (q.shape[-1] // heads) ** -0.5 if scale is None else scale
+    if impl == "auto":
+        impl = _faster(q, k, columns, heads, mask)
+    note("attend", impl)
     if impl == "triton":
         return _triton(q, k, v, columns, heads, scale, first_conditional, maps, weight, mask)
-    if impl == "reference":
-        out, added = reference.attend(
-            q, k, v, columns, heads=heads, scale=scale, first_conditional=first_conditional, mask=mask
-        )
-    else:
-        out, added = _sdpa(q, k, v, columns, heads, scale, first_conditional, mask)
+    form = reference.attend if impl == "reference" else attend_sdpa.attend
+    out, added = form(q, k, v, columns, heads=heads, scale=scale, first_conditional=first_conditional, mask=mask)
     if added is None:
         return out, maps
     if maps is None:
@@ -123,33 +124,15 @@ def cross_attention_maps(
     return out
 
 
-def _sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    columns: Tensor | None,
-    heads: int,
-    scale: float,
-    first: int,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Pad q and k with zeros, v with the columns and zeros, to one width that fused attention takes."""
-    head_dim = q.shape[-1] // heads
-    q, k, v = (x.unflatten(-1, (heads, head_dim)) for x in (q, k, v))
-    if columns is not None:
-        rows, num = columns.shape[0], columns.shape[-1]
-        width = -(-(head_dim + num) // 8) * 8
-        pad = (0, width - head_dim)
-        extra = F.pad(columns.to(v.dtype), (0, width - head_dim - num, 0, 0, first, v.shape[0] - first - rows))
-        q, k = F.pad(q, pad), F.pad(k, pad)
-        v = torch.cat([v, extra.unsqueeze(2).expand(-1, -1, heads, -1)], dim=-1)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
-    )
-    if columns is None:
-        return out.transpose(1, 2).flatten(2), None
-    added = out[first : first + rows, :, :, head_dim : head_dim + num].mean(1, dtype=torch.float32)
-    return out[..., :head_dim].transpose(1, 2).flatten(2), added.transpose(1, 2)
+def _faster(q: Tensor, k: Tensor, columns: Tensor | None, heads: int, mask: Tensor | None) -> str:
+    """Return "triton" where it can run and was measured to be the faster one."""
+    if columns is None or mask is not None or not q.is_cuda or torch.compiler.is_exporting():
+        return "sdpa"
+    dtype, keys = tuned.DTYPES.get(q.dtype), k.shape[1]
+    if dtype is None or keys > MAX_KEYS:
+        return "sdpa"
+    layer = {"heads": heads, "head_dim": q.shape[-1] // heads, "pixels": q.shape[1], "keys": keys}
+    return "triton" if tuned.impl("attend", q.device, dtype=dtype, **layer) == "triton" else "sdpa"
 
 
 def _triton(
@@ -164,19 +147,18 @@ def _triton(
     weight: float,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    from diffumask_fast.kernels import attend_triton
+    from diffumask_fast.kernels import operators
 
     if columns is None or mask is not None:
         raise DiffuMaskError("impl 'triton' takes columns and no mask: use 'sdpa'")
-    if k.shape[1] > attend_triton.MAX_KEYS:
-        raise DiffuMaskError(f"impl 'triton' takes {attend_triton.MAX_KEYS} keys at most, not {k.shape[1]}: use 'sdpa'")
-    if not (q.is_cuda or attend_triton.interpreted()):
+    if k.shape[1] > MAX_KEYS:
+        raise DiffuMaskError(f"impl 'triton' takes {MAX_KEYS} keys at most, not {k.shape[1]}: use 'sdpa'")
+    if not (q.is_cuda or interpreted()):
         raise DiffuMaskError(f"impl 'triton' runs on CUDA, not on {q.device}: use 'sdpa'")
     if maps is None:
         maps = torch.zeros(columns.shape[0], columns.shape[2], q.shape[1], device=q.device)
     if maps.dtype != torch.float32 or not maps.is_contiguous():
         raise DiffuMaskError("impl 'triton' adds to contiguous fp32 maps")
-    out = attend_triton.attend(
-        q, k, v, columns, maps, heads=heads, scale=scale, first_conditional=first, weight=weight
-    )  # fmt: skip
-    return out, maps
+    run = torch.ops.diffumask_fast.cross_attention_maps if q.is_cuda else operators.launch_attend
+    named = {"heads": heads, "scale": scale, "first_conditional": first, "weight": weight}
+    return run(q, k, v, columns, maps, **named), maps

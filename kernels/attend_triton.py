@@ -9,16 +9,19 @@ Where a layer has too few pixels to fill a GPU, its heads are split over program
 fixed order. There are no atomics, and the split depends on the layer alone: the same input gives the same bits.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
 
-MAX_KEYS = 128
+from diffumask_fast.kernels import tuned
+from diffumask_fast.kernels.record import interpreted
+
 COLUMNS = 16  # columns that meet the probabilities at a time
-FEW_BLOCKS = 32  # blocks of pixels below which the heads are split
+MANY_BLOCKS = 64  # blocks of pixels from which on the heads stay together
+PROGRAMS = 66  # programs of one sample otherwise: a guided pair then fills 132 multiprocessors
+SUMMED = 1024  # values that one program of the second stage sums
 
 
 @triton.jit
@@ -110,11 +113,23 @@ def attend_kernel(
             tl.store(at, found, mask=keep)
 
 
+@triton.jit
+def add_parts_kernel(Parts, Maps, size, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Add the parts of the heads' groups to the maps, one after the other."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    keep = at < size
+    total = tl.load(Maps + at, mask=keep, other=0.0)
+    for group in range(GROUPS):
+        total += tl.load(Parts + at + group * size, mask=keep, other=0.0)
+    tl.store(Maps + at, total, mask=keep)
+
+
 def constants(pixels: int, keys: int, heads: int, head_dim: int, num: int, block: int) -> dict[str, int | bool]:
     """Return the kernel's compile-time arguments, but for UP: a function of the layer alone, never of the batch."""
     groups, blocks = 1, triton.cdiv(pixels, block)
-    while blocks * groups < FEW_BLOCKS and heads % (2 * groups) == 0:
-        groups *= 2
+    if blocks < MANY_BLOCKS:
+        splits = [split for split in range(1, heads + 1) if heads % split == 0]
+        groups = next((split for split in splits if blocks * split >= PROGRAMS), heads)
     (t1, t2), (d1, d2) = two_powers(keys), two_powers(head_dim)
     return {
         "T": keys, "H": heads, "D": head_dim, "NUM": num, "GROUP": heads // groups, "BM": block,
@@ -136,14 +151,6 @@ def types(dtype: str) -> dict[str, str]:
     return kinds | {"scale": "fp32", "factor": "fp32"}
 
 
-def launch(head_dim: int, keys: int, dtype: torch.dtype) -> dict[str, int]:
-    """Return block, num_warps and num_stages that keep a layer's registers in bounds."""
-    if dtype == torch.float32:  # fp32 products have no tensor cores: they unroll into registers
-        return {"block": 16, "num_warps": 8, "num_stages": 1}
-    small = head_dim > 128 or keys > 96
-    return {"block": 32 if small else 64, "num_warps": 8 if small else 4, "num_stages": 1}
-
-
 def attend(
     q: Tensor,
     k: Tensor,
@@ -155,6 +162,7 @@ def attend(
     scale: float,
     first_conditional: int = 0,
     weight: float = 1.0,
+    config: dict[str, int] | None = None,
 ) -> Tensor:
     """Attend to at most 128 keys, and add the columns' maps in place.
 
@@ -168,6 +176,7 @@ def attend(
         scale: factor of the scores.
         first_conditional: the rows first_conditional : first_conditional + Bc own the columns.
         weight: factor of what is added.
+        config: of the launch; None is what `tuned.json` has.
 
     Returns:
         out [B, N, H*D] in the dtype of q.
@@ -175,23 +184,23 @@ def attend(
     rows, pixels, width = q.shape
     keys, num, head_dim = k.shape[1], columns.shape[2], width // heads
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    config = launch(head_dim, keys, q.dtype)
+    config = dict(config) if config else tuned.launch(
+        "attend", q.device, dtype=tuned.DTYPES[q.dtype], heads=heads, head_dim=head_dim, pixels=pixels, keys=keys
+    )  # fmt: skip
     block = config.pop("block")
     fixed = constants(pixels, keys, heads, head_dim, num, block)
     groups = heads // fixed["GROUP"]
     out = torch.empty(rows, pixels, width, dtype=q.dtype, device=q.device)
-    target = maps if groups == 1 else torch.empty(groups, *maps.shape, device=q.device)
-    attend_kernel[(triton.cdiv(pixels, block), rows, groups)](
-        q, k, v, columns.float().contiguous(), out, target,
+    parts = maps if groups == 1 else torch.empty(groups, *maps.shape, device=q.device)
+    traced = (lambda kernel: kernel) if interpreted() else wrap_triton
+    traced(attend_kernel)[(triton.cdiv(pixels, block), rows, groups)](
+        q, k, v, columns.float().contiguous(), out, parts,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         pixels, first_conditional, first_conditional + columns.shape[0], scale, weight / heads,
         **fixed, UP=interpreted() and q.dtype == torch.bfloat16, **config,
     )  # fmt: skip
     if groups > 1:
-        maps += target.sum(0)
+        traced(add_parts_kernel)[(triton.cdiv(maps.numel(), SUMMED),)](
+            parts, maps, maps.numel(), GROUPS=groups, BLOCK=SUMMED
+        )  # fmt: skip
     return out
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -5,12 +5,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.kernels import reference, tuned
+from diffumask_fast.kernels.record import interpreted, note
 
+IMPLS = ("auto", "torch", "triton", "reference")
 # rows and columns of the upper triangle of a symmetric 3x3 matrix
 _ROWS, _COLUMNS = (0, 0, 0, 1, 1, 2), (0, 1, 2, 1, 2, 2)
 
 
-def guided_filter(guide: Tensor, maps: Tensor, radius: int, eps: float) -> Tensor:
+def guided_filter(guide: Tensor, maps: Tensor, radius: int, eps: float, impl: str = "auto") -> Tensor:
     """Smooth maps inside regions of the guide and keep the guide's edges in them.
 
     Windows are cut off at the border and averaged over the pixels that are left. The statistics of the guide are
@@ -22,18 +25,34 @@ def guided_filter(guide: Tensor, maps: Tensor, radius: int, eps: float) -> Tenso
         maps: [B, K, H, W].
         radius: half width of the square window; it may exceed the image.
         eps: added to the variance of each channel; larger is smoother.
+        impl: "torch"; "triton", in four launches, on CUDA or in Triton's interpreter; "reference"; "auto" is "triton"
+            on CUDA where `tuned.json` says that it is the faster one, else and in exports "torch".
 
     Returns:
         [B, K, H, W] fp32, in about the range of `maps`.
 
     Raises:
-        DiffuMaskError: the shapes do not fit, or radius or eps is out of range.
+        DiffuMaskError: the shapes do not fit, radius or eps is out of range, or impl cannot run here.
 
     Example:
         >>> guided_filter(torch.rand(1, 3, 9, 7), torch.rand(1, 2, 9, 7), radius=2, eps=1e-3).shape
         torch.Size([1, 2, 9, 7])
     """
     _check(guide, maps, radius, eps)
+    if impl not in IMPLS:
+        raise DiffuMaskError(f"impl is {impl!r}, here there are: {', '.join(IMPLS)}")
+    if impl == "auto":
+        tell = maps.is_cuda and not torch.compiler.is_exporting()
+        size = {"height": maps.shape[2], "width": maps.shape[3]}
+        impl = tuned.impl("guided_filter", maps.device, **size) if tell else "torch"
+    note("guided_filter", impl)
+    if impl == "triton":
+        return _triton(guide, maps, radius, eps)
+    return (reference.guided_filter if impl == "reference" else filter_planes)(guide, maps, radius, eps)
+
+
+def filter_planes(guide: Tensor, maps: Tensor, radius: int, eps: float) -> Tensor:
+    """Filter in torch, for arguments that `guided_filter` has checked."""
     guide, maps = guide.float(), maps.float()
     size_b, size_k, height, width = maps.shape
     # a shift of the guide changes nothing but the rounding of its variances
@@ -53,6 +72,16 @@ def guided_filter(guide: Tensor, maps: Tensor, radius: int, eps: float) -> Tenso
     planes = torch.cat([offset[:, :, None], slope], 2).flatten(1, 2)
     planes = _box_mean(planes, radius).view(size_b, size_k, 4, height, width)
     return planes[:, :, 0] + (planes[:, :, 1:] * guide[:, None]).sum(2)
+
+
+def _triton(guide: Tensor, maps: Tensor, radius: int, eps: float) -> Tensor:
+    from diffumask_fast.kernels import operators
+
+    if maps.is_cuda:
+        return torch.ops.diffumask_fast.guided_filter(guide, maps, radius, eps)
+    if not interpreted():
+        raise DiffuMaskError(f"impl 'triton' runs on CUDA, not on {maps.device}: use 'torch'")
+    return operators.launch_guided_filter(guide, maps, radius, eps)
 
 
 def _check(guide: Tensor, maps: Tensor, radius: int, eps: float) -> None:

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.kernels import tuned
+from diffumask_fast.kernels.record import interpreted, note
+
+IMPLS = ("auto", "torch", "triton")
 
 
 def mean_field(
@@ -37,13 +41,14 @@ def mean_field(
         bilateral: c1, sxy in pixels, srgb in colour steps.
         gaussian: c2, sxy in pixels.
         norm: what `bilateral_norm` gives for the same guide and window; None makes it.
-        impl: "auto" or "torch".
+        impl: "torch"; "triton", in one launch, on CUDA or in Triton's interpreter; "auto" is "triton" on CUDA where
+            `tuned.json` says that it is the faster one, else "torch".
 
     Returns:
         [B, M, L, H, W] fp32, sums to 1 over L.
 
     Raises:
-        DiffuMaskError: the shapes do not fit, the window is even, a width is not positive, or impl is unknown.
+        DiffuMaskError: the shapes do not fit, the window is even, a width is not positive, or impl cannot run here.
 
     Example:
         >>> q = torch.full((1, 1, 2, 8, 8), 0.5)
@@ -52,6 +57,12 @@ def mean_field(
         True
     """
     _check(q, unary, guide, window, dilation, bilateral, gaussian, impl)
+    if impl == "auto":
+        tell = q.is_cuda and not torch.compiler.is_exporting()
+        impl = tuned.impl("mean_field", q.device, window=window) if tell else "torch"
+    note("mean_field", impl)
+    if impl == "triton":
+        return _triton(q, unary, guide, window, dilation, bilateral, gaussian, norm)
     q, unary, guide = q.float(), unary.float(), guide.float()
     if norm is None:
         norm = bilateral_norm(guide, window=window, dilation=dilation, bilateral=bilateral)
@@ -79,6 +90,20 @@ def bilateral_norm(
         total[(..., *here)] += weight
         total[(..., *there)] += weight
     return total.rsqrt()
+
+
+def _triton(q, unary, guide, window, dilation, bilateral, gaussian, norm) -> Tensor:
+    from diffumask_fast.kernels import operators
+
+    if q.is_cuda:
+        place, widths = (window, dilation), (list(bilateral), list(gaussian))
+        norm = torch.ops.diffumask_fast.bilateral_norm(guide, *place, widths[0]) if norm is None else norm
+        return torch.ops.diffumask_fast.mean_field(q, unary, guide, norm, *place, *widths)
+    if not interpreted():
+        raise DiffuMaskError(f"impl 'triton' runs on CUDA, not on {q.device}: use 'torch'")
+    around = {"window": window, "dilation": dilation, "bilateral": bilateral}
+    norm = operators.launch_bilateral_norm(guide, **around) if norm is None else norm
+    return operators.launch_mean_field(q, unary, guide, **around, gaussian=gaussian, norm=norm)
 
 
 def _pairs(
@@ -109,8 +134,8 @@ def _gaussian(length: int, sxy: float, device: torch.device) -> Tensor:
 
 
 def _check(q, unary, guide, window, dilation, bilateral, gaussian, impl) -> None:
-    if impl not in ("auto", "torch"):
-        raise DiffuMaskError(f"mean_field has no impl {impl!r}: use auto or torch")
+    if impl not in IMPLS:
+        raise DiffuMaskError(f"impl is {impl!r}, here there are: {', '.join(IMPLS)}")
     if q.ndim != 5 or q.shape != unary.shape:
         raise DiffuMaskError(
             f"mean_field takes q and unary [B, M, L, H, W], not {list(q.shape)} and {list(unary.shape)}"

@@ -1,4 +1,4 @@
-"""kernels/aot.py: every kernel compiles for GPUs that are not here, and fits them.
+"""kernels/aot.py and variants.py: every kernel compiles for GPUs that are not here, and fits them.
 
 In a process of its own, for a kernel imported under the interpreter cannot be compiled.
 """
@@ -7,48 +7,49 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
-# (D, T, dtype) -> spilled bytes allowed; H 8, N 4096, K 4
-CASES = {(40, 77, "fp16"): 0, (64, 77, "fp16"): 0, (64, 77, "bf16"): 0, (80, 77, "fp16"): 0, (160, 77, "fp16"): 128}
-WORST = [(64, 77, "fp16"), (160, 77, "fp16")]
+from diffumask_fast.kernels.aot import SHARED
+from diffumask_fast.kernels.variants import CAPABILITIES, Variant, variants
+
+# What a variant may spill, in bytes; all others nothing. fp32 products are unrolled: `auto` leaves them to torch.
+SPILLS = {("fp16", 160, 77): 64, ("fp16", 160, 128): 128, ("bf16", 160, 77): 64, ("bf16", 160, 128): 128}
+SPILLS |= {("fp32", 160, 77): 600, ("fp32", 64, 128): 320, ("fp32", 160, 128): 5200}
+WORST = [Variant("attend", "fp16", 64, 77), Variant("attend", "fp16", 160, 128), Variant("step", "fp32")]
+WORST += [Variant("products", "fp32"), Variant("lines", "fp32")]
 SCRIPT = """
-import json, sys, torch
-from diffumask_fast.kernels import attend_triton as a
-from diffumask_fast.kernels.aot import SHARED, compile_for
-capability, head_dim, keys, dtype = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-config = a.launch(head_dim, keys, {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
-fixed = {**a.constants(4096, keys, 8, head_dim, 4, config.pop("block")), "UP": False}
-needs = compile_for(capability, a.attend_kernel, a.types(dtype), fixed, **config)
-products = sum(word in needs.ptx for word in ("mma.sync", "wgmma.mma_async", "tcgen05.mma"))
-print(json.dumps([needs.shared, SHARED[capability], needs.registers, needs.spills, products]))
+import json, sys
+from diffumask_fast.kernels.variants import Variant, uses_tensor_cores
+for line in sys.stdin:
+    capability, variant = json.loads(line)
+    needs = Variant(**variant).needs(capability)
+    print(json.dumps([needs.shared, needs.registers, needs.spills, uses_tensor_cores(needs)]))
 """
 
 
-def needs(capability, case):
+def check(cases):
+    """Compile (capability, variant) pairs in one process, and hold each to its bounds."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", SCRIPT, str(capability), *map(str, case)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    lines = "\n".join(json.dumps([capability, asdict(variant)]) for capability, variant in cases)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], input=lines, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    for (capability, variant), (shared, registers, spills, tensor_cores) in zip(cases, found, strict=True):
+        assert 0 <= shared <= SHARED[capability] and 0 < registers <= 255, (capability, variant, shared, registers)
+        allowed = SPILLS.get((variant.dtype, variant.head_dim, variant.keys), 0)
+        assert spills <= allowed, (capability, variant, spills)
+        assert tensor_cores == (variant.dtype != "fp32"), (capability, variant)
 
 
-def check(capability, case):
-    shared, limit, registers, spills, products = needs(capability, case)
-    assert 0 < shared <= limit and registers <= 255
-    assert spills <= CASES[case], (capability, case, spills)
-    assert products > 0  # tensor cores
-
-
-@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100])
-@pytest.mark.parametrize("case", WORST, ids=str)
-def test_the_worst_cases_fit(capability, case):
-    check(capability, case)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_worst_cases_fit(capability):
+    assert set(WORST) <= set(variants())
+    check([(capability, variant) for variant in WORST])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100])
-@pytest.mark.parametrize("case", [case for case in CASES if case not in WORST], ids=str)
-def test_the_others_fit(capability, case):
-    check(capability, case)
+@pytest.mark.parametrize("variant", variants(), ids=str)
+def test_the_whole_grid_fits(variant):
+    check([(capability, variant) for capability in CAPABILITIES])

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.kernels import attend, reference
-from diffumask_fast.kernels.attend_triton import constants, two_powers
+from diffumask_fast.kernels import attend, attend_triton, reference
+from diffumask_fast.kernels.attend_triton import add_parts_kernel, constants, two_powers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # B, Bc, first, N, T, H, D, K
@@ -111,9 +111,38 @@ def test_sizes_are_covered_by_two_powers_of_two():
 
 
 def test_small_layers_split_their_heads_and_large_ones_do_not():
-    assert constants(64, 77, 8, 40, 1, 64)["GROUP"] == 1
-    assert constants(1024, 77, 20, 64, 1, 64)["GROUP"] == 10
-    assert constants(4096, 77, 8, 40, 1, 64)["GROUP"] == 8 and constants(4096, 77, 8, 40, 1, 64)["ADD"]
+    def split(pixels, heads, head_dim):
+        return heads // constants(pixels, 77, heads, head_dim, 1, 64)["GROUP"]
+
+    assert split(64, 8, 40) == 8 and split(1024, 20, 64) == 5
+    assert split(4096, 8, 40) == 1 and constants(4096, 77, 8, 40, 1, 64)["ADD"]
+    assert not constants(1024, 77, 20, 64, 1, 64)["ADD"]
+
+
+def test_a_guided_pair_of_sdxl_fills_the_gpu(monkeypatch):
+    grids = []
+
+    class Spy:
+        def __getitem__(self, grid):
+            return lambda *a, **k: grids.append(grid)
+
+    monkeypatch.setattr(attend_triton, "attend_kernel", Spy())
+    for batch in (2, 16):
+        q, k, maps = torch.zeros(batch, 1024, 1280), torch.zeros(batch, 77, 1280), torch.zeros(batch // 2, 1, 1024)
+        select = torch.zeros(batch // 2, 77, 1)
+        half = dict(heads=20, scale=0.1, first_conditional=batch // 2)
+        attend_triton.attend(q.half(), k.half(), k.half(), select, maps, **half)
+    assert grids == [(16, 2, 5), (16, 16, 5)]  # 160 programs for 132 multiprocessors
+
+
+def test_parts_are_added_one_after_the_other():
+    parts = 10.0 ** torch.arange(3, 8).float()[:, None].expand(5, 1500) + torch.rand(5, 1500)
+    maps = torch.rand(1500)
+    truth = maps.clone()
+    for part in parts:
+        truth += part
+    add_parts_kernel[(2,)](parts.contiguous().to(DEVICE), found := maps.to(DEVICE), 1500, GROUPS=5, BLOCK=1024)
+    assert torch.equal(found.cpu(), truth) and not torch.equal(maps + parts.flip(0).sum(0), truth)
 
 
 def test_what_it_cannot_do_is_one_sentence():

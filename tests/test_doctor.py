@@ -1,5 +1,7 @@
 import sys
 
+import pytest
+
 from diffumask_fast import doctor, loading
 from diffumask_fast.errors import DiffuMaskError
 
@@ -8,7 +10,19 @@ def test_the_report_names_versions_devices_and_what_works():
     report = doctor.examine()
     assert {"python", "torch", "diffusers", "pyarrow"} <= set(report["versions"])
     assert "threads" in report["devices"]["cpu"]
-    assert report["works"] == dict.fromkeys(report["works"], "works") and len(report["works"]) == 6
+    reasons = {name: reason for name, reason in report["works"].items() if reason != "works"}
+    assert len(report["works"]) == 10 and {name.split()[-1] for name in reasons} <= {"engine", "tensorrt"}
+
+
+def test_engines_for_a_gpu_say_what_is_missing(monkeypatch):
+    pytest.importorskip("tensorrt_rtx_bindings")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    works = doctor.examine()["works"]
+    assert works["export to tensorrt-rtx"] == "works"
+    assert works["tensorrt-rtx engine"] == "does not work: torch sees no NVIDIA GPU here"
+    for name in ("export to tensorrt", "tensorrt engine"):
+        assert "pip install 'diffumask-fast[onnx,tensorrt]'" in works[name]
 
 
 def test_what_does_not_work_has_its_reason(monkeypatch):

@@ -152,8 +152,10 @@ def test_a_row_of_a_number_is_its_own_bounds() -> None:
 def test_a_row_is_described_with_its_control() -> None:
     ratio = Ratio(1.04, 1.03, 1.06, 14, raw=1.05, deviation=0.01, baseline_s=2.0, clock="process CPU time")
     text = describe(row("end_to_end", "maps_overhead", ratio))
-    assert text == "maps_overhead               1.040 ratio (1.030 to 1.060, n 14; control 1.010, subtracted)"
-    assert describe(row("s", "x", 2.0, unit="ms")) == "x                           2.000 ms (2.000 to 2.000, n 1)"
+    assert text == "maps_overhead                       1.040 ratio (1.030 to 1.060, n 14; control 1.010, subtracted)"
+    assert (
+        describe(row("s", "x", 2.0, unit="ms")) == "x                                   2.000 ms (2.000 to 2.000, n 1)"
+    )
 
 
 def test_rows_are_appended_as_json_lines(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def test_the_parts_give_what_torch_gives(hollow, hollow_sdxl, sd_parts, sdxl_par
     latents, ids = torch.randn(2, 4, 8, 12), torch.randint(0, 90, (2, 77))
     assert relative(hollow.vae.decode(latents).sample, sd_parts["vae"].decode(latents).sample) < 1e-4
     ids[:, 40] = sd_parts["text_encoder"].config.eos_token_id
+    assert hollow_sdxl.text_encoder(ids).hidden_states is None
     assert relative(hollow.text_encoder(ids)[0], sd_parts["text_encoder"](ids)[0]) < 1e-4
     for name in ("text_encoder", "text_encoder_2"):
         found, truth = (part(ids, output_hidden_states=True) for part in (getattr(hollow_sdxl, name), sdxl_parts[name]))

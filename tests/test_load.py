@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -88,8 +89,7 @@ def test_auto_batch_size_and_calls_respect_the_limits(tiny_folder, static_engine
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(engine="nonsense"), "no engine nonsense: use torch or onnx"),
-        (dict(engine="torch"), "no engine torch"),
+        (dict(engine="nonsense"), "no engine nonsense: use torch, compile, onnx or tensorrt"),
         (dict(engine_path=None), "needs --engine-path"),
         (dict(dtype="fp16"), "works in fp32: leave --dtype out"),
         (dict(model="mini"), "other weights than"),
@@ -101,15 +101,31 @@ def test_what_does_not_fit_is_one_sentence(tiny_folder, static_engine, changes, 
         load_engine(**settings)
 
 
-def test_an_engine_for_something_else_is_refused(tiny_folder, static_engine, tmp_path):
-    other = shutil.copytree(static_engine, tmp_path / "engine")
-    path = other / "engine.json"
-    path.write_text(path.read_text().replace('"engine": "onnx"', '"engine": "tensorrt-rtx"'))
-    with pytest.raises(
-        DiffuMaskError,
-        match="is an engine for tensorrt-rtx, which this version does not run: export the model --to onnx",
-    ):
+def tensorrt(engine, folder, version):
+    """Copy an engine's folder as one of TensorRT-RTX for compute capability 8.9."""
+    shutil.copytree(engine, folder)
+    path = folder / "engine.json"
+    data = json.loads(path.read_text()) | {"engine": "tensorrt-rtx", "target": "8.9"}
+    data["versions"]["tensorrt-rtx"] = version
+    path.write_text(json.dumps(data))
+    return folder
+
+
+def test_a_tensorrt_engine_that_cannot_run_here_is_refused(tiny_folder, static_engine, tmp_path, monkeypatch):
+    trt = pytest.importorskip("tensorrt_rtx_bindings")
+    other = tensorrt(static_engine, tmp_path / "engine", trt.__version__)
+    with pytest.raises(DiffuMaskError, match="is an engine for tensorrt-rtx: use --engine tensorrt"):
         load_engine(tiny_folder, "onnx", other)
+    with pytest.raises(DiffuMaskError, match="is an engine for onnx: use --engine onnx"):
+        load_engine(tiny_folder, "tensorrt", static_engine)
+    with pytest.raises(DiffuMaskError, match="compute capability 8.9 and there is none here.*--engine torch"):
+        load_engine(tiny_folder, "tensorrt", other, device="cpu")
+    old = tensorrt(static_engine, tmp_path / "old", "1.2.3")
+    with pytest.raises(DiffuMaskError, match="built by tensorrt-rtx 1.2.3 and .* is installed: export the model again"):
+        load_engine(tiny_folder, "tensorrt", old)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
+    with pytest.raises(DiffuMaskError, match=r"TensorRT-RTX cannot be imported.*pip install 'diffumask-fast\[onnx,"):
+        load_engine(tiny_folder, "tensorrt", other)
 
 
 def test_a_run_is_finished_only_with_the_engine_that_began_it(sdxl_folder, sdxl_engine, tmp_path):

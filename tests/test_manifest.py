@@ -4,7 +4,14 @@ import shutil
 import pytest
 
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.export.manifest import check_runtime, check_sources, hash_files, read_manifest, versions
+from diffumask_fast.export.manifest import (
+    check_build,
+    check_runtime,
+    check_sources,
+    hash_files,
+    read_manifest,
+    versions,
+)
 from diffumask_fast.loading import weight_hash
 
 
@@ -33,8 +40,12 @@ def test_the_hash_is_of_what_decides(copy):
     before = read_manifest(copy).sha256
     change(copy, checked={}, model="another name")
     assert read_manifest(copy).sha256 == before
-    change(copy, dtype="fp16")
-    assert read_manifest(copy).sha256 != before
+    for field, value in (("dtype", "fp16"), ("limits", read_manifest(copy).limits.as_json() | {"columns": 3})):
+        kept = json.loads((copy / "engine.json").read_text())[field]
+        change(copy, **{field: value})
+        assert read_manifest(copy).sha256 != before
+        change(copy, **{field: kept})
+    assert read_manifest(copy).sha256 == before
 
 
 def test_a_cut_off_or_altered_file_is_refused(copy):
@@ -51,9 +62,16 @@ def test_a_cut_off_or_altered_file_is_refused(copy):
         read_manifest(copy)
 
 
+def test_a_folder_inside_the_engine_changes_nothing(copy):
+    (copy / "dataset").mkdir()
+    assert read_manifest(copy).files == hash_files(copy)
+
+
 def test_a_damaged_manifest_is_refused(copy):
     text = (copy / "engine.json").read_text()
-    for broken in (text[:-20], "[]", "{}", text.replace('"rows"', '"row"')):
+    without_files = json.dumps(json.loads(text) | {"files": {}})
+    without_parts = json.dumps(json.loads(text) | {"parts": {}})
+    for broken in (text[:-20], "[]", "{}", text.replace('"rows"', '"row"'), without_files, without_parts):
         (copy / "engine.json").write_text(broken)
         with pytest.raises(DiffuMaskError, match="engine.json is damaged"):
             read_manifest(copy)
@@ -82,6 +100,19 @@ def test_an_older_runtime_is_refused_and_a_newer_one_is_not(copy):
             check_runtime(manifest, version, copy)
     for version in ("1.32.0", "1.32.1+cu130", "2.0"):
         check_runtime(manifest, version, copy)
+
+
+def test_another_library_or_gpu_than_it_was_built_for_is_refused(copy):
+    change(copy, engine="tensorrt", target="9.0")
+    manifest = read_manifest(copy)
+    manifest.versions["tensorrt"] = "11.4.0"
+    check_build(manifest, copy, "11.4.0", "9.0")
+    with pytest.raises(DiffuMaskError, match="built by tensorrt 11.4.0 and 11.5.0 is installed"):
+        check_build(manifest, copy, "11.5.0", "9.0")
+    with pytest.raises(DiffuMaskError, match="compute capability 9.0 and the one here has 8.9"):
+        check_build(manifest, copy, "11.4.0", "8.9")
+    with pytest.raises(DiffuMaskError, match="there is none here.*--engine torch"):
+        check_build(manifest, copy, "11.4.0", None)
 
 
 def test_other_weights_are_refused_and_absent_ones_are_not(copy, tiny_folder, tmp_path):

@@ -1,3 +1,4 @@
+import shutil
 import sys
 
 import pytest
@@ -68,3 +69,16 @@ def test_a_missing_library_and_a_wrong_type_are_one_sentence(tiny_folder, tmp_pa
     with pytest.raises(DiffuMaskError, match=r"needs onnxscript.*pip install 'diffumask-fast\[onnx\]'"):
         export_onnx(tiny_folder, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_unet_that_is_told_its_guidance_is_refused(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "lcm")
+    make_unet(time_cond_proj_dim=16).save_pretrained(folder / "unet")
+    with pytest.raises(DiffuMaskError, match="LCM.*--engine torch"):
+        export_onnx(folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["lcm"]
+
+
+def test_a_name_that_no_folder_can_have_is_refused_first(tmp_path):
+    with pytest.raises(DiffuMaskError, match="Cannot write .*File name too long.*choose another folder"):
+        export_onnx("mini", tmp_path / ("x" * 300))

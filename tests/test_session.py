@@ -1,4 +1,5 @@
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +36,23 @@ def test_a_file_that_is_no_graph_is_one_sentence(tmp_path):
     (tmp_path / "unet.onnx").write_bytes(b"\x08\x0a nonsense")
     with pytest.raises(DiffuMaskError, match="cannot run .*unet.onnx on cpu .*export it again"):
         Session(tmp_path / "unet.onnx", CPU)
+
+
+def test_a_session_that_lost_cuda_is_refused_and_never_draws_on_the_cpu(static_engine, monkeypatch):
+    monkeypatch.setattr(Session, "_providers", lambda self, ort: ["CPUExecutionProvider"])
+    with pytest.raises(DiffuMaskError, match="would draw on the CPU: install"):
+        Session(static_engine / "vae.onnx", torch.device("cuda"))
+
+
+def test_on_cuda_it_runs_on_a_stream_of_its_own(monkeypatch):
+    session, own = Session.__new__(Session), SimpleNamespace(cuda_stream=7)
+    session.device = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: own)
+    providers = session._providers(
+        SimpleNamespace(get_available_providers=lambda: ["CUDAExecutionProvider"], preload_dlls=lambda: None)
+    )
+    assert providers[0] == ("CUDAExecutionProvider", {"user_compute_stream": "7", "device_id": "1"})
+    assert session._stream is own
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in pytest.importorskip("onnxruntime").get_available_providers(),

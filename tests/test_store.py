@@ -198,7 +198,7 @@ def accumulated(calls, attention, times):
 def test_propagation_beside_accumulated_attention_to_a_power(times, jitter, least):
     # attention of neighbours, as images have it; each call's differs by the jitter
     place = torch.stack(torch.meshgrid(torch.arange(8.0), torch.arange(12.0), indexing="ij"), -1).view(-1, 2)
-    base = -torch.cdist(place, place) ** 2 / 2
+    base = -(torch.cdist(place, place) ** 2) / 2
     object_ = ((place - torch.tensor([3.0, 5.0])).norm(dim=1) < 2.5).float()
     store, kept, seen = make(propagate=times, num_calls=24), [], []
     for _ in range(24):

@@ -96,7 +96,9 @@ class Collector:
         self.phrases = phrases
         self.propagate = propagate
         self.pad_to = pad_to
-        self.denoiser = denoiser or getattr(unet, "denoiser", None) or UNetWithMaps(unet)
+        # compared with None, for a compiled module has no truth value
+        denoiser = denoiser if denoiser is not None else getattr(unet, "denoiser", None)
+        self.denoiser = denoiser if denoiser is not None else UNetWithMaps(unet)
         self.token_indices = token_indices
         self._unet = unet
         self._thread = threading.get_ident()

@@ -51,13 +51,18 @@ def dump_manifest(manifest: dict) -> bytes:
     return (json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def write_file(path: Path, data: bytes | memoryview) -> None:
+def write_file(path: Path, data: bytes | memoryview, *, temporary: Path | None = None) -> None:
     """Write a file whole or not at all.
+
+    Args:
+        path: of the file.
+        data: its bytes.
+        temporary: the name until it is whole, on the same file system; None is one beside it.
 
     Raises:
         DiffuMaskError: it cannot be written; nothing is left of the attempt.
     """
-    temporary = temporary_path(path)
+    temporary = temporary or temporary_path(path)
     try:
         with open(temporary, "wb") as file:
             file.write(data)

@@ -5,8 +5,8 @@ from conftest import relative
 from diffumask_fast.attention import UNetWithMaps
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.check import random_inputs
+from diffumask_fast.export.denoiser import ExportedDenoiser
 from diffumask_fast.export.manifest import read_manifest
-from diffumask_fast.export.onnx_denoiser import OnnxDenoiser
 from diffumask_fast.export.session import Session
 from diffumask_fast.loading import find_model, load_pipe
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def denoiser_of(folder):
-    return OnnxDenoiser(Session(folder / "unet.onnx", CPU), read_manifest(folder).limits)
+    return ExportedDenoiser(Session(folder / "unet.onnx", CPU), read_manifest(folder).limits)
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +86,20 @@ def test_a_number_is_a_timestep_and_inputs_need_not_be_contiguous(static):
     assert_equal(denoiser.forward(**call), model(**call))
 
 
+@torch.no_grad()
+def test_the_noise_has_the_type_of_the_latents_and_maps_are_fp32(static):
+    denoiser, model = static
+    call = random_inputs(model.unet, denoiser.limits, 2, 1, (64, 96))
+    noise, maps, _ = denoiser(**call | {"latents": call["latents"].half()})
+    assert noise.dtype == torch.float16 and {value.dtype for value in maps.values()} == {torch.float32}
+    assert relative(noise.float(), model(**call)[0]) < 1e-2
+
+
 @pytest.mark.parametrize(
     "kind, rows, size, change, words",
     [
         ("mini", 10, (128, 128), {}, "at most 4 images"),
+        ("mini", 9, (128, 128), {}, "at most 4 images"),
         ("mini", 2, (128, 288), {}, "width from 128 to 256"),
         ("static", 2, (64, 64), {}, "width from 96 to 96"),
         ("static", 2, (64, 96), {"select": torch.rand(1, 77, 3)}, "2 columns, and 3 phrases"),

@@ -1,4 +1,4 @@
-"""The UNet call with maps in ONNX Runtime: the signature of UNetWithMaps."""
+"""The UNet call with maps in an engine outside torch: the signature of UNetWithMaps."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 from diffumask_fast.attention.tap import Levels
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.limits import Limits
-from diffumask_fast.export.session import Session
+from diffumask_fast.export.session import Runs
 
 
-class OnnxDenoiser:
+class ExportedDenoiser:
     """Call an exported UNetWithMaps.
 
     The graph has a fixed number of columns and, without dynamic rows, of rows: what is asked for is padded with zeros
     and cut out again.
 
     Args:
-        session: of the graph.
+        session: of the graph, in ONNX Runtime or TensorRT.
         limits: of the engine.
     """
 
-    def __init__(self, session: Session, limits: Limits) -> None:
+    def __init__(self, session: Runs, limits: Limits) -> None:
         self.session = session
         self.limits = limits
 

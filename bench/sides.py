@@ -1,0 +1,174 @@
+"""The same prompts, noise and settings for every side of a comparison; each method gives what is timed."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffumask_fast.attention.collect import collect_maps
+from diffumask_fast.attention.phrases import phrase_columns
+from diffumask_fast.bench.baselines import DaamStore, PeerMaps, ReferenceStore, plain_attention, reference_mask
+from diffumask_fast.bench.harness import Workload
+from diffumask_fast.masks.make import make_masks
+from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.pipeline import DiffuMaskPipeline
+from diffumask_fast.prompts.planner import plan
+from diffumask_fast.prompts.vocabulary import Vocabulary
+
+LIKE_THE_REFERENCE = MaskOptions(aggregation="reference", propagate="none", threshold=0.45, refine="none")
+REFERENCE_SIZE = 512
+
+
+class Sides:
+    """One model, one set of prompts, latents and seeds.
+
+    Args:
+        pipe: the model; its plain diffusers pipeline is the honest floor, and what the baselines hook.
+        batch: images of our calls; the reference and DAAM draw the first of them alone, for they take one at a time.
+        steps: denoising steps.
+    """
+
+    def __init__(self, pipe: DiffuMaskPipeline, batch: int, steps: int) -> None:
+        self.pipe = pipe
+        self.batch = batch
+        self.settings = {"num_inference_steps": steps, "guidance_scale": pipe.info.guidance_scale}
+        vocabulary = Vocabulary.named(pipe.info.classes) if pipe.info.classes else Vocabulary.voc()
+        requests = plan(vocabulary, batch, scenes=pipe.info.scenes or None)
+        self.prompts = [request.prompt for request in requests]
+        self.phrases = [list(request.phrases) for request in requests]
+        by_id = dict(zip(vocabulary.ids, vocabulary.names, strict=True))
+        self.ids = torch.tensor([request.class_ids for request in requests])
+        self.classes = [[by_id[id] for id in request.class_ids] for request in requests]
+        self.seeds = [request.seed for request in requests]
+        unet = pipe.pipe.unet
+        shape = (batch, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+        self.latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(unet.device)
+        tokenizer = getattr(pipe.pipe, "tokenizer", None) or pipe.pipe.tokenizer_2
+        self.select = phrase_columns(tokenizer, self.prompts, self.phrases, length=77)
+
+    def plain(self, output_type: str = "latent") -> Workload:
+        """The plain diffusers pipeline, whole batch."""
+        return lambda: self._draw(slice(None), output_type)
+
+    def plain_with(self, attention: str) -> Workload:
+        """The plain pipeline with another attention, set back afterwards."""
+
+        def call() -> None:
+            plain_attention(self.pipe.pipe, attention)
+            try:
+                self._draw(slice(None), "latent")
+            finally:
+                plain_attention(self.pipe.pipe, "sdpa")
+
+        return call
+
+    def mapped(self, propagate: str | int) -> Workload:
+        """The same denoising with maps, and with propagation where asked for."""
+
+        def call() -> None:
+            with collect_maps(self.pipe.pipe, self.phrases, propagate=propagate) as maps:
+                self._draw(slice(None), "latent")
+            assert maps.levels
+
+        return call
+
+    def seeded(self, masked: bool) -> Workload:
+        """Finished images of the seeds, by the plain pipeline or by ours with masks."""
+
+        def plain() -> None:
+            generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+            self.pipe.pipe(self.prompts, generator=generators, **self.settings)
+
+        def ours() -> None:
+            self.pipe(self.prompts, classes=self.classes, seeds=self.seeds, **self.settings)
+
+        return ours if masked else plain
+
+    def ours(
+        self, pipe: DiffuMaskPipeline | None = None, batch: int | None = None, mask: MaskOptions = LIKE_THE_REFERENCE
+    ) -> Callable[[], np.ndarray]:
+        """Images and masks by our pipeline, in whatever engine and precision it has; gives the masks."""
+        pipe, rows = pipe or self.pipe, slice(batch)
+
+        def call() -> np.ndarray:
+            latents = self.latents[rows].to(pipe.pipe.unet.dtype)
+            return pipe(self.prompts[rows], self.classes[rows], mask=mask, latents=latents, **self.settings).masks
+
+        return call
+
+    def reference(self, row: int = 0) -> Callable[[], np.ndarray]:
+        """One image by the plain pipeline under the reference program's store, and its mask; gives the mask."""
+        return self._alone(ReferenceStore, row)
+
+    def ours_by_token(self) -> np.ndarray:
+        """Our masks with a column for each token of a word, each over its own maximum, as the reference has it."""
+        tokens = [[[position] for position in rows[:, 0].nonzero().flatten().tolist()] for rows in self.select]
+        names = [[str(position) for position in row] for row in tokens]
+        with torch.no_grad(), collect_maps(self.pipe.pipe, names, token_indices=tokens, propagate="none") as maps:
+            self._draw(slice(None), "latent")
+        counts = torch.tensor([len(row) for row in tokens], device=self.latents.device)[:, None, None, None]
+        class_maps = maps.class_maps(LIKE_THE_REFERENCE).sum(1, keepdim=True) / counts
+        images = torch.zeros(self.batch, self._size(), self._size(), 3, dtype=torch.uint8)
+        return make_masks(class_maps, images, LIKE_THE_REFERENCE, self.ids)[0].cpu().numpy()
+
+    def daam(self, row: int = 0) -> Callable[[], np.ndarray]:
+        """One image and its mask with DAAM-style capture."""
+        return self._alone(DaamStore, row)
+
+    def peer(self) -> Callable[[], Tensor]:
+        """The whole batch under attention-map-diffusers; gives class maps, for it makes no masks."""
+
+        def call() -> Tensor:
+            with PeerMaps(self.pipe.pipe) as store:
+                self._draw(slice(None), "pt")
+            store.compute()
+            return store.class_maps(self.select, self._size())
+
+        return call
+
+    def crf_seconds(self) -> float:
+        """Time the reference program's mask stage on one image at its own 512x512, on the CPU."""
+        with ReferenceStore(self.pipe.pipe) as store:
+            images = self._draw(slice(0, 1), "pt")
+        image = torch.nn.functional.interpolate(images.float(), (REFERENCE_SIZE,) * 2, mode="bilinear")[0]
+        pixels = (image.clamp(0, 1).permute(1, 2, 0) * 255).to(torch.uint8).cpu().numpy()
+        class_map = store.class_maps(self.select[0], REFERENCE_SIZE)[0].cpu().numpy()
+        start = time.process_time()
+        reference_mask(class_map, pixels, class_map > LIKE_THE_REFERENCE.threshold)
+        return time.process_time() - start
+
+    def denoise_alone(self, store: Any) -> None:
+        """Denoise the first image inside a store or a collector, without the VAE."""
+        with store:
+            self._draw(slice(0, 1), "latent")
+
+    def collector(self, row: int = 0) -> Any:
+        """Our own store for one image, as like-the-reference masks need it."""
+        return collect_maps(self.pipe.pipe, self.phrases[row], propagate="none")
+
+    def _alone(self, kind: type, row: int) -> Callable[[], np.ndarray]:
+        def call() -> np.ndarray:
+            with kind(self.pipe.pipe) as store:
+                images = self._draw(slice(row, row + 1), "pt")
+            maps = store.class_maps(self.select[row], self._size())[None]
+            images = (images.permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8)
+            return make_masks(maps, images, LIKE_THE_REFERENCE, self.ids[row : row + 1])[0][0].cpu().numpy()
+
+        return torch.no_grad()(call)
+
+    def _draw(self, rows: slice, output_type: str) -> Any:
+        pipe = self.pipe.pipe
+        latents = self.latents[rows].to(pipe.unet.dtype)
+        return pipe(self.prompts[rows], latents=latents, output_type=output_type, **self.settings).images
+
+    def _size(self) -> int:
+        return self.pipe.pipe.unet.config.sample_size * self.pipe.pipe.vae_scale_factor
+
+
+def mask_iou(left: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> list[float]:
+    """Return the foreground IoU of each pair of masks; 1 for two empty ones."""
+    pairs = [(a > 0, b > 0) for a, b in zip(left, right, strict=True)]
+    return [float((a & b).sum() / (a | b).sum()) if (a | b).any() else 1.0 for a, b in pairs]

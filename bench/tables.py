@@ -1,0 +1,103 @@
+"""Write the README's tables and plot from committed rows; what `make tables` runs."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffumask_fast.bench.regressions import read_rows
+from diffumask_fast.errors import DiffuMaskError
+
+BEGIN, END = "<!-- bench: made by `make tables` -->", "<!-- bench: end -->"
+PLOT = "docs/bench.png"
+SAYS = {
+    "maps_overhead": "maps alone, denoising only, over plain diffusers",
+    "propagation_overhead": "maps and propagation, denoising only, over plain diffusers",
+    "masks_overhead": "finished images with masks, over plain diffusers' images",
+    "speedup_vs_reference_fp32": "speed-up over the reference program's store, fp32 both",
+    "speedup_vs_reference_best": "speed-up over the reference program's store, our best precision",
+    "speedup_vs_daam": "speed-up over DAAM-style capture, fp32 both",
+    "speedup_vs_peer": "speed-up over attention-map-diffusers 1.0.0, maps of all steps",
+    "speedup_vs_reference_with_masks": "speed-up over the reference with its mask stage (20 CRFs)",
+    "iou_vs_reference": "IoU with the reference's masks, same aggregation and threshold",
+    "peak_memory_vs_reference": "peak memory over the reference store's, one image",
+    "memory_vs_steps": "peak memory at 50 steps over that at 10",
+    "seconds_plain": "plain diffusers, one run of one image",
+    "seconds_ours": "ours with its mask, one run of one image",
+    "seconds_reference": "the reference program's store, one run of one image",
+}
+
+
+def latest_rows(folder: Path) -> list[dict]:
+    """Return the last row of each suite, name, geometry, case and so on, of all files of a folder."""
+    rows = [one for path in sorted(folder.glob("*.jsonl")) for one in read_rows(path)]
+    kept: dict[str, dict] = {}
+    for one in rows:
+        config = one["config"]
+        known = [config.get(key) for key in ("geometry", "device", "cpu", "gpu", "threads", "batch", "case")]
+        known += [config.get("num_inference_steps")] if one["suite"] == "scaling" else []
+        kept[json.dumps([one["suite"], one["name"], *known])] = one
+    return list(kept.values())
+
+
+def table(rows: Sequence[dict]) -> str:
+    """Return Markdown tables of the end-to-end rows, one for each geometry and machine, and the figure's digest.
+
+    Raises:
+        DiffuMaskError: there is no such row.
+    """
+    rows = [one for one in rows if one["suite"] == "end_to_end"]
+    if not rows:
+        raise DiffuMaskError("There are no end_to_end rows in bench/results: run `diffumask-fast bench` first.")
+    machines: dict[tuple, list[dict]] = {}
+    for one in rows:
+        config = one["config"]
+        machine = (config["geometry"], config.get("gpu") or config["cpu"], config["threads"])
+        machines.setdefault(machine, []).append(one)
+    parts = []
+    for (geometry, machine, threads), found in machines.items():
+        title = f"`{geometry}` on {machine}, {threads} thread{'s' * (threads != 1)}"
+        parts.append("\n".join([f"| {title} | | low to high | n |", "|---|---|---|---|", *map(_line, _sorted(found))]))
+    return "\n\n".join(parts)
+
+
+def digest(rows: Sequence[dict]) -> str:
+    """Return the SHA-256 of rows: what the plot carries, so that a test can tell whether it is theirs."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def with_tables(text: str, rows: Sequence[dict]) -> str:
+    """Replace what stands between the markers.
+
+    Raises:
+        DiffuMaskError: the text has not exactly one pair of markers.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise DiffuMaskError(f"README.md must have the lines {BEGIN} and {END}, once and in this order.")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.split(END)[1]}"
+
+
+def _sorted(rows: Sequence[dict]) -> list[dict]:
+    order = list(SAYS)
+    return sorted(rows, key=lambda one: order.index(one["name"]) if one["name"] in order else len(order))
+
+
+def _line(one: dict) -> str:
+    says, unit = SAYS.get(one["name"], one["name"]), "" if one["unit"] == "ratio" else f" {one['unit']}"
+    return f"| {says} | {one['value']:.3f}{unit} | {one['low']:.3f} to {one['high']:.3f} | {one['n']} |"
+
+
+def main(root: Path) -> None:
+    """Rewrite README.md and the plot of a checkout."""
+    from diffumask_fast.bench.plots import overview
+
+    rows = latest_rows(root / "bench" / "results")
+    readme = root / "README.md"
+    readme.write_text(with_tables(readme.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    overview(rows, root / PLOT, digest(rows))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "."))

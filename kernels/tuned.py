@@ -1,0 +1,64 @@
+"""Launch configurations as data: `tuned.json`, read here, written by `diffumask-fast tune`.
+
+The file maps a device name, "*" for every other, to kernels, and a kernel to entries in order:
+`{"when": {"head_dim": 64, "keys": [1, 96]}, "launch": {"block": 64, ...}, "impl": "triton"}`. The first entry whose
+conditions all hold is taken; a pair of numbers means from .. to. "impl" is what was measured to be the faster form on
+that device; where none says so, it is the torch form.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FILE = Path(__file__).with_name("tuned.json")
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@functools.cache
+def table() -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Return what `tuned.json` holds, read once."""
+    return json.loads(FILE.read_text(encoding="utf-8"))
+
+
+def find(entries: dict[str, dict[str, list[dict[str, Any]]]], kernel: str, device: str, facts: dict[str, Any]) -> dict:
+    """Return the first entry for a kernel on a device whose conditions hold, those of the device before those of "*".
+
+    Example:
+        >>> find({"*": {"f": [{"when": {"n": [1, 8]}, "launch": {"block": 16}}]}}, "f", "GPU", {"n": 4})["launch"]
+        {'block': 16}
+    """
+    candidates = entries.get(device, {}).get(kernel, []) + entries["*"][kernel]
+    return next(entry for entry in candidates if _holds(entry["when"], facts))
+
+
+def _holds(when: dict[str, Any], facts: dict[str, Any]) -> bool:
+    def fits(wanted: Any, fact: Any) -> bool:
+        return wanted[0] <= fact <= wanted[1] if isinstance(wanted, list) else wanted == fact
+
+    return all(fits(wanted, facts[name]) for name, wanted in when.items())
+
+
+def _entry(kernel: str, device: torch.device, facts: dict[str, Any]) -> dict[str, Any]:
+    # a traced size becomes a number here: a configuration is chosen once for a graph
+    fixed = ((name, fact if isinstance(fact, str) else int(fact)) for name, fact in facts.items())
+    return _cached_entry(kernel, device, tuple(fixed))
+
+
+@functools.cache
+def _cached_entry(kernel: str, device: torch.device, facts: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return find(table(), kernel, name, dict(facts))
+
+
+def launch(kernel: str, device: torch.device, **facts: Any) -> dict[str, int]:
+    """Return the launch configuration of a kernel: a function of the facts, which never include the batch."""
+    return dict(_entry(kernel, device, facts)["launch"])
+
+
+@torch.compiler.assume_constant_result
+def impl(kernel: str, device: torch.device, **facts: Any) -> str:
+    """Return the form that was measured to be the faster one on this device, "triton" or else "torch"."""
+    return _entry(kernel, device, facts).get("impl", "torch")

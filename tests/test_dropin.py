@@ -1,0 +1,396 @@
+"""dropin.py: the paper's program's layout, byte for byte what its next scripts read, and its maps."""
+
+import json
+import pickletools
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from functools import cache
+
+import next_scripts
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffumask_fast.dropin import (
+    ClassFolder,
+    Drawing,
+    class_levels,
+    draw,
+    fuse,
+    image_seeds,
+    main,
+    pack_maps,
+    packed_size,
+    word_tokens,
+)
+from diffumask_fast.pipeline import DiffuMaskPipeline
+
+COMMAND = [sys.executable, "-m", "diffumask_fast.dropin"]
+QUICK = ["--device", "cpu", "--dtype", "fp32"]
+
+
+def call(*arguments):
+    return main([*map(str, arguments), *QUICK])
+
+
+def folder_of(out, name, number):
+    return out / f"VOC_Multi_Attention_{name}_sub_{number}_NoClipRetrieval_sample"
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def times(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+def load(folder, stem):
+    return np.load(folder / "npy" / f"{stem}.npy", allow_pickle=True).item()
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = DiffuMaskPipeline.from_pretrained("mini", device="cpu", dtype="fp32")
+    pipe.pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Three dogs of two workers, with the record, drawn well enough to have masks."""
+    out = tmp_path_factory.mktemp("out")
+    arguments = ["--classes", "dog", "--thread_num", 2, "--output", out, "--image_number", 3, "--steps", 8, "--record"]
+    assert call(*arguments) == 0
+    return folder_of(out, "dog", 3), arguments
+
+
+@pytest.mark.parametrize(
+    "number, workers, seeds",
+    [
+        (4, 1, [200000, 200001, 200002, 200003]),
+        (4, 2, [200000, 200001, 200004, 200005]),
+        (6, 3, [200000, 200001, 200004, 200005, 200008, 200009]),
+        (5, 3, [200000, 200001, 200002, 200003, 200004]),
+        (2, 8, [200000, 200002]),
+    ],
+)
+def test_seeds_are_those_of_the_workers(number, workers, seeds):
+    assert image_seeds(number, workers) == seeds
+
+
+@pytest.mark.parametrize("number, workers", [(8000, 8), (8003, 8), (15, 8), (16, 8), (7, 7), (1, 1), (100, 99)])
+def test_every_image_has_a_number_and_those_of_the_original_are_among_them(number, workers):
+    seeds = image_seeds(number, workers)
+    share = number // workers
+    original = {200000 + worker * 2 * share + i for worker in range(workers) for i in range(share)}
+    assert len(seeds) == len(set(seeds)) == number and original <= set(seeds)
+
+
+def test_the_layout(finished):
+    folder, _ = finished
+    stems = [f"image_dog_{number}" for number in (200001, 200002, 200003)]
+    assert sorted(contents(folder)) == [
+        *(f"npy/{stem}.npy" for stem in stems), "prompts.jsonl", *(f"train_image/{stem}.jpg" for stem in stems)
+    ]  # fmt: skip
+    for stem in stems:
+        image = Image.open(folder / "train_image" / f"{stem}.jpg")
+        assert image.size == (512, 512) and image.mode == "RGB" and image.format == "JPEG"
+        maps = load(folder, stem)
+        assert list(maps) == list(range(20))
+        assert {(m.shape, m.dtype, m.flags.writeable) for m in maps.values()} == {((512, 512), np.dtype("f4"), True)}
+        assert 0.5 < maps[11].max() <= 1 and not any(maps[key].any() for key in range(20) if key != 11)
+
+
+def test_prompts_and_seeds_are_recorded(finished, pipe):
+    lines = [json.loads(line) for line in (finished[0] / "prompts.jsonl").read_text().splitlines()]
+    assert [(line["image"], line["seed"]) for line in lines] == [
+        (f"image_dog_{seed + 1}", seed) for seed in (200000, 200001, 200002)
+    ]
+    assert all(line["class"] == "dog" and " dog " in line["prompt"] for line in lines)
+    assert lines[0]["steps"] == 8 and lines[0]["guidance_scale"] == 4 and lines[0]["weights"] == pipe.weights
+    again = pipe([lines[1]["prompt"]], seeds=[lines[1]["seed"]], num_inference_steps=8).images[0]
+    drawn = Image.open(finished[0] / "train_image" / f"{lines[1]['image']}.jpg").resize(again.size)
+    assert np.abs(np.asarray(again, int) - np.asarray(drawn, int)).mean() < 6
+
+
+def test_a_rerun_redraws_nothing(finished):
+    folder, arguments = finished
+    before = contents(folder), times(folder)
+    assert call(*arguments) == 0 and (contents(folder), times(folder)) == before
+
+
+def test_old_and_new_numpy_can_read_it():
+    data = pack_maps({11: np.ones((512, 512))})
+    start = data.index(b"\n") + 1
+    opcodes = list(pickletools.genops(data[start:]))
+    assert {argument for opcode, argument, _ in opcodes if opcode.name == "GLOBAL"} == {
+        "numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype"
+    }  # fmt: skip
+    assert not any(opcode.name == "STACK_GLOBAL" for opcode, _, _ in opcodes)
+    assert opcodes[0][1] <= 4  # Python 3.8's highest is 5, its NumPy's 4
+
+
+def test_size_without_unpickling(tmp_path):
+    one = np.random.default_rng(0).random((512, 512), np.float32)
+    sizes = [len(pack_maps({index: one + index for index in indices})) for indices in ([11], [0], [19, 3], range(20))]
+    assert sizes == [packed_size(n) for n in (1, 1, 2, 20)] and sizes[0] < 2.2e6
+    path = tmp_path / "x.npy"
+    path.write_bytes(pack_maps({4: one, 7: one * 2}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        maps = np.load(path, allow_pickle=True).item()
+    assert (maps[4] == one).all() and (maps[7] == one * 2).all() and not maps[0].any()
+
+
+@pytest.mark.parametrize("damage", ["no npy", "short npy", "no jpg", "short jpg", "empty jpg"])
+def test_what_is_missing_or_cut_off_is_drawn_again_and_nothing_else(tmp_path, damage):
+    arguments = ["--classes", "cat", "--output", tmp_path, "--image_number", 2, "--steps", 1, "--batch_size", 1]
+    assert call(*arguments) == 0
+    folder = folder_of(tmp_path, "cat", 2)
+    whole, kept = contents(folder), times(folder)
+    how, ending = damage.split()
+    path = folder / {"npy": "npy", "jpg": "train_image"}[ending] / f"image_cat_200002.{ending}"
+    path.unlink() if how == "no" else path.write_bytes(path.read_bytes()[: 0 if how == "empty" else -9])
+    assert call(*arguments) == 0
+    assert contents(folder) == whole
+    assert all(path.stat().st_mtime_ns == kept[path] for path in folder.rglob("*_200001.*"))
+
+
+def test_a_killed_run_leaves_whole_pairs_and_is_finished_by_the_next(tmp_path):
+    arguments = ["--classes", "horse", "--thread_num", "2", "--image_number", "6", "--steps", "6", "--batch_size", "2"]
+    assert call(*arguments, "--output", tmp_path / "whole") == 0
+    whole, folder = folder_of(tmp_path / "whole", "horse", 6), folder_of(tmp_path / "cut", "horse", 6)
+    process = subprocess.Popen([*COMMAND, *arguments, *QUICK, "--output", str(tmp_path / "cut")])
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("train_image/*"))) < 3 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    images, maps = ({p.stem: p for p in folder.glob(pattern)} for pattern in ("train_image/*", "npy/*"))
+    assert 3 <= len(images) < 6 and images.keys() <= maps.keys()
+    assert {p.suffix for p in (*images.values(), *maps.values())} == {".jpg", ".npy"}
+    for stem, path in images.items():
+        Image.open(path).load()
+        assert sorted(load(folder, stem)) == list(range(20))
+    kept = {path: path.stat().st_mtime_ns for stem in images for path in (images[stem], maps[stem])}
+    (folder / ".image_horse_200001.npy.tmp").write_bytes(b"half")
+    assert call(*arguments, "--output", tmp_path / "cut") == 0
+    assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
+    assert sorted(contents(folder)) == sorted(contents(whole))
+    for stem in (f"image_horse_{number}" for number in (200001, 200002, 200003, 200007, 200008, 200009)):
+        assert np.abs(load(folder, stem)[12] - load(whole, stem)[12]).max() < 1e-3
+
+
+def test_other_settings_and_other_numbers_are_refused(finished, capsys):
+    folder, arguments = finished
+    before = contents(folder)
+    for flag, value, words in (
+        ("--steps", 7, "steps was 8 and is 7 now"),
+        ("--guidance_scale", 3, "guidance_scale was 4.0 and is 3.0 now"),
+        ("--thread_num", 3, "image_dog_200002.jpg.*--thread_num"),
+    ):
+        assert call(*arguments, flag, value) == 1  # the last one counts
+        error = capsys.readouterr().err
+        assert re.search(words, error) and error.count("\n") == 1
+    assert contents(folder) == before
+
+
+def test_images_of_another_program_are_not_touched(tmp_path, capsys):
+    folder = folder_of(tmp_path, "bus", 1)
+    (folder / "train_image").mkdir(parents=True)
+    Image.new("RGB", (512, 512)).save(folder / "train_image" / "image_bus_200001.jpg")
+    before = contents(folder)
+    assert call("--classes", "bus", "--output", tmp_path, "--image_number", 1, "--steps", 1) == 1
+    assert "another program" in capsys.readouterr().err and contents(folder) == before
+
+
+def test_a_folder_in_use_is_refused(finished, capsys):
+    folder, arguments = finished
+    with ClassFolder(folder.parent, "dog", 3, {}).locked():
+        assert call(*arguments) == 1
+    assert "another run" in capsys.readouterr().err and call(*arguments) == 0
+
+
+@cache
+def bicubic(size):
+    """OpenCV's enlargement to 512 as a matrix [512, size]: Keys' kernel with a = -0.75, the border repeated."""
+    matrix = np.zeros((512, size))
+    for row in range(512):
+        at = (row + 0.5) * size / 512 - 0.5
+        for cell in range(int(np.floor(at)) - 1, int(np.floor(at)) + 3):
+            x = abs(at - cell)
+            near = 1.25 * x**3 - 2.25 * x**2 + 1
+            far = -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+            matrix[row, min(max(cell, 0), size - 1)] += near if x <= 1 else far if x < 2 else 0
+    return matrix
+
+
+def reference_map(levels, tokens, chosen):
+    """The original's map of a class: levels {side: [side, side, 77]}, sides as chosen; one token after the other."""
+    total = np.zeros((512, 512))
+    for token in tokens:
+        for side in chosen:
+            enlarged = bicubic(side) @ levels[side][..., token] @ bicubic(side).T
+            total += enlarged / enlarged.max() / len(chosen)
+    return total / len(tokens)
+
+
+PROMPTS = {  # class, prompt, {class index: (positions, sides)}
+    "dog": ("a photo of a dog on the grass", {11: ([5], [16, 8])}),
+    "cat": ("a cat and a dog on a sofa, a cat", {7: ([2, 11], [16, 8]), 11: ([5], [16, 8]), 17: ([8], [4])}),
+    "diningtable": ("a photo of a dining table in a room", {10: ([6], [8])}),
+    "pottedplant": ("a potted plant and a tv monitor", {15: ([3], [16, 8]), 19: ([6, 7], [4])}),
+    "aeroplane": ("an aeroplane", {0: ([2, 3, 4, 5], [16, 8])}),
+    "train": ("a person and a train", {14: ([2], [16, 8]), 18: ([5], [4])}),
+}
+
+
+def test_maps_are_those_of_the_original_computed_from_all_probabilities(pipe, recording):
+    drawings = [
+        Drawing(name, 200000 + i, prompt, word_tokens(pipe.pipe.tokenizer, prompt))
+        for i, (name, (prompt, _)) in enumerate(PROMPTS.items())
+    ]
+    ours = list(draw(pipe, drawings, 4, 4.0, 5))
+    for drawing, (image, maps) in zip(drawings, ours, strict=True):
+        with recording(pipe.pipe.unet) as recorder:
+            pixels = pipe.pipe(
+                drawing.prompt, num_inference_steps=4, guidance_scale=4.0, output_type="np",
+                generator=torch.Generator().manual_seed(drawing.seed),
+            ).images[0]  # fmt: skip
+        levels = {}
+        for side in (16, 8, 4):  # conditional half; mean over layers, heads, calls
+            kept = [probs[1:].mean((0, 1)) for probs in recorder.cross if probs.shape[2] == side**2]
+            levels[side] = torch.stack(kept).mean(0).unflatten(0, (side, side)).double().numpy()
+            assert np.allclose(levels[side].sum(-1), 1, atol=1e-4)
+        expected = PROMPTS[drawing.class_name][1]
+        assert drawing.tokens == {index: positions for index, (positions, _) in expected.items()}
+        assert maps.keys() == expected.keys()
+        for index, (tokens, sides) in expected.items():
+            truth = reference_map(levels, tokens, sides)
+            assert maps[index].shape == (512, 512) and maps[index].dtype == np.float32
+            assert np.abs(maps[index] - truth).max() < 1e-3, (drawing.prompt, index)
+            others = [s for s in ([16, 8, 4], [16], [8], [4], [16, 8]) if s != sides]
+            assert all(np.abs(maps[index] - reference_map(levels, tokens, s)).max() > 0.02 for s in others)
+        small = Image.fromarray((pixels * 255).astype(np.uint8)).resize((512, 512), Image.Resampling.BICUBIC)
+        assert np.abs(np.asarray(image, int) - np.asarray(small, int)).max() <= 2
+
+
+def test_levels_are_counted_from_the_coarsest():
+    sd, mini, two, one = ([str(i) for i in range(n)] for n in (4, 3, 2, 1))
+    assert [class_levels("cow", keys) for keys in (sd, mini, two, one)] == [["0", "1", "2"], ["0", "1"], ["0"], ["0"]]
+    for name in ("sofa", "train", "tvmonitor"):
+        assert [class_levels(name, keys) for keys in (sd, mini, two, one)] == [["3"], ["2"], ["1"], ["0"]]
+    assert [class_levels("diningtable", keys) for keys in (sd, mini, two, one)] == [["2"], ["1"], ["0"], ["0"]]
+    assert class_levels("cow", ["10", "9", "2"]) == ["2", "9"]
+
+
+def test_a_map_without_attention_is_zero():
+    assert fuse([torch.zeros(2, 4, 4), torch.zeros(2, 8, 8)]).abs().max() == 0
+
+
+def test_words_as_clip_splits_them(tokenizer):
+    assert word_tokens(tokenizer, "a photo of a dog and the dog on a cat") == {11: [5, 8], 7: [11]}
+    assert word_tokens(tokenizer, "a dining table and a potted plant") == {10: [4], 15: [7, 8, 9]}
+    assert word_tokens(tokenizer, "grass on the street") == {}
+    long = "the red " * 40
+    assert word_tokens(tokenizer, f"a dog {long}and a cat") == {11: [2]}
+
+
+def test_the_original_s_thresholds_and_seeds_run_on_it(finished, tmp_path):
+    folder, _ = finished
+    cams, images = folder / "npy", folder / "train_image"
+    next_scripts.prepare_aff_data(cams, images, tmp_path / "crf")
+    refined, out = tmp_path / "refine_gt", tmp_path / "refine_gt_crf"
+    refined.mkdir()
+    for path in images.iterdir():
+        la, ha = (np.load(tmp_path / f"crf_{kind}" / f"{path.stem}.npy") for kind in ("la", "ha"))
+        assert la.shape == ha.shape == (21, 512, 512) and la.dtype == np.float32
+        a = load(folder, path.stem)[11]
+        sure, wide = la.argmax(0) == 12, ha.argmax(0) == 12
+        assert 0 < sure.sum() < wide.sum() < 512**2 and a[sure].mean() > a[wide].mean() > a[~wide].mean()
+        Image.fromarray((wide * 12).astype(np.uint8)).save(refined / f"{path.stem}.png")
+    next_scripts.curve_threshold(cams, images, refined, out)
+    assert sorted(p.stem for p in out.iterdir()) == ["image_dog_200001", "image_dog_200002", "image_dog_200003"]
+    for path in out.iterdir():
+        mask = np.array(Image.open(path))
+        assert mask.shape == (512, 512) and set(np.unique(mask)) == {0, 12}
+
+
+@pytest.mark.parametrize("name, index", [("bicycle", 1), ("motorbike", 13)])
+def test_classes_that_the_original_cannot_draw(tmp_path, capsys, name, index):
+    assert call("--classes", name, "--output", tmp_path, "--image_number", 1, "--steps", 1) == 0
+    said = capsys.readouterr()
+    assert f"mini never learnt {name}" in said.err and "1 images, 1 of them drawn now" in said.out
+    assert load(folder_of(tmp_path, name, 1), f"image_{name}_200001")[index].max() > 0.5
+
+
+def test_every_class_of_voc_in_one_command(tmp_path):
+    assert call("--classes", "voc", "--output", tmp_path, "--image_number", 1, "--steps", 1) == 0
+    for index, name in enumerate(next_scripts.CLASSES):
+        maps = load(folder_of(tmp_path, name, 1), f"image_{name}_200001")
+        assert maps[index].any() and len(maps) == 20
+
+
+def test_a_plain_model_is_drawn_with_the_original_s_steps_and_guidance(tiny_folder, tmp_path):
+    arguments = ["--model", tiny_folder, "--output", tmp_path, "--image_number", 1, "--record", "--MY_TOKEN", "key"]
+    assert call("--classes", "dog", *arguments) == 0
+    folder = folder_of(tmp_path, "dog", 1)
+    line = json.loads((folder / "prompts.jsonl").read_text())
+    assert (line["steps"], line["guidance_scale"], line["model"]) == (50, 7.0, "sd")
+    assert Image.open(folder / "train_image" / "image_dog_200001.jpg").size == (512, 512)
+    assert load(folder, "image_dog_200001")[11].any()
+
+
+def test_two_levels_and_two_text_encoders(sdxl_folder, tmp_path):
+    arguments = ["--model", sdxl_folder, "--output", tmp_path, "--image_number", 2, "--steps", 1]
+    assert call("--classes", "dog,sofa", *arguments) == 0
+    for name, index in (("dog", 11), ("sofa", 17)):
+        maps = [load(folder_of(tmp_path, name, 2), f"image_{name}_{number}")[index] for number in (200001, 200002)]
+        assert all(0.9 < m.max() <= 1 for m in maps) and np.abs(maps[0] - maps[1]).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "changes, code, words",
+    [
+        ({"--classes": "zebra"}, 1, "zebra.*aeroplane.*tvmonitor"),
+        ({"--model": "no/such/folder"}, 1, "no/such/folder"),
+        ({"--image_number": "0"}, 1, "--image_number 0"),
+        ({"--thread_num": "-1"}, 1, "--thread_num -1"),
+        ({"--steps": "0"}, 1, "--steps 0"),
+        ({"--guidance_scale": "nan"}, 1, "--guidance_scale nan"),
+        ({"--batch_size": "many"}, 1, "many"),
+        ({"--dtype": "fp8"}, 1, "fp8"),
+        ({"--output": "/proc/out"}, 1, "/proc/out"),
+        ({"--image_number": "many"}, 2, "--image_number"),
+        ({"--nope": "1"}, 2, "--nope"),
+    ],
+)
+def test_bad_flags_are_one_sentence(tmp_path, capsys, changes, code, words):
+    flags = {"--classes": "dog", "--output": tmp_path / "out", "--image_number": 1} | changes
+    arguments = [str(part) for item in flags.items() for part in item]
+    if code == 2:
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+    else:
+        assert main(arguments) == code
+    error = capsys.readouterr().err.strip().splitlines()
+    assert re.search(words, error[-1]) and (code == 2 or len(error) == 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_names_all_flags():
+    done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True)
+    assert all(f"--{flag}" in done.stdout for flag in ("classes", "thread_num", "output", "image_number", "model"))
+
+
+def test_nothing_said_is_wrong_usage(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    assert "--classes" in capsys.readouterr().err

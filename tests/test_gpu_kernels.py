@@ -1,0 +1,144 @@
+"""Every kernel on a GPU: right against float64 at the sizes of Stable Diffusion, then timed, a row each."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_attend_triton import DTYPES, error, truth_of
+from test_mean_field import WEIGHTS
+
+from diffumask_fast.bench.harness import append_rows, compare, environment, row
+from diffumask_fast.kernels import attend, bilateral_norm, guided_filter, mean_field, mean_field_triton, ran, reference
+from diffumask_fast.kernels.tune import LAYERS
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+ROOT = Path(__file__).resolve().parents[1]
+LAYER_IDS = ["x".join(map(str, layer)) for layer in LAYERS]
+
+
+def layer_input(layer, dtype, images=1, device=None):
+    pixels, heads, head_dim = layer
+    device = device or DEVICE
+    rng = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2 * images, n, heads * head_dim, generator=rng) for n in (pixels, 77, 77))
+    select = torch.rand(images, 77, 2, generator=rng) / 77
+    tensors = (2 * q).to(dtype), k.to(dtype), v.to(dtype), select
+    return *(x.to(device) for x in tensors), dict(heads=heads, first_conditional=images)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layer", LAYERS, ids=LAYER_IDS)
+def test_attention_is_right_repeatable_and_one_in_every_batch(layer, dtype):
+    q, k, v, select, where = layer_input(layer, dtype, images=2)
+    true_out, true_maps = truth_of(q, k, v, select, where)
+    out, maps = attend(q, k, v, select, **where, impl="triton")
+    plain_out, plain_maps = attend(q, k, v, select, **where, impl="sdpa")
+    assert error(out, true_out) <= 2 * error(plain_out, true_out) + DTYPES[dtype]
+    assert error(maps, true_maps) <= 2 * error(plain_maps, true_maps) + 2e-6
+    again = attend(q, k, v, select, **where, impl="triton")
+    assert torch.equal(again[0], out) and torch.equal(again[1], maps)
+    alone = attend(q[3:], k[3:], v[3:], select[1:], heads=where["heads"], impl="triton")
+    assert torch.equal(alone[0], out[3:]) and torch.equal(alone[1], maps[1:])
+
+
+def test_the_guided_filter_is_right_and_repeatable():
+    guide, maps = torch.rand(2, 3, 300, 257), torch.rand(2, 3, 300, 257)
+    truth = reference.guided_filter(guide, maps, 16, 1e-3)
+    found, again = (guided_filter(guide.to(DEVICE), maps.to(DEVICE), 16, 1e-3, impl="triton") for _ in range(2))
+    assert (found.cpu() - truth).abs().max() < 2e-5 and torch.equal(found, again)
+
+
+def test_the_crf_step_is_right_and_repeatable():
+    q, guide = torch.rand(2, 5, 3, 120, 97).softmax(2), 255 * torch.rand(2, 3, 120, 97)
+    settings = {"window": 11, "dilation": 2}
+    truth = mean_field(q, -q.log(), guide, **settings, **WEIGHTS, impl="torch")
+    q, unary, guide = q.to(DEVICE), -q.log().to(DEVICE), guide.to(DEVICE)
+    norm = mean_field_triton.bilateral_norm(guide, **settings, bilateral=WEIGHTS["bilateral"])
+    assert torch.allclose(norm, bilateral_norm(guide, **settings, bilateral=WEIGHTS["bilateral"]), rtol=1e-5)
+    found, again = (
+        mean_field_triton.mean_field(q, unary, guide, **settings, **WEIGHTS, norm=norm) for _ in range(2)
+    )  # fmt: skip
+    assert (found.cpu() - truth).abs().max() < 1e-5 and torch.equal(found, again)
+
+
+def test_a_compiled_layer_runs_the_kernel_and_gives_the_same():
+    q, k, v, select, where = layer_input((1024, 8, 80), torch.float16)
+
+    def layer(q):
+        return attend(q, k, v, select, **where, impl="triton")
+
+    for a, b in zip(torch.compile(layer, fullgraph=True)(q), layer(q), strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_auto_runs_what_the_table_says():
+    from diffumask_fast.kernels import tuned
+
+    q, k, v, select, where = layer_input((1024, 8, 80), torch.float16)
+    facts = {"dtype": "fp16", "heads": 8, "head_dim": 80, "pixels": 1024, "keys": 77}
+    wanted = "triton" if tuned.impl("attend", q.device, **facts) == "triton" else "sdpa"
+    with ran() as forms:
+        attend(q, k, v, select, **where)
+    assert forms == [("attend", wanted)]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=LAYER_IDS)
+def test_time_of_attention(layer):
+    q, k, v, select, where = layer_input(layer, torch.float16, images=8)
+    maps = torch.zeros(8, 2, layer[0], device=DEVICE)
+    split = [x.unflatten(-1, (layer[1], -1)).transpose(1, 2) for x in (q, k, v)]
+
+    def kernel():
+        attend(q, k, v, select, **where, maps=maps, impl="triton")
+
+    baselines = {
+        "sdpa_without_maps": lambda: F.scaled_dot_product_attention(*split),
+        "sdpa_with_columns": lambda: attend(q, k, v, select, **where, maps=maps, impl="sdpa"),
+    }
+    config = {"pixels": layer[0], "heads": layer[1], "head_dim": layer[2], "batch": 16, "dtype": "fp16"}
+    for name, baseline in baselines.items():
+        keep(f"attend_over_{name}", compare(kernel, baseline, device=DEVICE, warmup=3), config)
+
+
+def test_time_of_the_guided_filter_and_the_crf_step():
+    guide, maps = torch.rand(16, 3, 512, 512, device=DEVICE), torch.rand(16, 1, 512, 512, device=DEVICE)
+    q = torch.rand(4, 8, 2, 512, 512, device=DEVICE).softmax(2)
+    settings = {"window": 11, "dilation": 1, **WEIGHTS}
+    norm = torch.ones(4, 1, 512, 512, device=DEVICE)
+    colours = 255 * guide[:4]
+    keep(
+        "guided_filter_over_torch",
+        compare(
+            lambda: guided_filter(guide, maps, 32, 1e-3, impl="triton"),
+            lambda: guided_filter(guide, maps, 32, 1e-3, impl="torch"),
+            device=DEVICE,
+            warmup=3,
+        ),
+        {"size": 512, "batch": 16, "maps": 1, "radius": 32},
+    )
+    keep(
+        "mean_field_over_torch",
+        compare(
+            lambda: mean_field_triton.mean_field(q, q, colours, **settings, norm=norm),
+            lambda: mean_field(q, q, colours, **settings, norm=norm, impl="torch"),
+            device=DEVICE,
+            warmup=3,
+        ),
+        {"size": 512, "batch": 4, "candidates": 8, "labels": 2, "window": 11},
+    )
+
+
+def keep(name, ratio, config):
+    """Append a row to the machine's file in the checkout, which `make gpu` does not import from; a losing one too."""
+    assert ratio.value > 0 and ratio.clock == "CUDA events"
+    facts = environment(DEVICE)
+    done = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    facts["commit"] = done.stdout.strip() or None
+    slug = re.sub("[^a-z0-9]+", "-", facts["gpu"].lower()).strip("-")
+    file = ROOT / "bench" / "results" / f"{slug}-{os.cpu_count()}.jsonl"
+    append_rows(file, [row("gpu_kernels", name, ratio, config={**config, **facts})])

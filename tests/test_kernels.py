@@ -1,0 +1,46 @@
+import pytest
+import torch
+
+from diffumask_fast import DiffuMaskError
+from diffumask_fast.bench import kernels
+from diffumask_fast.bench.geometries import unet_config
+from diffumask_fast.bench.kernel_cases import SHAPES
+
+
+def test_a_row_for_each_case_with_bytes_flops_and_the_share_of_the_ceiling():
+    rows = list(kernels.run("mini", "cpu", seconds=0.02))
+    names = [row["name"] for row in rows]
+    assert names.count("cross_attention_maps") == 2 * len(SHAPES["mini"]) and names.count("guided_filter") == 1
+    for row in rows:
+        assert (row["suite"], row["unit"]) == ("kernels", "ms") and 0 < row["low"] <= row["value"] <= row["high"]
+        assert row["config"]["bytes"] > 0 and 0 < row["config"]["fraction"] < 1.5
+    ceilings = [row["config"]["fraction"] for row in rows if row["name"].startswith("ceiling")]
+    assert ceilings == pytest.approx([1] * 3)
+    (largest,) = [row for row in rows if row["config"]["case"] == "sdpa-fp32-16x256x4x16"]
+    assert largest["config"]["flops"] == 4 * 16 * 256 * 77 * 64 + 2 * 8 * 4 * 256 * 77 * 2
+    assert largest["config"]["bytes"] == 4 * 16 * 64 * (2 * 256 + 2 * 77) + 8 * 8 * 2 * 256 + 4 * 8 * 77 * 2
+
+
+@pytest.mark.parametrize("geometry", SHAPES)
+def test_the_shapes_are_the_geometrys(geometry):
+    from diffusers import UNet2DConditionModel
+
+    from diffumask_fast.attention.unet import attention_places
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(unet_config(geometry))
+    found = set()
+    for attn, place in attention_places(unet).items():
+        coarser = unet.config.sample_size >> (int(place.level) + (geometry == "sdxl"))
+        found.add((coarser**2, attn.heads, attn.inner_dim // attn.heads))
+    assert found == {shape[1:] for shape in SHAPES[geometry]}
+
+
+def test_a_missing_library_and_a_failing_case_are_said(monkeypatch):
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    with pytest.raises(DiffuMaskError, match="needs pytest-benchmark"):
+        kernels.run("mini", "cpu")
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels, "CASES", kernels.CASES.with_name("nowhere.py"))
+    with pytest.raises(DiffuMaskError, match="The kernel cases failed"):
+        list(kernels.run("mini", "cpu"))

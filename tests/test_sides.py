@@ -1,0 +1,39 @@
+import numpy as np
+import pytest
+import torch
+
+from diffumask_fast.bench.geometries import open_geometry
+from diffumask_fast.bench.sides import Sides, mask_iou
+
+
+@pytest.fixture(scope="module")
+def sides():
+    return Sides(open_geometry("mini", "cpu"), 2, 2)
+
+
+def test_all_sides_draw_the_same_image(sides):
+    plain = sides._draw(slice(0, 1), "pt")
+    drawn = []
+    for side in (sides.ours(batch=1), sides.reference(), sides.daam()):
+        with pytest.MonkeyPatch.context() as patch:
+            kept = sides.pipe.pipe.image_processor.postprocess
+
+            def keep(*args, kept=kept, **kwargs):
+                drawn.append(kept(*args, **kwargs))
+                return drawn[-1]
+
+            patch.setattr(sides.pipe.pipe.image_processor, "postprocess", keep)
+            mask = side()
+        assert mask.shape[-2:] == (128, 128) and mask.any()
+    assert len(drawn) == 3 and all(torch.allclose(image, plain, atol=1e-3) for image in drawn)
+    assert not torch.allclose(plain, sides._draw(slice(1, 2), "pt"), atol=1e-1)
+
+
+def test_the_peer_gives_maps_of_the_whole_batch(sides):
+    assert sides.peer()().shape == (2, 1, 128, 128)
+
+
+def test_mask_iou():
+    empty, half = np.zeros((2, 2), np.uint8), np.array([[1, 1], [0, 0]], np.uint8)
+    one = np.array([[1, 0], [0, 0]], np.uint8)
+    assert mask_iou([empty, half, half, empty], [empty, half, one, half]) == [1, 1, 0.5, 0]

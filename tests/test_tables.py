@@ -1,0 +1,68 @@
+"""README.md and its plot are what `make tables` makes of the committed rows."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from diffumask_fast import DiffuMaskError
+from diffumask_fast.bench import tables
+from diffumask_fast.bench.harness import append_rows, row
+from diffumask_fast.bench.tables import BEGIN, END, PLOT, digest, latest_rows, table, with_tables
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = {"geometry": "mini", "device": "cpu", "cpu": "some processor", "threads": 1, "batch": 8}
+
+
+def test_the_readme_is_made_of_the_committed_rows():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = latest_rows(ROOT / "bench" / "results")
+    assert with_tables(text, rows) == text, "run `make tables`"
+
+
+def test_the_readmes_plot_is_made_of_the_committed_rows():
+    with Image.open(ROOT / PLOT) as image:
+        assert image.text["rows"] == digest(latest_rows(ROOT / "bench" / "results")), "run `make tables`"
+
+
+def test_another_row_changes_the_table_and_the_digest(tmp_path):
+    first = row("end_to_end", "maps_overhead", 1.01, low=1.0, high=1.02, n=14, config=CONFIG)
+    later = row("end_to_end", "maps_overhead", 1.03, low=1.0, high=1.05, n=14, config=CONFIG)
+    append_rows(tmp_path / "a.jsonl", [first])
+    before = latest_rows(tmp_path)
+    append_rows(tmp_path / "a.jsonl", [later])
+    after = latest_rows(tmp_path)
+    assert (before, after) == ([first], [later]) and digest(before) != digest(after)
+    assert "| maps alone, denoising only, over plain diffusers | 1.030 | 1.000 to 1.050 | 14 |" in table(after)
+    assert "`mini` on some processor, 1 thread |" in table(after)
+
+
+def test_the_text_around_the_markers_stays():
+    rows = [row("end_to_end", "maps_overhead", 1.01, config=CONFIG)]
+    text = with_tables(f"before\n{BEGIN}\nold\n{END}\nafter\n", rows)
+    assert text.startswith(f"before\n{BEGIN}\n\n|") and text.endswith(f"|\n\n{END}\nafter\n") and "old" not in text
+    assert with_tables(text, rows) == text
+
+
+@pytest.mark.parametrize("text", ["", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
+def test_markers_that_are_not_there(text):
+    with pytest.raises(DiffuMaskError, match="must have the lines"):
+        with_tables(text, [row("end_to_end", "maps_overhead", 1.01, config=CONFIG)])
+
+
+def test_no_rows():
+    with pytest.raises(DiffuMaskError, match="There are no end_to_end rows"):
+        table([row("masks", "otsu", 1.0, config=CONFIG)])
+
+
+def test_a_checkout_is_rewritten(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}\n")
+    rows = [
+        row("end_to_end", name, 2.0, low=1.5, high=2.5, config=CONFIG) for name in ("speedup_vs_daam", "maps_overhead")
+    ]
+    append_rows(tmp_path / "bench" / "results" / "a.jsonl", rows)
+    tables.main(tmp_path)
+    assert "speed-up over DAAM" in (tmp_path / "README.md").read_text()
+    with Image.open(tmp_path / PLOT) as image:
+        assert image.text["rows"] == digest(rows) and min(image.size) > 200
