@@ -1,5 +1,6 @@
 """Refinement on real photographs: coarse maps made of exact masks, brought back to the photograph's edges."""
 
+import importlib.util
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffumask_fast.bench.harness import row
+from diffumask_fast.bench.harness import environment, row
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.kernels import guided_filter
-from diffumask_fast.learning.evaluation import boundary
+from diffumask_fast.learning.evaluation import boundary, overlap
 from diffumask_fast.masks.crf import LABELS, PRESETS, SIDE, STEPS, crf
 from diffumask_fast.masks.make import make_masks, refine_maps
 from diffumask_fast.masks.options import MaskOptions
@@ -29,46 +29,71 @@ SETTINGS = {
 BASELINE = MaskOptions(threshold=CUT, refine="none")
 
 
-def run(photos: Path, every: int = 1, crf_every: int = 20) -> list[dict]:
-    """Measure the gain in boundary IoU over bicubic and threshold, and agreement with cv2 and pydensecrf.
+def run(photos: Path, every: int = 1, crf_every: int = 40) -> Iterator[dict]:
+    """Measure the gain in boundary IoU over bicubic and threshold, beside cv2's guided filter and pydensecrf.
 
     Args:
         photos: folder of folders with `images/*.jpg` and `masks/*.png`, 255 ignored, any other class foreground.
         every: take each n-th photograph of a folder.
-        crf_every: take each n-th of those for the CRF, which is slow.
+        crf_every: take each n-th of those for both CRFs, which are slow.
 
     Returns:
         Rows `<setting>_gain_<cells>` and `<setting>_gain_mean`, value the mean gain, config.share that of photographs
-        that gain; `cv2_difference` and `pydensecrf_<preset>`, where those packages are installed.
+        that gain; `plain_<cells>`, the boundary IoU that they gain on; and, where those packages are installed,
+        `cv2_difference`, the largest difference away from the border, and `pydensecrf_<preset>_<cells>`, the IoU of
+        our CRF's mask with theirs.
 
     Raises:
         DiffuMaskError: there are no photographs.
     """
-    gains: dict[str, list[list[float]]] = defaultdict(list)
-    agreement: dict[str, list[float]] = defaultdict(list)
+    folder = Path(photos)
+    if not any(folder.glob("*/masks/*.png")):
+        raise DiffuMaskError(f"{photos} holds no images/*.jpg with masks/*.png: name the folder of photographs")
+    return _rows(folder, every, crf_every)
+
+
+def _rows(photos: Path, every: int, crf_every: int) -> Iterator[dict]:
+    found: dict[str, list[list[float]]] = defaultdict(list)  # of each photograph the values at each of CELLS
     generator = torch.Generator().manual_seed(0)
     for number, (image, mask) in enumerate(_photographs(photos, every)):
-        names = [name for name in SETTINGS if name != "crf" or number % crf_every == 0]
-        found = {name: [] for name in names}
-        for cells in CELLS:
-            maps = coarse_map(torch.from_numpy((mask > 0) & (mask < 255)), cells, generator)
-            before = _boundary_iou(maps, image, mask, BASELINE)
-            for name in names:
-                found[name].append(_boundary_iou(maps, image, mask, SETTINGS[name]) - before)
-        for name, values in found.items():
-            gains[name].append(values)
-        if number % crf_every == 0:
-            _compare(agreement, maps, image)
-    if not gains:
-        raise DiffuMaskError(f"{photos} holds no images/*.jpg with masks/*.png: name the folder of photographs")
-    rows = []
-    for name, values in gains.items():
+        levels = [_level(cells, image, mask, generator, number % crf_every == 0) for cells in CELLS]
+        for name in levels[0]:
+            found[name].append([values[name] for values in levels])
+    facts = environment("cpu")
+    for name, values in found.items():
         table = np.array(values)
+        if name == "cv2_difference":
+            yield _row(name, table.max(1), "", facts)
+            continue
         table = np.concatenate([table, table.mean(1, keepdims=True)], 1)
         for level, column in zip((*CELLS, "mean"), table.T, strict=True):
-            config = {"share": round(float((column > 0).mean()), 4)}
-            rows.append(_row(f"{name}_gain_{level}", column, "boundary IoU", config))
-    return rows + [_row(name, np.array(values), "", {}) for name, values in agreement.items()]
+            share = {"share": round(float((column > 0).mean()), 4)} if name.endswith("_gain") else {}
+            yield _row(f"{name}_{level}", column, "IoU", {**share, **facts})
+
+
+def _level(cells: int, image: Tensor, mask: np.ndarray, generator: torch.Generator, with_crf: bool) -> dict[str, float]:
+    """Return one photograph's figures at one size of its map."""
+    maps = coarse_map(torch.from_numpy((mask > 0) & (mask < 255)), cells, generator)
+    soft = refine_maps(maps, image, BASELINE)
+    masks = {name: _made(maps, image, options) for name, options in SETTINGS.items() if name != "crf" or with_crf}
+    figures = {}
+    if (theirs := _cv2_guided(soft, image, cells)) is not None:
+        ours = refine_maps(maps, image, SETTINGS["guided"])[0, 0].numpy()
+        border = 2 * _radius(image, cells)
+        inner = np.s_[border:-border, border:-border]
+        figures["cv2_difference"] = float(abs(theirs.clip(0, 1) - ours)[inner].max())
+        masks["cv2"] = theirs > CUT
+    if with_crf and importlib.util.find_spec("pydensecrf"):
+        labels = (soft[0, 0] > CUT).long()
+        for name, preset in PRESETS.items():
+            # "threshold" comes last, is what `crf` above was made with, and stays as the rival's mask
+            ours = masks["crf"]
+            if name != "threshold":
+                ours = crf(labels[None, None], 2, image, preset)[0, 0, 1].numpy() > 0.5
+            masks["pydensecrf"] = dense_crf(image[0].numpy(), labels.numpy(), 2, preset).argmax(0) == 1
+            figures[f"pydensecrf_{name}"] = overlap(ours, masks["pydensecrf"])
+    plain = figures["plain"] = _boundary_iou(_made(maps, image, BASELINE), mask)
+    return figures | {f"{name}_gain": _boundary_iou(found, mask) - plain for name, found in masks.items()}
 
 
 def coarse_map(mask: Tensor, cells: int, generator: torch.Generator) -> Tensor:
@@ -90,36 +115,28 @@ def _photographs(photos: Path, every: int) -> Iterator[tuple[Tensor, np.ndarray]
                 yield torch.from_numpy(image)[None], mask
 
 
-def _boundary_iou(maps: Tensor, image: Tensor, mask: np.ndarray, options: MaskOptions) -> float:
-    found = make_masks(maps, image, options, torch.ones(1, 1, dtype=torch.long))[0][0].numpy() == 1
+def _made(maps: Tensor, image: Tensor, options: MaskOptions) -> np.ndarray:
+    return make_masks(maps, image, options, torch.ones(1, 1, dtype=torch.long))[0][0].numpy() == 1
+
+
+def _boundary_iou(found: np.ndarray, mask: np.ndarray) -> float:
     ours, true, known = boundary(found), boundary((mask > 0) & (mask < 255)), mask != 255
     return float((ours & true & known).sum() / max(1, ((ours | true) & known).sum()))
 
 
-def _compare(agreement: dict[str, list[float]], maps: Tensor, image: Tensor) -> None:
-    """Add one photograph's difference from cv2's guided filter and agreement with pydensecrf."""
-    soft = refine_maps(maps, image, BASELINE)
-    guide, radius = image.permute(0, 3, 1, 2).float() / 255, max(1, min(image.shape[1:3]) // CELLS[-1])
+def _radius(image: Tensor, cells: int) -> int:
+    return max(1, round(min(image.shape[1:3]) / cells))
+
+
+def _cv2_guided(soft: Tensor, image: Tensor, cells: int) -> np.ndarray | None:
+    """Filter with opencv-contrib as `refine_maps` does; None where it is not installed."""
     try:
         from cv2.ximgproc import guidedFilter
-
-        # on colours in 0..1, cv2 takes a small determinant for none: 0..255 is the same filter and stays clear of that
-        colours = image[0].numpy().astype(np.float32)
-        theirs = guidedFilter(colours, soft[0, 0].numpy(), radius, 1e-4 * 255**2)
-        ours = guided_filter(guide, soft, radius, 1e-4)[0, 0].numpy()
-        inner = np.s_[2 * radius : -2 * radius, 2 * radius : -2 * radius]
-        agreement["cv2_difference"].append(float(abs(theirs - ours)[inner].max()))
     except ImportError:
-        pass
-    try:
-        import pydensecrf.densecrf  # noqa: F401
-    except ImportError:
-        return
-    labels = (soft[0, 0] > CUT).long()
-    for name, preset in PRESETS.items():
-        ours = crf(labels[None, None], 2, image, preset)[0, 0, 1].numpy() > 0.5
-        theirs = dense_crf(image[0].numpy(), labels.numpy(), 2, preset).argmax(0) == 1
-        agreement[f"pydensecrf_{name}"].append(float((ours & theirs).sum() / max(1, (ours | theirs).sum())))
+        return None
+    # on colours in 0..1, cv2 takes a small determinant for none: 0..255 is the same filter and stays clear of that
+    eps = SETTINGS["guided"].eps * 255**2
+    return guidedFilter(image[0].numpy().astype(np.float32), soft[0, 0].numpy(), _radius(image, cells), eps)
 
 
 def dense_crf(image: np.ndarray, labels: np.ndarray, num_labels: int, preset) -> np.ndarray:

@@ -1,8 +1,7 @@
 """How good masks are: thresholds, refinements and propagation, judged by the oracle; or on photographs."""
 
-import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,8 +21,6 @@ from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.planner import plan
 from diffumask_fast.prompts.vocabulary import Vocabulary
 
-logger = logging.getLogger("diffumask_fast")
-
 SUITE = "quality"
 BATCH = 8
 PROPAGATE = ("none", 1, 2)
@@ -32,7 +29,7 @@ SETTINGS = {
     "otsu-guided": {"colour_steps": 0},
     "otsu-crf": {"refine": "crf"},
     "otsu-none": {"refine": "none"},
-    **{f"{cut}-colour": {"threshold": cut} for cut in (0.4, 0.45, 0.5, 0.55)},
+    **{f"{cut}-colour": {"threshold": cut} for cut in (0.4, 0.45, 0.5, 0.55, 0.6)},
     "adaptive-colour": {"threshold": "adaptive"},
 }
 SLOW = ("otsu-crf", "adaptive-colour")  # measured at one propagation alone
@@ -46,8 +43,8 @@ def run(
     num: int = 500,
     seed: int = 901,
     settings: Sequence[str] = tuple(SETTINGS),
-) -> list[dict]:
-    """Measure masks of images that mini draws, or of photographs.
+) -> Iterator[dict]:
+    """Measure masks of images that mini draws, or of photographs: see `photographs.run`.
 
     Args:
         geometry: "mini", the only model that has an oracle.
@@ -72,19 +69,20 @@ def run(
         raise DiffuMaskError(f"There is no judge of {geometry}: use mini.")
     if unknown := [name for name in settings if name not in SETTINGS]:
         raise DiffuMaskError(f"There is no setting {unknown[0]} in {SUITE}: use {', '.join(SETTINGS)}.")
-    where = resolve_device(device)
+    return _rows(geometry, resolve_device(device), num, seed, settings)
+
+
+def _rows(geometry: str, where: torch.device, num: int, seed: int, settings: Sequence[str]) -> Iterator[dict]:
     images, maps, ids = _draw(DiffuMaskPipeline.from_pretrained(geometry, device=where), num, seed)
     truth = look(load_oracle(), list(images.numpy()))
-    rows, facts = [], {"num": num, "seed": seed, **environment(str(where))}
+    facts = {"num": num, "seed": seed, **environment(str(where))}
     for propagate, stored in maps.items():
         for name in settings:
             if name in SLOW and propagate != 1:
                 continue
             figures = _judge(stored, images, ids, truth, MaskOptions(**SETTINGS[name]), where)
             value = figures.pop("foreground_iou")
-            rows.append(row(SUITE, f"{propagate}-{name}", value, unit="IoU", n=num, config={**figures, **facts}))
-            logger.info("%s %s", rows[-1]["name"], value)
-    return rows
+            yield row(SUITE, f"{propagate}-{name}", value, unit="IoU", n=num, config={**figures, **facts})
 
 
 def _draw(pipe: DiffuMaskPipeline, num: int, seed: int) -> tuple[Tensor, dict[str | int, Tensor], Tensor]:

@@ -8,6 +8,7 @@ from test_make import LEFT, ONE, disc, picture
 
 from diffumask_fast.bench.photographs import CELLS, coarse_map, run
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.masks.crf import PRESETS
 
 
 @pytest.fixture
@@ -27,7 +28,9 @@ def test_gains(photos):
         assert {f"{setting}_gain_{level}" for level in (*CELLS, "mean")} <= set(rows)
     assert rows["default_gain_mean"]["value"] > 0.1 and rows["default_gain_mean"]["config"]["share"] == 1
     assert rows["default_gain_mean"]["n"] == 3 and rows["crf_gain_mean"]["n"] == 1
-    assert rows["pydensecrf_threshold"]["value"] >= 0.97
+    assert all(rows[f"pydensecrf_{preset}_mean"]["value"] >= 0.97 for preset in PRESETS)
+    assert 0 < rows["plain_16"]["value"] < rows["plain_64"]["value"] < 1
+    assert {"cpu", "commit"} <= set(rows["plain_16"]["config"])
 
 
 def test_coarse_maps_are_noisy_means():
