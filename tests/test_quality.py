@@ -7,7 +7,7 @@ from diffumask_fast.errors import DiffuMaskError
 
 
 def test_rows_of_a_few_images():
-    rows = run(device="cpu", num=8, settings=("otsu-colour", "otsu-none", "0.55-colour"))
+    rows = list(run(device="cpu", num=8, settings=("otsu-colour", "otsu-none", "0.55-colour")))
     values = {row["name"]: row["value"] for row in rows}
     assert len(values) == 3 * len(PROPAGATE)
     assert values["1-otsu-colour"] > values["1-otsu-none"] + 0.02
