@@ -92,8 +92,9 @@ def _level(cells: int, image: Tensor, mask: np.ndarray, generator: torch.Generat
                 ours = crf(labels[None, None], 2, image, preset)[0, 0, 1].numpy() > 0.5
             masks["pydensecrf"] = dense_crf(image[0].numpy(), labels.numpy(), 2, preset).argmax(0) == 1
             figures[f"pydensecrf_{name}"] = overlap(ours, masks["pydensecrf"])
-    plain = figures["plain"] = _boundary_iou(_made(maps, image, BASELINE), mask)
-    return figures | {f"{name}_gain": _boundary_iou(found, mask) - plain for name, found in masks.items()}
+    true, known = boundary((mask > 0) & (mask < 255)), mask != 255
+    plain = figures["plain"] = _boundary_iou(_made(maps, image, BASELINE), true, known)
+    return figures | {f"{name}_gain": _boundary_iou(found, true, known) - plain for name, found in masks.items()}
 
 
 def coarse_map(mask: Tensor, cells: int, generator: torch.Generator) -> Tensor:
@@ -119,8 +120,8 @@ def _made(maps: Tensor, image: Tensor, options: MaskOptions) -> np.ndarray:
     return make_masks(maps, image, options, torch.ones(1, 1, dtype=torch.long))[0][0].numpy() == 1
 
 
-def _boundary_iou(found: np.ndarray, mask: np.ndarray) -> float:
-    ours, true, known = boundary(found), boundary((mask > 0) & (mask < 255)), mask != 255
+def _boundary_iou(found: np.ndarray, true: np.ndarray, known: np.ndarray) -> float:
+    ours = boundary(found)
     return float((ours & true & known).sum() / max(1, ((ours | true) & known).sum()))
 
 
