@@ -9,7 +9,6 @@ from diffumask_fast.kernels import attend_triton, guided_filter_triton, mean_fie
 from diffumask_fast.kernels.aot import Needs, compile_for
 
 CAPABILITIES = (80, 86, 89, 90, 100)
-PRODUCTS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")  # what runs on tensor cores, in PTX
 _CPU = torch.device("cpu")  # a device without entries of its own: the defaults
 
 
@@ -53,8 +52,3 @@ def variants() -> list[Variant]:
     listed = [Variant("attend", dtype, *size) for dtype in ("fp16", "bf16", "fp32") for size in sizes]
     others = _named(guided_filter_triton.KERNELS + mean_field_triton.KERNELS)
     return listed + [Variant(name, "fp32") for name in others]
-
-
-def uses_tensor_cores(needs: Needs) -> bool:
-    """Tell whether the assembly has matrix instructions."""
-    return any(word in needs.ptx for word in PRODUCTS)
