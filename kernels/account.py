@@ -318,8 +318,9 @@ _COMPILED = """\
 Registers of a thread / shared memory in KiB / spilled bytes, compiled ahead of time with the configuration that
 `tuned.json` holds for unknown devices. The last column names the tensor-core instructions in the machine code, on
 Ampere and Ada, Hopper and Blackwell where they differ. Limits: 255 registers; 163, 99, 99, 227 and 227 KiB. fp32 has no
-exact tensor-core product and unrolls, so large fp32 heads spill: `auto` leaves them to torch unless a device's
-measurement says otherwise."""
+exact tensor-core product and unrolls, so heads of 160 spill: `auto` leaves fp32 to torch unless a device's measurement
+says otherwise. In fp16, tiles of 16 pixels would hold heads of 160 without the few bytes that spill, and read k and v
+twice as often; with 128 keys, where more spilled, they are taken."""
 
 
 def main() -> None:

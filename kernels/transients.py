@@ -3,6 +3,7 @@
 import torch
 
 from diffumask_fast.kernels import tuned
+from diffumask_fast.kernels.attend import MAX_KEYS
 from diffumask_fast.kernels.attend_triton import constants
 
 FORMS = ("eager", "sdpa", "triton")
@@ -33,8 +34,6 @@ def transient(
         >>> [round(transient(form, **layer) / 1e6, 1) for form in FORMS]
         [61.3, 25.9, 10.5]
     """
-    from diffumask_fast.kernels.attend import MAX_KEYS
-
     item, width, conditional = 4 if form == "eager" else ITEM[dtype], heads * head_dim, rows // 2
     queries, values = rows * pixels * width * item, rows * keys * width * item
     if form == "eager":  # scores, probabilities, output; beside them v by heads, the output by heads or the heads' mean

@@ -107,6 +107,7 @@ def test_sizes_are_covered_by_two_powers_of_two():
         first, second = two_powers(size)
         assert size <= first + second and first & (first - 1) == 0 == second & (second - 1)
         assert first <= max(size, 16)
+    assert two_powers(128) == (128, 16) and two_powers(128, 64) == (64, 64) and two_powers(77, 64) == (64, 16)
     assert two_powers(77) == (64, 16) and two_powers(160) == (128, 32) and two_powers(80) == (64, 16)
 
 
