@@ -155,6 +155,10 @@ def test_what_it_cannot_do_is_one_sentence():
     ):
         with pytest.raises(DiffuMaskError, match=reason):
             attend(*arguments, **where, impl="triton")
+    for change in ({0: q.double(), 1: k.double(), 2: v.double()}, {0: q.half()}):
+        tensors = [change.get(at, tensor) for at, tensor in enumerate((q, k, v))]
+        with pytest.raises(DiffuMaskError, match="q, k, v of one dtype, fp32, fp16, bf16"):
+            attend(*tensors, columns, **where, impl="triton")
     with pytest.raises(DiffuMaskError, match="fp32 maps"):
         attend(q, k, v, columns, **where, maps=maps.half(), impl="triton")
     code = (
