@@ -46,6 +46,8 @@ def guided_filter(guide: Tensor, maps: Tensor, radius: int, eps: float, impl: st
         size = {"height": maps.shape[2], "width": maps.shape[3]}
         impl = tuned.impl("guided_filter", maps.device, **size) if tell else "torch"
     note("guided_filter", impl)
+    if not maps.numel():
+        return torch.empty_like(maps, dtype=torch.float32)
     if impl == "triton":
         return _triton(guide, maps, radius, eps)
     return (reference.guided_filter if impl == "reference" else filter_planes)(guide, maps, radius, eps)
@@ -89,7 +91,7 @@ def _check(guide: Tensor, maps: Tensor, radius: int, eps: float) -> None:
         raise DiffuMaskError(f"guided_filter takes a guide [B, 3, H, W], not {list(guide.shape)}")
     if maps.ndim != 4 or maps.shape[0] != guide.shape[0] or maps.shape[2:] != guide.shape[2:]:
         raise DiffuMaskError(f"guided_filter: maps {list(maps.shape)} do not fit the guide {list(guide.shape)}")
-    if radius < 1 or eps <= 0:
+    if radius < 1 or not eps > 0:
         raise DiffuMaskError(f"guided_filter takes radius >= 1 and eps > 0, not {radius} and {eps}")
 
 

@@ -104,8 +104,16 @@ def test_takes_strided_and_half_precision_input():
         (torch.rand(1, 3, 4, 4), torch.rand(1, 1, 4, 5), 1, 1e-3, "fit"),
         (torch.rand(1, 3, 4, 4), torch.rand(1, 1, 4, 4), 0, 1e-3, "radius"),
         (torch.rand(1, 3, 4, 4), torch.rand(1, 1, 4, 4), 1, 0.0, "eps"),
+        (torch.rand(1, 3, 4, 4), torch.rand(1, 1, 4, 4), 1, float("nan"), "eps"),
     ],
 )
 def test_refuses_what_does_not_fit(guide, maps, radius, eps, word):
     with pytest.raises(DiffuMaskError, match=word):
         guided_filter(guide, maps, radius, eps)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("shape", [(0, 2, 9, 7), (1, 0, 9, 7), (1, 2, 0, 7)], ids=str)
+def test_nothing_gives_nothing(shape, impl):
+    found = guided_filter(torch.rand(shape[0], 3, *shape[2:]), torch.rand(shape).half(), 2, 1e-3, impl=impl)
+    assert found.shape == shape and found.dtype == torch.float32
