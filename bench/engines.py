@@ -1,9 +1,10 @@
-"""What ONNX Runtime takes beside eager torch, for the same drawing with the same model."""
+"""What the other engines take beside eager torch, for the same drawing with the same model."""
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ logger = logging.getLogger("diffumask_fast")
 SUITE = "engines"
 MODELS = {"mini": "mini"}
 PROMPT, PHRASE = "a photo of a dog on the grass", "dog"
+ENGINES = ("compile", "compile_bf16", "onnx", "tensorrt", "tensorrt-rtx")
 
 
 def run(
@@ -28,77 +30,164 @@ def run(
     *,
     model: str | Path | None = None,
     engine_path: str | Path | None = None,
+    engines: Sequence[str] | None = None,
     batch: int = 8,
-    steps: int = 3,
+    steps: int | None = None,
     pairs: int | None = None,
     threads: Sequence[int] = (1, 2),
-) -> list[dict]:
-    """Measure the denoising in ONNX Runtime against that in torch: plain, and with maps and propagation.
+) -> Iterator[dict]:
+    """Measure the engines against eager torch: the plain denoising, that with maps and propagation, finished masks.
 
     Args:
         geometry: which model; "mini" is the embedded one.
         device: "auto", "cpu" or "cuda".
         model: another model folder of the same geometry.
-        engine_path: its engine; None exports one and throws it away.
+        engine_path: an exported engine, for the one that is exported; None exports one and throws it away.
+        engines: of ENGINES; None is all that work here. Eager torch is fp32 on the CPU and fp16 on CUDA; bf16 is
+            beside it.
         batch: images per call.
-        steps: denoising steps.
+        steps: denoising steps; None is 3.
         pairs: rounds of a comparison; None is the harness' number for the device.
-        threads: one pair of rows for each number.
+        threads: one set of rows for each number.
 
     Returns:
-        Rows `onnx_plain` and `onnx_maps` for each number of threads; below 1 ONNX Runtime is the quicker one.
+        Rows `<engine>_plain`, `<engine>_maps` and `<engine>_masks` for each number of threads, as each is finished;
+        below 1 the engine is the quicker one. The plain rows of compile are of diffusers' UNet under torch.compile.
 
     Raises:
-        DiffuMaskError: an unknown geometry, or a library that is missing.
+        DiffuMaskError: an unknown geometry or engine, or a library that is missing.
     """
     if geometry not in MODELS:
         raise DiffuMaskError(f"There is no geometry {geometry}: use {', '.join(MODELS)}.")
-    model, where = model or MODELS[geometry], resolve_device(device)
-    rows = []
+    if unknown := [name for name in engines or () if name not in ENGINES]:
+        raise DiffuMaskError(f"There is no engine {unknown[0]} to compare: use {', '.join(ENGINES)}.")
+    where = resolve_device(device)
+    checks = _checks(where)
+    if engines is None:
+        engines = [name for name in checks if _works(name, checks[name])]
+    for name in engines:
+        checks[name]()
+    config = {"geometry": geometry, "batch": batch, "num_inference_steps": steps or 3}
+    return _rows(model or MODELS[geometry], where, engine_path, engines, pairs, threads, config)
+
+
+def _checks(where: torch.device) -> dict[str, Callable[[], Any]]:
+    """Return for each engine what raises where it cannot run."""
+    from diffumask_fast.compiled import need_compiler
+    from diffumask_fast.export.onnx_export import need_exporter
+    from diffumask_fast.export.session import runtime
+    from diffumask_fast.export.tensorrt_library import library
+
+    def tensorrt(flavour: str) -> None:
+        need_exporter()
+        library(flavour)
+        if where.type != "cuda":
+            raise DiffuMaskError(f"An engine of {flavour} runs on CUDA: use --device cuda.")
+
+    def compiler() -> None:
+        if where.type == "cpu":
+            need_compiler()
+
+    return {
+        "compile": compiler,
+        "compile_bf16": compiler,
+        "onnx": lambda: (need_exporter(), runtime()),
+        "tensorrt": partial(tensorrt, "tensorrt"),
+        "tensorrt-rtx": partial(tensorrt, "tensorrt-rtx"),
+    }
+
+
+def _works(name: str, check: Callable[[], Any]) -> bool:
+    try:
+        check()
+    except DiffuMaskError as error:
+        logger.warning("%s is left out: %s", name, error)
+        return False
+    return True
+
+
+def _rows(model, where, engine_path, engines, pairs, threads, config) -> Iterator[dict]:
+    dtype = "fp32" if where.type == "cpu" else "fp16"
     with ExitStack() as stack:
-        if engine_path is None:
-            from diffumask_fast.export.onnx_export import export_onnx
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for engine in engines:
+            path = engine_path
+            if path is None and not engine.startswith("compile"):
+                path = folder / engine
+                _export(model, path, engine, dtype, config["batch"])
+            for count in threads:
+                eager = _open(model, "torch", None, where, dtype, count)
+                its_dtype = "bf16" if engine.endswith("bf16") else dtype
+                other = _open(model, engine.removesuffix("_bf16"), path, where, its_dtype, count)
+                libraries = other.engine.libraries if other.engine else {}
+                facts = config | {"dtype": its_dtype, **environment(str(where)), **libraries, "threads": count}
+                for name, drawing in (("plain", _plain), ("maps", _mapped), ("masks", _masked)):
+                    sides = (drawing(pipe, config["batch"], config["num_inference_steps"]) for pipe in (other, eager))
+                    ratio = compare(*sides, pairs=pairs, device=str(where), threads=count)
+                    yield row(SUITE, f"{engine}_{name}", ratio, config=facts)
 
-            engine_path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "engine"
-            export_onnx(model, engine_path, max_batch=batch)
-        for count in threads:
-            rows += _rows(geometry, model, engine_path, where, batch, steps, pairs, count)
-    return rows
+
+def _export(model: str | Path, path: Path, engine: str, dtype: str, batch: int) -> None:
+    from diffumask_fast.export import export_onnx, export_tensorrt
+
+    if engine == "onnx":
+        export_onnx(model, path, dtype, max_batch=batch)
+    else:
+        export_tensorrt(model, path, dtype, flavour=engine, max_batch=batch)
 
 
-def _rows(geometry, model, engine_path, where, batch, steps, pairs, threads) -> list[dict]:
+def _open(model, engine, engine_path, where, dtype, threads) -> DiffuMaskPipeline:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        eager = DiffuMaskPipeline.from_pretrained(model, device=where, dtype="fp32")
-        onnx = DiffuMaskPipeline.from_pretrained(model, engine="onnx", engine_path=engine_path, device=where)
+        if engine in ("torch", "compile"):
+            pipe = DiffuMaskPipeline.from_pretrained(model, engine=engine, device=where, dtype=dtype)
+        else:
+            engine = engine.partition("-")[0]
+            pipe = DiffuMaskPipeline.from_pretrained(model, engine=engine, engine_path=engine_path, device=where)
     finally:
         torch.set_num_threads(before)
-    rows = []
-    for name, propagate in (("onnx_plain", None), ("onnx_maps", 1)):
-        candidate, baseline = (_drawing(pipe, batch, steps, propagate) for pipe in (onnx, eager))
-        ratio = compare(candidate, baseline, pairs=pairs, device=str(where), threads=threads)
-        config = {"geometry": geometry, "batch": batch, "num_inference_steps": steps, "propagate": propagate}
-        config |= {"dtype": "fp32", **environment(str(where)), **onnx.engine.libraries, "threads": threads}
-        rows.append(row(SUITE, name, ratio, config=config))
-        logger.info("%s %s", name, ratio)
-    return rows
+    pipe.pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
-def _drawing(pipe: DiffuMaskPipeline, batch: int, steps: int, propagate: int | None) -> Any:
-    """Return a function that draws the latents of a batch, with maps unless propagate is None."""
+def _latents(pipe: DiffuMaskPipeline, batch: int) -> torch.Tensor:
     unet = pipe.pipe.unet
     shape = (batch, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(unet.device, unet.dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(unet.device, unet.dtype)
+
+
+def _plain(pipe: DiffuMaskPipeline, batch: int, steps: int) -> Callable[[], None]:
+    """Draw latents by the diffusers pipeline alone."""
+    latents, unet = _latents(pipe, batch), pipe.pipe.unet
     settings = {"num_inference_steps": steps, "guidance_scale": pipe.info.guidance_scale, "output_type": "latent"}
-    pipe.pipe.set_progress_bar_config(disable=True)
+    compiled = torch.compile(unet.forward, dynamic=False) if pipe.engine_name == "compile" else None
 
-    def plain() -> None:
-        pipe.pipe([PROMPT] * batch, latents=latents, **settings)
+    def call() -> None:
+        if compiled is not None:
+            unet.forward = compiled
+        try:
+            pipe.pipe([PROMPT] * batch, latents=latents, **settings)
+        finally:
+            vars(unet).pop("forward", None)
 
-    def mapped() -> None:
-        with collect_maps(pipe.pipe, [PHRASE], propagate=propagate) as maps:
-            plain()
+    return call
+
+
+def _mapped(pipe: DiffuMaskPipeline, batch: int, steps: int) -> Callable[[], None]:
+    """Draw latents with maps, propagated once."""
+    latents = _latents(pipe, batch)
+    settings = {"num_inference_steps": steps, "guidance_scale": pipe.info.guidance_scale, "output_type": "latent"}
+
+    def call() -> None:
+        with collect_maps(pipe.pipe, [PHRASE], propagate=1) as maps:
+            pipe.pipe([PROMPT] * batch, latents=latents, **settings)
         assert maps.levels
 
-    return plain if propagate is None else mapped
+    return call
+
+
+def _masked(pipe: DiffuMaskPipeline, batch: int, steps: int) -> Callable[[], Any]:
+    """Draw images and masks."""
+    latents = _latents(pipe, batch)
+    return lambda: pipe([PROMPT] * batch, [[PHRASE]], latents=latents, num_inference_steps=steps)

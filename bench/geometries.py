@@ -1,6 +1,7 @@
 """Models to measure with: the embedded one, or Stable Diffusion's exact shapes with seeded random weights."""
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,16 @@ def reference_bytes(geometry: str) -> int:
             queries = pixels[name.partition(".attentions")[0]]
             both_halves += 2 * module.heads * queries * (77 if places[module].cross else queries) * 4
     return 2 * both_halves
+
+
+def cross_layers(geometry: str) -> Counter[tuple[int, int, int]]:
+    """Count a geometry's cross-attention layers by (query pixels, heads, head size), in the order of the call."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(unet_config(geometry))
+    places, pixels = attention_places(unet), _pixels(unet)
+    named = ((name.partition(".attentions")[0], module) for name, module in unet.named_modules())
+    layers = ((pixels[block], attn) for block, attn in named if attn in places and places[attn].cross)
+    return Counter((queries, attn.heads, attn.inner_dim // attn.heads) for queries, attn in layers)
 
 
 def _pixels(unet: UNet2DConditionModel) -> dict[str, int]:

@@ -355,6 +355,7 @@ def environment(device: str = "cpu", threads: int = 1) -> dict:
     if facts["device"] == "cuda":
         query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "driver": _output(query)}
+        facts["triton"] = _version("triton")
     facts["commit"] = _commit()
     return facts
 

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffumask_fast.kernels import attend
-from diffumask_fast.kernels.guided_filter import guided_filter
+from diffumask_fast.kernels import attend, bilateral_norm, guided_filter, mean_field
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # batch, query pixels, heads, head size: each level of the embedded model and of Stable Diffusion
@@ -24,6 +23,8 @@ SETTINGS = json.loads(os.environ.get("DIFFUMASK_FAST_KERNELS", '{"geometry": "mi
 DEVICE = SETTINGS["device"]
 TYPES = ("fp32", "bf16") if DEVICE == "cpu" else ("fp16", "bf16", "fp32")
 IMPLS = ("sdpa",) if DEVICE == "cpu" else ("sdpa", "triton")
+FORMS = ("torch",) if DEVICE == "cpu" else ("torch", "triton")
+WINDOW, CANDIDATES = 11, 8
 
 
 @pytest.mark.parametrize("shape", SHAPES[SETTINGS["geometry"]], ids=lambda shape: "x".join(map(str, shape)))
@@ -46,13 +47,27 @@ def test_cross_attention_maps(benchmark: Any, impl: str, dtype: str, shape: tupl
 
 
 @pytest.mark.parametrize("size", (SIZES[SETTINGS["geometry"]],))
-def test_guided_filter(benchmark: Any, size: int) -> None:
+@pytest.mark.parametrize("impl", FORMS)
+def test_guided_filter(benchmark: Any, impl: str, size: int) -> None:
     rng = torch.Generator().manual_seed(0)
     guide = torch.rand(4, 3, size, size, generator=rng).to(DEVICE)
     maps = torch.rand(4, CLASSES, size, size, generator=rng).to(DEVICE)
     moved = 4 * (guide.numel() + 2 * maps.numel())
     flops = guide[:, :1].numel() * (120 + 60 * CLASSES)  # about: means, products and the closed 3x3 inverse
-    _run(benchmark, moved, flops, "fp32", lambda: guided_filter(guide, maps, max(1, size // 16), 1e-3))
+    _run(benchmark, moved, flops, "fp32", lambda: guided_filter(guide, maps, max(1, size // 16), 1e-3, impl=impl))
+
+
+@pytest.mark.parametrize("size", (SIZES[SETTINGS["geometry"]],))
+@pytest.mark.parametrize("impl", FORMS)
+def test_mean_field(benchmark: Any, impl: str, size: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    q = torch.rand(1, CANDIDATES, 2, size, size, generator=rng).softmax(2).to(DEVICE)
+    guide, unary = 255 * torch.rand(1, 3, size, size, generator=rng).to(DEVICE), -q.log()
+    norm = bilateral_norm(guide, window=WINDOW)
+    moved = 4 * (3 * q.numel() + guide.numel() + norm.numel())
+    # a weight is 14 operations and meets each plane in 2; the Gaussian is two products along the sides
+    flops = size**2 * (WINDOW**2 * (14 + 4 * CANDIDATES) + 8 * CANDIDATES * size)
+    _run(benchmark, moved, flops, "fp32", lambda: mean_field(q, unary, guide, window=WINDOW, norm=norm, impl=impl))
 
 
 @pytest.mark.parametrize("dtype", TYPES)

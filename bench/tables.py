@@ -62,6 +62,27 @@ def table(rows: Sequence[dict]) -> str:
     return "\n\n".join(parts)
 
 
+def engines_table(rows: Sequence[dict]) -> str:
+    """Return a Markdown table of the rows of the suite engines, a line for each engine, machine and threads; or ""."""
+    lines: dict[tuple, dict[str, float]] = {}
+    for one in rows:
+        if one["suite"] == "engines":
+            config, (engine, _, kind) = one["config"], one["name"].rpartition("_")
+            machine = config.get("gpu") or config["cpu"]
+            key = (config["geometry"], machine, config["batch"], engine, config["threads"])
+            lines.setdefault(key, {})[kind] = one["value"]
+    if not lines:
+        return ""
+    text = ["| time over eager torch's | plain | with maps | images and masks |", "|---|---|---|---|"]
+    for (geometry, machine, batch, engine, threads), found in lines.items():
+        title = (
+            f"{engine.replace('_', ' ')}: `{geometry}`, batch {batch}, {machine}, {threads} thread{'s' * (threads > 1)}"
+        )
+        cells = (f"{found[kind]:.3f}" if kind in found else "" for kind in ("plain", "maps", "masks"))
+        text.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
 def digest(rows: Sequence[dict]) -> str:
     """Return the SHA-256 of rows: what the plot carries, so that a test can tell whether it is theirs."""
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
@@ -76,7 +97,8 @@ def with_tables(text: str, rows: Sequence[dict]) -> str:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise DiffuMaskError(f"README.md must have the lines {BEGIN} and {END}, once and in this order.")
     before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.split(END)[1]}"
+    tables = "\n\n".join(filter(None, [table(rows), engines_table(rows)]))
+    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{rest.split(END)[1]}"
 
 
 def _sorted(rows: Sequence[dict]) -> list[dict]:

@@ -211,7 +211,9 @@ app.add_typer(bench_app, name="bench")
 @bench_app.callback(invoke_without_command=True)
 def bench(
     context: typer.Context,
-    suite: Annotated[str, typer.Option(help="end_to_end, engines, kernels, masks, quality or scaling.")] = "end_to_end",
+    suite: Annotated[
+        str, typer.Option(help="end_to_end, engines, goals, kernels, masks, quality or scaling.")
+    ] = "end_to_end",
     geometry: Annotated[str, typer.Option(help="mini, sd15, sd21 or sdxl.")] = "mini",
     model: Annotated[str | None, typer.Option(help="A diffusers folder or hub id instead of a geometry.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

@@ -31,16 +31,13 @@ def compile_pipe(pipe: DiffusionPipeline) -> None:
     Raises:
         DiffuMaskError: on the CPU without a C++ compiler.
     """
-    on_cpu = pipe.unet.device.type == "cpu"
-    if on_cpu:
+    if pipe.unet.device.type == "cpu":
         need_compiler()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
     for part in (pipe.unet, pipe.vae):
         part.to(memory_format=torch.channels_last)
-    # frozen weights are laid out for the processor once, not at each call
-    options = {"freezing": True} if on_cpu else None
-    pipe.unet.denoiser = CompiledDenoiser(pipe.unet, options)
-    pipe.vae.decoder.compile(options=options)
+    pipe.unet.denoiser = CompiledDenoiser(pipe.unet)
+    pipe.vae.decoder.compile()
 
 
 def need_compiler() -> None:
@@ -56,12 +53,11 @@ class CompiledDenoiser:
 
     Args:
         unet: a UNet2DConditionModel.
-        options: of torch.compile.
     """
 
-    def __init__(self, unet: torch.nn.Module, options: dict[str, Any] | None = None) -> None:
+    def __init__(self, unet: torch.nn.Module) -> None:
         self.model = UNetWithMaps(unet)
-        self.model.compile(fullgraph=True, dynamic=False, options=options)
+        self.model.compile(fullgraph=True, dynamic=False)
         self.rows = 0
         self._graphs: dict[Any, _Graph] = {}
 
@@ -125,7 +121,8 @@ class _Graph:
                 model(**self.inputs, first_conditional=0)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # a capture must not trip over what another thread does on a stream of its own
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.outputs = model(**self.inputs, first_conditional=0)
 
     def __call__(self, inputs: dict[str, Any]) -> tuple[Tensor, Levels, Levels]:

@@ -31,11 +31,11 @@ from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.attention.phrases import PhraseNotFound, phrase_columns
 from diffumask_fast.attention.store import over_maximum
 from diffumask_fast.dataset.writer import make_folder, write_file
+from diffumask_fast.decoding import timed_decoding
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.planner import plan
 from diffumask_fast.prompts.vocabulary import ClassEntry, Vocabulary
-from diffumask_fast.results import timed_decoding
 
 logger = logging.getLogger("diffumask_fast")
 SIDE = 512

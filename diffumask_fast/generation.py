@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from diffumask_fast import __version__
 from diffumask_fast.attention.phrases import PhraseNotFound, phrase_columns
+from diffumask_fast.dataset.background import Background
 from diffumask_fast.dataset.preview import write_preview
 from diffumask_fast.dataset.run import open_run
 from diffumask_fast.errors import DiffuMaskError
@@ -100,27 +101,27 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Any]) -> di
 
 
 def _draw_missing(run, pipe, options, resolved, batch_size, size, progress) -> tuple[int, float]:
-    """Draw and write the shards that are not there; return the number of images and the seconds spent writing."""
-    missing, total, drawn, writing = run.missing_shards(), len(run.requests), 0, 0.0
-    with progress(total) as bar:
+    """Draw and write the missing shards; return the number of images, and for how long writing held up the drawing."""
+    missing, total, drawn = run.missing_shards(), len(run.requests), 0
+    with progress(total) as bar, Background(run, 2 * batch_size) as background:
         task = bar.add_task("drawing", total=total, completed=total - sum(len(part) for _, part in missing))
         for index, part in missing:
-            results = []
+            first = []
             for result in pipe.stream(
                 part, batch_size, options.mask, num_phrases=options.classes_per_image,
                 num_inference_steps=resolved["steps"], guidance_scale=resolved["guidance_scale"],
                 height=size[0], width=size[1],
             ):  # fmt: skip
-                results.append(result)
+                background.add(result)
                 bar.advance(task)
                 drawn += 1
-                if index == 0 and len(results) == min(max(batch_size, FEWEST), len(part)):
-                    _check_first_batch(results)
-            start = time.perf_counter()
-            run.write(index, results)
-            writing += time.perf_counter() - start
-            logger.info("shard %d written, %d images", index, len(results))
-    return drawn, writing
+                if index == 0 and len(first) < (enough := min(max(batch_size, FEWEST), len(part))):
+                    first.append(result)
+                    if len(first) == enough:
+                        _check_first_batch(first)
+            background.end_shard(index)
+            logger.info("shard %d drawn, %d images", index, len(part))
+    return drawn, background.waited
 
 
 def _check_numbers(options: GenerateOptions) -> None:

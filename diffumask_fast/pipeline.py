@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,10 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import Tensor
 
 from diffumask_fast.attention.collect import collect_maps
-from diffumask_fast.attention.tap import Levels
 from diffumask_fast.compiled import compile_pipe
+from diffumask_fast.decoding import decode, decodes_later, timed_decoding
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.loading import (
     ModelInfo,
@@ -34,30 +35,12 @@ from diffumask_fast.loading import (
 from diffumask_fast.masks.accept import NOT_FINITE, rejections
 from diffumask_fast.masks.make import make_masks, quantise_maps
 from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.overlap import IN_FLIGHT, Beside, to_host
 from diffumask_fast.prompts.request import Request
-from diffumask_fast.prompts.vocabulary import names_in, phrases_and_ids
-from diffumask_fast.results import Output, Result, Seconds, timed_decoding
+from diffumask_fast.prompts.vocabulary import names_of, phrases_and_ids
+from diffumask_fast.results import Denoised, Drawn, Output, Result, Seconds
 
 TAKEN = {"prompt", "negative_prompt", "generator", "latents", "output_type", "return_dict", "num_images_per_prompt"}
-
-
-@dataclass
-class _Drawn:
-    """One batch on its way: what a call of the diffusers pipeline gave and what became of it."""
-
-    images: Tensor  # [B, H, W, 3] uint8
-    finite: list[bool]
-    pixels: Tensor  # [B, 3, H, W] in 0..1, as diffusers gives it
-    mask: Tensor
-    quality: Tensor  # [B, K], as ids
-    class_maps: Tensor
-    levels: Levels
-    ids: Tensor  # [B, K], 0 where there is no class
-
-    def qualities(self) -> list[list[float]]:
-        """Return the quality of each image's own classes."""
-        counts = (self.ids > 0).sum(1).tolist()
-        return [row[:count] for row, count in zip(self.quality.tolist(), counts, strict=True)]
 
 
 class DiffuMaskPipeline:
@@ -191,15 +174,18 @@ class DiffuMaskPipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
         if not prompts and kwargs.get("prompt_embeds") is None:
             raise DiffuMaskError("There is nothing to draw: give at least one prompt.")
-        names = self._classes(prompts, classes, kwargs)
+        if classes is None and not prompts:
+            raise DiffuMaskError("With prompt_embeds the words are unknown: say classes= and token_indices=.")
+        names = names_of(prompts, classes, len(prompts) or kwargs["prompt_embeds"].shape[0])
         if prompts and isinstance(kwargs.get("negative_prompt"), str):
             kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
         repeat = kwargs.get("num_images_per_prompt") or 1
         generator = self._generators(seeds, generator, len(names) * repeat)
         options = self.mask_options(mask)
-        drawn = self._draw(
+        denoised = self._denoise(
             prompts or None, names, options, repeat, generator=generator, token_indices=token_indices, **kwargs
         )
+        drawn = self._finish(denoised, options)
         images = self.pipe.image_processor.pt_to_numpy(drawn.pixels) if output_type != "pt" else drawn.pixels
         if output_type == "pil":
             images = [Image.fromarray(image) for image in drawn.images.cpu().numpy()]
@@ -247,23 +233,31 @@ class DiffuMaskPipeline:
 
     def _batches(self, requests, size, options, num_phrases, kwargs) -> Iterator[Result]:
         negated = any(request.negative_prompt for request in requests)
-        for start in range(0, len(requests), size):
-            batch = requests[start : start + size]
-            # without any negative prompt, the pipeline's own default holds
-            negative = {"negative_prompt": [request.negative_prompt for request in batch]} if negated else {}
-            yield from self._results(batch, options, num_phrases, kwargs | negative)
+        waiting: deque[Future] = deque()
+        with Beside(self.device) as beside:
+            for start in range(0, len(requests), size):
+                batch = requests[start : start + size]
+                # without any negative prompt, the pipeline's own default holds
+                negative = {"negative_prompt": [request.negative_prompt for request in batch]} if negated else {}
+                with _quiet(self.pipe):
+                    denoised = self._denoise(
+                        [request.prompt for request in batch], [list(request.phrases) for request in batch], options,
+                        generator=self._generators([request.seed for request in batch], None, len(batch)),
+                        class_ids=[request.class_ids for request in batch], num_phrases=num_phrases,
+                        **kwargs, **negative,
+                    )  # fmt: skip
+                waiting.append(beside.submit(partial(self._results, batch, denoised, options)))
+                while waiting and (len(waiting) == IN_FLIGHT or waiting[0].done()):
+                    yield from waiting.popleft().result()
+            for future in waiting:
+                yield from future.result()
 
-    def _results(self, batch, options, num_phrases, kwargs) -> list[Result]:
-        with _quiet(self.pipe):
-            drawn = self._draw(
-                [request.prompt for request in batch], [list(request.phrases) for request in batch], options,
-                generator=self._generators([request.seed for request in batch], None, len(batch)),
-                class_ids=[request.class_ids for request in batch], num_phrases=num_phrases, **kwargs,
-            )  # fmt: skip
+    def _results(self, batch, denoised, options) -> list[Result]:
+        drawn = self._finish(denoised, options)
         names = [request.phrases for request in batch]
         reasons = rejections(drawn.images, drawn.mask, drawn.ids, names, options, drawn.quality)
         reasons = [reason if finite else NOT_FINITE for reason, finite in zip(reasons, drawn.finite, strict=True)]
-        images, masks, maps = (tensor.cpu().numpy() for tensor in (drawn.images, drawn.mask, drawn.class_maps))
+        images, masks, maps = to_host(drawn.images, drawn.mask, drawn.class_maps)
         quality = drawn.qualities()
         return [
             Result(
@@ -273,10 +267,10 @@ class DiffuMaskPipeline:
             for row, request in enumerate(batch)
         ]  # fmt: skip
 
-    def _draw(
+    def _denoise(
         self, prompts, names, options, repeat=1, *, class_ids=None, num_phrases=None, token_indices=None, **kwargs
-    ) -> _Drawn:
-        """The flow: phrase columns, denoise while the store fills, decode, class maps, masks."""
+    ) -> Denoised:
+        """The first half of the flow: phrase columns, denoise while the store fills."""
         kwargs.setdefault("num_inference_steps", self.info.num_inference_steps)
         kwargs.setdefault("guidance_scale", self.info.guidance_scale)
         check_size(self.pipe, kwargs.get("height"), kwargs.get("width"))
@@ -286,20 +280,31 @@ class DiffuMaskPipeline:
             size = self.size(kwargs.get("height"), kwargs.get("width"))
             self.engine.limits.check(len(ids), *size, width, options.propagate)
         ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids]).repeat_interleave(repeat, 0)
-        start = time.perf_counter()
-        with torch.no_grad(), timed_decoding(self.pipe, self.seconds):
-            before = self.seconds.decode
+        later = self.engine is None and decodes_later(self.pipe)
+        start, before = time.perf_counter(), self.seconds.decode
+        with torch.no_grad(), nullcontext() if later else timed_decoding(self.pipe, self.seconds):
             settings = {"propagate": options.propagate, "pad_to": width, "token_indices": token_indices}
             with collect_maps(self.pipe, phrases, **settings) as store:
-                pixels = self.pipe(prompts, output_type="pt", return_dict=False, **kwargs)[0]
-            self.seconds.denoise += time.perf_counter() - start - (self.seconds.decode - before)
-            start = time.perf_counter()
-            finite = pixels.isfinite().flatten(1).all(1)
-            images = (pixels.nan_to_num(0).permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8)
-            class_maps = quantise_maps(store.class_maps(options))
-            mask, _, quality = make_masks(class_maps, images, options, ids)
-            drawn = _Drawn(images, finite.tolist(), pixels, mask, quality, class_maps, store.levels, ids)
-            self.seconds.masks += time.perf_counter() - start
+                kind = "latent" if later else "pt"
+                found = self.pipe(prompts, output_type=kind, return_dict=False, **kwargs)[0]
+        if found.is_cuda:
+            torch.cuda.current_stream(found.device).synchronize()
+        in_call = 0 if later else self.seconds.decode - before
+        self.seconds.denoise += time.perf_counter() - start - in_call
+        return Denoised(found, later, store, ids)
+
+    @torch.no_grad()
+    def _finish(self, denoised: Denoised, options: MaskOptions) -> Drawn:
+        """The second half: decode, class maps, masks."""
+        store, ids = denoised.store, denoised.ids
+        pixels = decode(self.pipe, denoised.found, self.seconds) if denoised.is_latent else denoised.found
+        start = time.perf_counter()
+        finite = pixels.isfinite().flatten(1).all(1)
+        images = (pixels.nan_to_num(0).permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8)
+        class_maps = quantise_maps(store.class_maps(options))
+        mask, _, quality = make_masks(class_maps, images, options, ids)
+        drawn = Drawn(images, finite.tolist(), pixels, mask, quality, class_maps, store.levels, ids)
+        self.seconds.masks += time.perf_counter() - start
         return drawn
 
     def mask_options(self, mask: MaskOptions | None) -> MaskOptions:
@@ -354,27 +359,6 @@ class DiffuMaskPipeline:
             },
             **more,
         }  # fmt: skip
-
-    def _classes(self, prompts, classes, kwargs) -> list[list[str]]:
-        count = len(prompts) or kwargs["prompt_embeds"].shape[0]
-        if classes is None and not prompts:
-            raise DiffuMaskError("With prompt_embeds the words are unknown: say classes= and token_indices=.")
-        if classes is None:
-            names = [names_in(prompt) for prompt in prompts]
-            for prompt, found in zip(prompts, names, strict=True):
-                if not found:
-                    raise DiffuMaskError(f'No known class is named in "{prompt[:80]}": say classes=[["..."]].')
-            return names
-        if isinstance(classes, str):
-            classes = [classes]
-        rows = [[row] if isinstance(row, str) else list(row) for row in classes]
-        if all(isinstance(row, str) for row in classes):
-            rows = [[str(row) for row in classes]]
-        if len(rows) == 1:
-            rows = rows * count
-        if len(rows) != count or not all(rows):
-            raise DiffuMaskError(f"There are {count} prompts and {len(rows)} lists of classes: give one list for each.")
-        return rows
 
     def _generators(self, seeds, generator, count):
         if seeds is None:

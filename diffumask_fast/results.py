@@ -1,20 +1,44 @@
-"""What drawing gives: the output of a call, the results of a stream, and where the seconds went."""
+"""What drawing gives, half done and done, and where the seconds went."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from diffumask_fast.attention.tap import Levels
 from diffumask_fast.prompts.request import Request
+
+
+@dataclass
+class Denoised:
+    """What a call of the diffusers pipeline gave: latents to decode, or pixels [B, 3, H, W]; and the maps."""
+
+    found: Tensor
+    is_latent: bool
+    store: Any
+    ids: Tensor  # [B, K], 0 where there is no class
+
+
+@dataclass
+class Drawn:
+    """One finished batch."""
+
+    images: Tensor  # [B, H, W, 3] uint8
+    finite: list[bool]
+    pixels: Tensor  # [B, 3, H, W] in 0..1, as diffusers gives it
+    mask: Tensor
+    quality: Tensor  # [B, K], as ids
+    class_maps: Tensor
+    levels: Levels
+    ids: Tensor  # [B, K], 0 where there is no class
+
+    def qualities(self) -> list[list[float]]:
+        """Return the quality of each image's own classes."""
+        counts = (self.ids > 0).sum(1).tolist()
+        return [row[:count] for row, count in zip(self.quality.tolist(), counts, strict=True)]
 
 
 @dataclass
@@ -55,7 +79,7 @@ class Result:
 
 @dataclass
 class Seconds:
-    """Seconds by stage since the pipeline was made."""
+    """Seconds by stage since the pipeline was made; on CUDA a stream decodes and masks beside the next denoising."""
 
     denoise: float = 0.0
     decode: float = 0.0
@@ -64,32 +88,3 @@ class Seconds:
     def as_dict(self) -> dict[str, float]:
         """Return the stages by name."""
         return dict(vars(self))
-
-
-@contextmanager
-def timed_decoding(pipe: DiffusionPipeline, seconds: Seconds) -> Iterator[None]:
-    """Time the VAE's decoder, and hand the VAE its own dtype (an fp32 VAE beside an fp16 UNet)."""
-    kept = {name: vars(pipe.vae).get(name) for name in ("encode", "decode")}
-
-    def in_own_dtype(method: Any, stage: str) -> Any:
-        def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return method(tensor.to(next(pipe.vae.parameters()).dtype), *args, **kwargs)
-            finally:
-                if tensor.is_cuda:
-                    torch.cuda.synchronize(tensor.device)
-                if stage == "decode":
-                    seconds.decode += time.perf_counter() - start
-
-        return call
-
-    try:
-        for name in kept:
-            setattr(pipe.vae, name, in_own_dtype(getattr(pipe.vae, name), name))
-        yield
-    finally:
-        for name, own in kept.items():
-            vars(pipe.vae).pop(name, None)
-            if own is not None:
-                setattr(pipe.vae, name, own)

@@ -6,7 +6,9 @@ The account is arithmetic and takes no time; the table of registers compiles eve
 here, which takes about five minutes.
 """
 
+import itertools
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +16,13 @@ import torch
 
 from diffumask_fast.kernels import tuned
 from diffumask_fast.kernels.attend_triton import constants, two_powers
-from diffumask_fast.kernels.variants import CAPABILITIES, uses_tensor_cores, variants
+from diffumask_fast.kernels.transients import FORMS, transient
+from diffumask_fast.kernels.variants import CAPABILITIES, variants
 
 KEYS = 77
+PHRASES = (1, 5, 16)  # of the page's columns
+BOUND = 0.002  # what maps may add
+PROPAGATED = 1024  # pixels of a level up to which self-attention carries the maps
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,7 @@ def mean_field(height: int, width: int, candidates: int, labels: int, window: in
 def account() -> str:
     """Return the arithmetic part of the page."""
     filter_costs, step_costs = guided_filter(512, 512, 1, 32), mean_field(512, 512, 8, 2, 11)
-    parts = [_HEAD, *map(_attention_table, MODELS), _overhead_table()]
+    parts = [_HEAD, *map(_attention_table, MODELS), _overhead_table(), _transient_table(MODELS[0])]
     parts += [_launch_table(_FILTER, filter_costs), _launch_table(_STEP, step_costs)]
     return "\n\n".join(parts) + "\n"
 
@@ -201,12 +207,35 @@ def _attention_table(model: Model) -> str:
 
 
 def _overhead_table() -> str:
-    lines = [_MAPS, "", "| | " + " | ".join(f"K = {num}, {g.name}" for num in (1, 4, 16) for g in GPUS) + " |"]
-    lines.append("|" + " --- |" * (1 + 3 * len(GPUS)))
+    lines = [_MAPS, "", "| | " + " | ".join(f"K = {num}, {g.name}" for num in PHRASES for g in GPUS) + " | most K |"]
+    lines.append("|" + " --- |" * (2 + len(PHRASES) * len(GPUS)))
     for model in MODELS:
-        cases = [(model, num, gpu) for num in (1, 4, 16) for gpu in GPUS]
+        cases = [(model, num, gpu) for num in PHRASES for gpu in GPUS]
         for name, share in ((model.name, overhead), ("without any overlap", overhead_at_most)):
-            lines.append(f"| {name} | " + " | ".join(f"{100 * share(*case):.3f} %" for case in cases) + " |")
+            shares = " | ".join(f"{100 * share(*case):.3f} %" for case in cases)
+            most = " and ".join(str(most_phrases(share, model, gpu)) for gpu in GPUS)
+            lines.append(f"| {name} | {shares} | {most} |")
+    return "\n".join(lines)
+
+
+def most_phrases(share: Callable[[Model, int, Gpu], float], model: Model, gpu: Gpu) -> int:
+    """Return how many phrases keep a share of `overhead` or `overhead_at_most` within BOUND, up to all 77 tokens."""
+    return sum(1 for _ in itertools.takewhile(lambda num: share(model, num, gpu) <= BOUND, range(1, KEYS + 1)))
+
+
+def _transient_table(model: Model) -> str:
+    lines = [_TRANSIENTS, "", "| attention | pixels | heads x size | " + " | ".join(FORMS) + " |"]
+    lines.append("|" + " --- |" * (3 + len(FORMS)))
+    largest = dict.fromkeys(FORMS, 0)
+    for kind in ("cross", "self"):
+        for layer in model.layers:
+            keys, num = (KEYS, 1) if kind == "cross" else (layer.pixels, int(layer.pixels <= PROPAGATED))
+            shape = {"pixels": layer.pixels, "keys": keys, "heads": layer.heads, "head_dim": layer.head_dim}
+            found = {form: transient(form, rows=2, num=num, **shape) for form in FORMS}
+            largest = {form: max(largest[form], found[form]) for form in FORMS}
+            sizes = " | ".join(f"{value / 1e6:.2f}" for value in found.values())
+            lines.append(f"| {kind} | {layer.pixels} | {layer.heads} x {layer.head_dim} | {sizes} |")
+    lines.append("| largest | | | " + " | ".join(f"{value / 1e6:.2f}" for value in largest.values()) + " |")
     return "\n".join(lines)
 
 
@@ -222,14 +251,15 @@ def _launch_table(text: str, costs: dict[str, Cost]) -> str:
 
 def compiled() -> str:
     """Return the table of what each kernel needs on each architecture, by compiling them all."""
-    lines = [_COMPILED, "", "| kernel | dtype | D | keys | " + " | ".join(f"sm_{c}" for c in CAPABILITIES) + " |"]
-    lines.append("|" + " --- |" * (4 + len(CAPABILITIES)))
+    names = " | ".join(f"sm_{capability}" for capability in CAPABILITIES)
+    lines = [_COMPILED, "", f"| kernel | dtype | D | keys | {names} | matrix |"]
+    lines.append("|" + " --- |" * (5 + len(CAPABILITIES)))
     for variant in variants():
         needs = [variant.needs(capability) for capability in CAPABILITIES]
-        cells = (f"{n.registers} / {n.shared / 1024:.1f} / {n.spills}" for n in needs)
-        tensor = " *" if all(map(uses_tensor_cores, needs)) else ""
+        cells = " | ".join(f"{n.registers} / {n.shared / 1024:.1f} / {n.spills}" for n in needs)
+        matrix = ", ".join(dict.fromkeys(name for need in needs for name in need.matrix))
         sizes = f"{variant.head_dim or ''} | {variant.keys or ''}"
-        lines.append(f"| {variant.kernel}{tensor} | {variant.dtype} | {sizes} | {' | '.join(cells)} |")
+        lines.append(f"| {variant.kernel} | {variant.dtype} | {sizes} | {cells} | {matrix} |")
     return "\n".join(lines) + "\n"
 
 
@@ -254,7 +284,19 @@ _MAPS = """\
 
 For K phrases, beside the UNet of the guided pair at 989 TFLOP/s: probabilities summed over heads, 16 columns at a time
 in fp32, maps read and written in fp32 (and once for each group of heads where a small layer splits them). The first
-line is the roofline's: memory binds, and the additions run beside it. The second adds up all of it."""
+line is the roofline's: memory binds, and the additions run beside it. The second adds up all of it. The last column is
+the number of phrases up to which a line stays within 0.2 %, on H100 and H200: 17 on SD1.5's roofline, more on the
+others'; 8 if nothing overlapped, 16 in SD2.1 and SDXL."""
+
+_TRANSIENTS = """\
+### What a layer holds for a moment
+
+The most MB that live at once in one layer beside its q, k, v and the maps, its output among them: fp32, a guided pair
+of SD1.5, one phrase, propagated in self-attention of at most 1024 pixels. `eager` (`impl="reference"`) writes scores
+and probabilities; `sdpa` pads q, k, v and the output to head sizes that are multiples of 8; `triton` writes its output
+and, where heads are split, a part of the maps for each group, and leaves more than 128 keys to `sdpa`. The figures are
+arithmetic; `tests/test_transients.py` and, while denoising, `tests/test_memory.py` measure the same to the byte on a
+CPU, of `triton` what its launcher allocates. What a kernel of torch allocates within itself is in neither."""
 
 _FILTER = """\
 ## The guided filter
@@ -274,9 +316,11 @@ _COMPILED = """\
 ## What each kernel needs
 
 Registers of a thread / shared memory in KiB / spilled bytes, compiled ahead of time with the configuration that
-`tuned.json` holds for unknown devices. * has tensor-core instructions on all five. Limits: 255 registers; 163, 99, 99,
-227 and 227 KiB. fp32 has no exact tensor-core product and unrolls, so large fp32 heads spill: `auto` leaves them to
-torch unless a device's measurement says otherwise."""
+`tuned.json` holds for unknown devices. The last column names the tensor-core instructions in the machine code, on
+Ampere and Ada, Hopper and Blackwell where they differ. Limits: 255 registers; 163, 99, 99, 227 and 227 KiB. fp32 has no
+exact tensor-core product and unrolls, so heads of 160 spill: `auto` leaves fp32 to torch unless a device's measurement
+says otherwise. In fp16, tiles of 16 pixels would hold heads of 160 without the few bytes that spill, and read k and v
+twice as often; with 128 keys, where more spilled, they are taken."""
 
 
 def main() -> None:

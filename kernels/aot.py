@@ -1,8 +1,9 @@
-"""Compile kernels for GPUs that are not here, and read what they need: shared memory, registers, spills."""
+"""Compile kernels for GPUs that are not here, and read what they need and what they use of the tensor cores."""
 
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,22 @@ from triton.compiler import ASTSource
 
 # Shared memory that one program may have, bytes, by compute capability (CUDA programming guide, table of limits).
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
+# What runs on tensor cores, in machine code: Ampere's and Ada's (everywhere in small tiles), Hopper's, Blackwell's.
+MATRIX = ("HMMA", "HGMMA", "UTCHMMA")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What one compiled kernel needs: bytes of shared memory, registers of a thread, spilled bytes; its assembly."""
+    """What one compiled kernel needs: bytes of shared memory, registers of a thread, spilled bytes.
+
+    `matrix` counts the tensor-core instructions of its machine code by name, as in {"HGMMA": 13}.
+    """
 
     shared: int
     registers: int
     spills: int
-    ptx: str
+    matrix: dict[str, int]
 
 
 def compile_for(
@@ -51,20 +57,26 @@ def compile_for(
     )  # fmt: skip
     options = {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, spills = _assemble(compiled.asm["ptx"], capability)
-    return Needs(compiled.metadata.shared, registers, spills, compiled.asm["ptx"])
+    return Needs(compiled.metadata.shared, *_assemble(compiled.asm["ptx"], capability))
 
 
-def _assemble(ptx: str, capability: int) -> tuple[int, int]:
-    """Return registers and spilled bytes as ptxas tells them; without a driver Triton does not."""
+def _assemble(ptx: str, capability: int) -> tuple[int, int, dict[str, int]]:
+    """Return registers and spilled bytes as ptxas tells them (Triton needs a driver), and matrix instructions."""
     tool = _TOOLS / ("ptxas" if capability < 100 else "ptxas-blackwell")
     target = re.search(r"\.target (\w+)", ptx).group(1)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.ptx"
+        file, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         file.write_text(ptx, "utf-8")
-        command = [tool, "-v", f"-arch={target}", file, "-o", Path(folder) / "kernel.cubin"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        told = _run(tool, "-v", f"-arch={target}", file, "-o", binary).stderr
+        code = _run(_TOOLS / "nvdisasm", "-c", binary).stdout
+    numbers = (re.search(pattern, told) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
+    registers, spills = (int(found.group(1)) for found in numbers)
+    counts = Counter(re.findall(rf"\b({'|'.join(MATRIX)})\b", code))
+    return registers, spills, dict(counts)
+
+
+def _run(*command: object) -> subprocess.CompletedProcess:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    numbers = (re.search(pattern, done.stderr) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
-    return tuple(int(found.group(1)) for found in numbers)
+    return done

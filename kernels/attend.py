@@ -57,13 +57,16 @@ def attend(
         >>> out, maps = attend(q, k, k, torch.eye(5)[None, :, :2], heads=2, first_conditional=1)
         >>> maps.shape, round(maps.max().item(), 3)
         (torch.Size([1, 2, 4]), 0.2)
+
+    Raises:
+        DiffuMaskError: the shapes do not fit each other, or impl is unknown or cannot run here.
     """
     if impl not in IMPLS:
         raise DiffuMaskError(f"impl is {impl!r}, here there are: {', '.join(IMPLS)}")
-    if q.shape[-1] % heads:
+    if heads < 1 or q.shape[-1] % heads:
         raise DiffuMaskError(f"{q.shape[-1]} channels cannot be split into {heads} heads")
-    if columns is not None and columns.shape[1] != k.shape[1]:
-        raise DiffuMaskError(f"columns are for {columns.shape[1]} keys, there are {k.shape[1]}")
+    if not torch.compiler.is_compiling():  # there a comparison of sizes would become a guard
+        _check(q, k, v, columns, first_conditional, maps)
     scale = (q.shape[-1] // heads) ** -0.5 if scale is None else scale
     if impl == "auto":
         impl = _faster(q, k, columns, heads, mask)
@@ -124,6 +127,23 @@ def cross_attention_maps(
     return out
 
 
+def _check(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None, first: int, maps: Tensor | None) -> None:
+    """Refuse what a kernel would read or write beyond, and what torch would broadcast."""
+    if q.ndim != 3 or k.shape != v.shape or k.shape != (q.shape[0], *k.shape[1:2], q.shape[2]):
+        shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
+        raise DiffuMaskError(f"attend takes q [B, N, H*D], k and v [B, T, H*D], not {shapes}")
+    if columns is None:
+        return
+    if columns.ndim != 3 or columns.shape[1] != k.shape[1]:
+        raise DiffuMaskError(f"columns {list(columns.shape)} are not [Bc, T, K] for {k.shape[1]} keys")
+    rows = columns.shape[0]
+    if not 0 <= first <= q.shape[0] - rows:
+        raise DiffuMaskError(f"rows {first} to {first + rows} own the columns, there are {q.shape[0]} rows")
+    if maps is not None and maps.shape != (rows, columns.shape[2], q.shape[1]):
+        wanted = [rows, columns.shape[2], q.shape[1]]
+        raise DiffuMaskError(f"the maps to add to are {list(maps.shape)}, these columns give {wanted}")
+
+
 def _faster(q: Tensor, k: Tensor, columns: Tensor | None, heads: int, mask: Tensor | None) -> str:
     """Return "triton" where it can run and was measured to be the faster one."""
     if columns is None or mask is not None or not q.is_cuda or torch.compiler.is_exporting():
@@ -151,6 +171,11 @@ def _triton(
 
     if columns is None or mask is not None:
         raise DiffuMaskError("impl 'triton' takes columns and no mask: use 'sdpa'")
+    if q.dtype not in tuned.DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise DiffuMaskError(
+            f"impl 'triton' takes q, k, v of one dtype, {', '.join(tuned.DTYPES.values())}, not {q.dtype}, {k.dtype}, "
+            f"{v.dtype}: use 'sdpa'"
+        )
     if k.shape[1] > MAX_KEYS:
         raise DiffuMaskError(f"impl 'triton' takes {MAX_KEYS} keys at most, not {k.shape[1]}: use 'sdpa'")
     if not (q.is_cuda or interpreted()):

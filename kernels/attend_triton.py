@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from diffumask_fast.kernels import tuned
+from diffumask_fast.kernels.attend import MAX_KEYS
 from diffumask_fast.kernels.record import interpreted
 
 COLUMNS = 16  # columns that meet the probabilities at a time
@@ -124,22 +125,29 @@ def add_parts_kernel(Parts, Maps, size, GROUPS: tl.constexpr, BLOCK: tl.constexp
     tl.store(Maps + at, total, mask=keep)
 
 
-def constants(pixels: int, keys: int, heads: int, head_dim: int, num: int, block: int) -> dict[str, int | bool]:
-    """Return the kernel's compile-time arguments, but for UP: a function of the layer alone, never of the batch."""
+def constants(
+    pixels: int, keys: int, heads: int, head_dim: int, num: int, block: int, widest: int = MAX_KEYS
+) -> dict[str, int | bool]:
+    """Return the kernel's compile-time arguments, but for UP: a function of the layer alone, never of the batch.
+
+    `widest` bounds the first part of the keys: in fp32, whose products unroll, two of 64 keep in registers what one of
+    128 spills.
+    """
     groups, blocks = 1, triton.cdiv(pixels, block)
     if blocks < MANY_BLOCKS:
         splits = [split for split in range(1, heads + 1) if heads % split == 0]
         groups = next((split for split in splits if blocks * split >= PROGRAMS), heads)
-    (t1, t2), (d1, d2) = two_powers(keys), two_powers(head_dim)
+    (t1, t2), (d1, d2) = two_powers(keys, widest), two_powers(head_dim)
     return {
         "T": keys, "H": heads, "D": head_dim, "NUM": num, "GROUP": heads // groups, "BM": block,
         "T1": t1, "T2": t2, "D1": d1, "D2": d2, "KB": COLUMNS, "ADD": groups == 1,
     }  # fmt: skip
 
 
-def two_powers(size: int) -> tuple[int, int]:
-    """Cover a size with two powers of two, each at least 16: 77 with 64 and 16, 40 with 32 and 16."""
+def two_powers(size: int, widest: int | None = None) -> tuple[int, int]:
+    """Cover a size with two powers of two, each at least 16, the first at most `widest`: 77 with 64 and 16."""
     first = max(16, 1 << (size.bit_length() - 1))
+    first = min(first, widest or first)
     return first, max(16, triton.next_power_of_2(max(size - first, 1)))
 
 
@@ -188,7 +196,7 @@ def attend(
         "attend", q.device, dtype=tuned.DTYPES[q.dtype], heads=heads, head_dim=head_dim, pixels=pixels, keys=keys
     )  # fmt: skip
     block = config.pop("block")
-    fixed = constants(pixels, keys, heads, head_dim, num, block)
+    fixed = constants(pixels, keys, heads, head_dim, num, block, config.pop("widest", MAX_KEYS))
     groups = heads // fixed["GROUP"]
     out = torch.empty(rows, pixels, width, dtype=q.dtype, device=q.device)
     parts = maps if groups == 1 else torch.empty(groups, *maps.shape, device=q.device)

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels import reference, tuned
@@ -38,30 +37,58 @@ def guided_filter(guide: Tensor, maps: Tensor, radius: int, eps: float, impl: st
         >>> guided_filter(torch.rand(1, 3, 9, 7), torch.rand(1, 2, 9, 7), radius=2, eps=1e-3).shape
         torch.Size([1, 2, 9, 7])
     """
-    _check(guide, maps, radius, eps)
-    if impl not in IMPLS:
-        raise DiffuMaskError(f"impl is {impl!r}, here there are: {', '.join(IMPLS)}")
-    if impl == "auto":
-        tell = maps.is_cuda and not torch.compiler.is_exporting()
-        size = {"height": maps.shape[2], "width": maps.shape[3]}
-        impl = tuned.impl("guided_filter", maps.device, **size) if tell else "torch"
-    note("guided_filter", impl)
-    if impl == "triton":
-        return _triton(guide, maps, radius, eps)
-    return (reference.guided_filter if impl == "reference" else filter_planes)(guide, maps, radius, eps)
+    return GuidedFilter(guide, radius, eps, impl)(maps)
+
+
+class GuidedFilter:
+    """`guided_filter` for several maps, one after the other, that share a guide: its statistics are taken once.
+
+    Args:
+        guide, radius, eps, impl: as `guided_filter`.
+    """
+
+    def __init__(self, guide: Tensor, radius: int, eps: float, impl: str = "auto") -> None:
+        _check_guide(guide, radius, eps)
+        if impl not in IMPLS:
+            raise DiffuMaskError(f"impl is {impl!r}, here there are: {', '.join(IMPLS)}")
+        self.guide, self.radius, self.eps, self.impl = guide, radius, eps, impl
+        self._statistics: tuple | None = None
+
+    def __call__(self, maps: Tensor) -> Tensor:
+        """Filter [B, K, H, W]."""
+        _check_maps(self.guide, maps)
+        impl = self.impl
+        if impl == "auto":
+            tell = maps.is_cuda and not torch.compiler.is_exporting()
+            size = {"height": maps.shape[2], "width": maps.shape[3]}
+            impl = tuned.impl("guided_filter", maps.device, **size) if tell else "torch"
+        note("guided_filter", impl)
+        if not maps.numel():
+            return torch.empty_like(maps, dtype=torch.float32)
+        if impl == "torch":
+            self._statistics = self._statistics or _statistics(self.guide, self.radius, self.eps)
+            return _filter(self._statistics, maps, self.radius)
+        return (reference.guided_filter if impl == "reference" else _triton)(self.guide, maps, self.radius, self.eps)
 
 
 def filter_planes(guide: Tensor, maps: Tensor, radius: int, eps: float) -> Tensor:
     """Filter in torch, for arguments that `guided_filter` has checked."""
-    guide, maps = guide.float(), maps.float()
-    size_b, size_k, height, width = maps.shape
+    return _filter(_statistics(guide, radius, eps), maps, radius)
+
+
+def _statistics(guide: Tensor, radius: int, eps: float) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Return the centred guide, its means [B, 3, H, W], and its covariance, factored."""
+    guide = guide.float()
     # a shift of the guide changes nothing but the rounding of its variances
     guide = guide - guide.mean((2, 3), keepdim=True)
-
     pairs = guide[:, _ROWS] * guide[:, _COLUMNS]
     mean, second = _box_mean(torch.cat([guide, pairs], 1), radius).split([3, 6], 1)
-    factors = _factor(second - mean[:, _ROWS] * mean[:, _COLUMNS], eps)
+    return guide, mean, _factor(second - mean[:, _ROWS] * mean[:, _COLUMNS], eps)
 
+
+def _filter(statistics: tuple[Tensor, Tensor, tuple[Tensor, ...]], maps: Tensor, radius: int) -> Tensor:
+    (guide, mean, factors), maps = statistics, maps.float()
+    size_b, size_k, height, width = maps.shape
     products = guide[:, None] * maps[:, :, None]  # [B, K, 3, H, W]
     planes = torch.cat([maps[:, :, None], products], 2).flatten(1, 2)
     planes = _box_mean(planes, radius).view(size_b, size_k, 4, height, width)
@@ -84,13 +111,16 @@ def _triton(guide: Tensor, maps: Tensor, radius: int, eps: float) -> Tensor:
     return operators.launch_guided_filter(guide, maps, radius, eps)
 
 
-def _check(guide: Tensor, maps: Tensor, radius: int, eps: float) -> None:
+def _check_guide(guide: Tensor, radius: int, eps: float) -> None:
     if guide.ndim != 4 or guide.shape[1] != 3:
         raise DiffuMaskError(f"guided_filter takes a guide [B, 3, H, W], not {list(guide.shape)}")
+    if radius < 1 or not eps > 0:
+        raise DiffuMaskError(f"guided_filter takes radius >= 1 and eps > 0, not {radius} and {eps}")
+
+
+def _check_maps(guide: Tensor, maps: Tensor) -> None:
     if maps.ndim != 4 or maps.shape[0] != guide.shape[0] or maps.shape[2:] != guide.shape[2:]:
         raise DiffuMaskError(f"guided_filter: maps {list(maps.shape)} do not fit the guide {list(guide.shape)}")
-    if radius < 1 or eps <= 0:
-        raise DiffuMaskError(f"guided_filter takes radius >= 1 and eps > 0, not {radius} and {eps}")
 
 
 def _box_mean(planes: Tensor, radius: int) -> Tensor:
@@ -100,12 +130,16 @@ def _box_mean(planes: Tensor, radius: int) -> Tensor:
 
 def _line_mean(planes: Tensor, radius: int, dim: int) -> Tensor:
     length = planes.shape[dim]
-    sums = F.pad(planes.cumsum(dim), (1, 0) if dim == 3 else (0, 0, 1, 0))
+    radius = min(radius, length - 1)
+    sums = planes.cumsum(dim)
+    means = torch.empty_like(sums)
+    means.narrow(dim, 0, length - radius).copy_(sums.narrow(dim, radius, length - radius))
+    means.narrow(dim, length - radius, radius).copy_(sums.narrow(dim, length - 1, 1))
+    rest = length - radius - 1
+    means.narrow(dim, radius + 1, rest).sub_(sums.narrow(dim, 0, rest))
     index = torch.arange(length, device=planes.device)
-    low, high = (index - radius).clamp(min=0), (index + radius + 1).clamp(max=length)
-    count = (high - low).to(planes.dtype)
-    count = count if dim == 3 else count[:, None]
-    return (sums.index_select(dim, high) - sums.index_select(dim, low)) / count
+    count = (index + radius + 1).clamp(max=length) - (index - radius).clamp(min=0)
+    return means.div_(count if dim == 3 else count[:, None])
 
 
 def _factor(covariance: Tensor, eps: float) -> tuple[Tensor, ...]:

@@ -56,11 +56,14 @@ def mean_field(
         >>> mean_field(q, -q.log(), guide, window=3).sum(2).allclose(torch.ones(1, 1, 8, 8))
         True
     """
-    _check(q, unary, guide, window, dilation, bilateral, gaussian, impl)
+    _check(q, unary, guide, gaussian, norm, impl)
+    _check_window(guide, window, dilation, bilateral)
     if impl == "auto":
         tell = q.is_cuda and not torch.compiler.is_exporting()
         impl = tuned.impl("mean_field", q.device, window=window) if tell else "torch"
     note("mean_field", impl)
+    if not q.numel():
+        return torch.empty_like(q, dtype=torch.float32)
     if impl == "triton":
         return _triton(q, unary, guide, window, dilation, bilateral, gaussian, norm)
     q, unary, guide = q.float(), unary.float(), guide.float()
@@ -84,6 +87,7 @@ def bilateral_norm(
     guide: Tensor, *, window: int, dilation: int = 1, bilateral: tuple[float, float, float] = (10.0, 80.0, 13.0)
 ) -> Tensor:
     """Return D^-1/2 of the bilateral weights, [B, 1, H, W] fp32, for all steps on one guide; see `mean_field`."""
+    _check_window(guide, window, dilation, bilateral)
     guide = guide.float()
     total = torch.ones_like(guide[:, :1])
     for here, there, weight in _pairs(guide, window, dilation, bilateral):
@@ -133,16 +137,25 @@ def _gaussian(length: int, sxy: float, device: torch.device) -> Tensor:
     return norm[:, None] * weight * norm
 
 
-def _check(q, unary, guide, window, dilation, bilateral, gaussian, impl) -> None:
+def _check(q, unary, guide, gaussian, norm, impl) -> None:
     if impl not in IMPLS:
         raise DiffuMaskError(f"impl is {impl!r}, here there are: {', '.join(IMPLS)}")
     if q.ndim != 5 or q.shape != unary.shape:
         raise DiffuMaskError(
             f"mean_field takes q and unary [B, M, L, H, W], not {list(q.shape)} and {list(unary.shape)}"
         )
-    if guide.ndim != 4 or guide.shape[1] != 3 or guide.shape[0] != q.shape[0] or guide.shape[2:] != q.shape[3:]:
+    if guide.shape != (q.shape[0], 3, *q.shape[3:]):
         raise DiffuMaskError(f"mean_field: the guide {list(guide.shape)} does not fit q {list(q.shape)}")
+    if norm is not None and norm.shape != (q.shape[0], 1, *q.shape[3:]):
+        raise DiffuMaskError(f"mean_field: the norm {list(norm.shape)} is not bilateral_norm's for q {list(q.shape)}")
+    if len(gaussian) != 2 or not gaussian[1] > 0:
+        raise DiffuMaskError(f"mean_field takes gaussian as a factor and a width above 0, not {gaussian}")
+
+
+def _check_window(guide, window, dilation, bilateral) -> None:
+    if guide.ndim != 4 or guide.shape[1] != 3:
+        raise DiffuMaskError(f"The CRF takes a guide [B, 3, H, W], not {list(guide.shape)}")
     if window < 1 or window % 2 == 0 or dilation < 1:
-        raise DiffuMaskError(f"mean_field takes an odd window and dilation >= 1, not {window} and {dilation}")
-    if min(*bilateral[1:], gaussian[1]) <= 0:
-        raise DiffuMaskError(f"mean_field takes widths above 0, not {bilateral[1:]} and {gaussian[1]}")
+        raise DiffuMaskError(f"The CRF takes an odd window and dilation >= 1, not {window} and {dilation}")
+    if len(bilateral) != 3 or not (bilateral[1] > 0 and bilateral[2] > 0):
+        raise DiffuMaskError(f"The CRF takes bilateral as a factor and two widths above 0, not {bilateral}")

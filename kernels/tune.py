@@ -105,7 +105,7 @@ def _attend(
     return Case(
         "attend",
         {"dtype": tuned.DTYPES[dtype], "heads": heads, "head_dim": head_dim, "pixels": pixels, "keys": KEYS},
-        _grid(block=(32, 64, 128), num_warps=(4, 8), num_stages=(1,)),
+        _grid(block=(16, 32, 64, 128), num_warps=(4, 8), num_stages=(1,)),
         lambda config: attend_triton.attend(q, k, v, select, maps, **shared, config=config),
         plain,
     )

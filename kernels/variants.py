@@ -7,9 +7,9 @@ import torch
 
 from diffumask_fast.kernels import attend_triton, guided_filter_triton, mean_field_triton, tuned
 from diffumask_fast.kernels.aot import Needs, compile_for
+from diffumask_fast.kernels.attend import MAX_KEYS
 
 CAPABILITIES = (80, 86, 89, 90, 100)
-PRODUCTS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")  # what runs on tensor cores, in PTX
 _CPU = torch.device("cpu")  # a device without entries of its own: the defaults
 
 
@@ -27,7 +27,8 @@ class Variant:
         if self.kernel == "attend":
             shape = {"heads": 8, "head_dim": self.head_dim, "pixels": 4096, "keys": self.keys}
             config = tuned.launch("attend", _CPU, dtype=self.dtype, **shape)
-            fixed = attend_triton.constants(4096, self.keys, 8, self.head_dim, 4, config.pop("block"))
+            tile = config.pop("block"), config.pop("widest", MAX_KEYS)
+            fixed = attend_triton.constants(4096, self.keys, 8, self.head_dim, 4, *tile)
             kernel, types = attend_triton.attend_kernel, attend_triton.types(self.dtype)
             return compile_for(capability, kernel, types, {**fixed, "UP": False}, **config)
         if self.kernel in _named(mean_field_triton.KERNELS):
@@ -53,8 +54,3 @@ def variants() -> list[Variant]:
     listed = [Variant("attend", dtype, *size) for dtype in ("fp16", "bf16", "fp32") for size in sizes]
     others = _named(guided_filter_triton.KERNELS + mean_field_triton.KERNELS)
     return listed + [Variant(name, "fp32") for name in others]
-
-
-def uses_tensor_cores(needs: Needs) -> bool:
-    """Tell whether the assembly has matrix instructions."""
-    return any(word in needs.ptx for word in PRODUCTS)

@@ -107,10 +107,10 @@ def sharpen(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return unet
 
 
-def draw(pipe, prompt, steps=3, seed=0, **kwargs):
+def draw(pipe, prompt, steps=3, seed=0, output_type="np", **kwargs):
     """Draw as an array, in a few steps."""
     generator = torch.Generator().manual_seed(seed)
-    return pipe(prompt, num_inference_steps=steps, generator=generator, output_type="np", **kwargs).images
+    return pipe(prompt, num_inference_steps=steps, generator=generator, output_type=output_type, **kwargs).images
 
 
 def relative(value, truth):

@@ -38,6 +38,13 @@ def test_the_cost_of_one_layer_by_hand():
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
 def test_maps_cost_a_fifth_of_a_percent_at_most(model, gpu):
-    for num in (1, 4, 16):
+    for num in account.PHRASES:
         assert 0 < account.overhead(model, num, gpu) <= account.overhead_at_most(model, num, gpu)
-        assert account.overhead(model, num, gpu) <= 0.002
+        assert account.overhead(model, num, gpu) <= account.BOUND == 0.002
+
+
+def test_the_page_says_for_how_many_phrases():
+    for share, least in ((account.overhead, (17, 31, 27)), (account.overhead_at_most, (8, 16, 16))):
+        assert tuple(account.most_phrases(share, model, GPUS[0]) for model in MODELS) == least
+        for model, most in zip(MODELS, least, strict=True):
+            assert share(model, most, GPUS[0]) <= 0.002 < share(model, most + 1, GPUS[0])

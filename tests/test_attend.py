@@ -139,10 +139,47 @@ def test_attend_refuses_what_it_cannot_do():
     q, k, v, columns, where = make((2, 1, 1, 64, 77, 2, 16, 2))
     with pytest.raises(DiffuMaskError, match="impl is 'cudnn'"):
         attend(q, k, v, columns, impl="cudnn", **where)
-    with pytest.raises(DiffuMaskError, match="columns are for 76 keys, there are 77"):
+    with pytest.raises(DiffuMaskError, match="are not .Bc, T, K. for 77 keys"):
         attend(q, k, v, columns[:, 1:], **where)
     with pytest.raises(DiffuMaskError, match="32 channels cannot be split into 3 heads"):
         attend(q, k, v, heads=3)
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "triton", "reference"])
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"k": (2, 5, 32)}, "attend takes q"),
+        ({"v": (2, 5, 32)}, "attend takes q"),
+        ({"k": (1, 7, 32), "v": (1, 7, 32)}, "attend takes q"),
+        ({"k": (2, 7, 16), "v": (2, 7, 16)}, "attend takes q"),
+        ({"q": (16, 32)}, "attend takes q"),
+        ({"columns": (1, 5, 3)}, "for 7 keys"),
+        ({"columns": (7, 3)}, "for 7 keys"),
+        ({"maps": (1, 2, 16)}, "maps to add to"),
+        ({"maps": (4, 3, 16)}, "maps to add to"),
+        ({"maps": (1, 3, 8)}, "maps to add to"),
+        ({"first_conditional": 2}, "rows 2 to 3"),
+        ({"first_conditional": -1}, "rows -1 to 0"),
+        ({"heads": 0}, "into 0 heads"),
+    ],
+    ids=str,
+)
+def test_attend_refuses_what_a_kernel_would_read_or_write_beyond(change, word, impl):
+    given = {"q": (2, 16, 32), "k": (2, 7, 32), "v": (2, 7, 32), "columns": (1, 7, 3), "maps": (1, 3, 16)} | change
+    given = {name: torch.rand(shape) if isinstance(shape, tuple) else shape for name, shape in given.items()}
+    tensors = [given.pop(name) for name in ("q", "k", "v", "columns")]
+    with pytest.raises(DiffuMaskError, match=word):
+        attend(*tensors, **{"heads": 2, "first_conditional": 1, "impl": impl, **given})
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "triton", "reference"])
+@pytest.mark.parametrize(("rows", "num", "pixels"), [(1, 0, 16), (0, 2, 16), (1, 2, 0)])
+def test_attend_with_nothing_to_add_draws_the_same(rows, num, pixels, impl):
+    q, k, v = torch.randn(2, pixels, 32), torch.randn(2, 7, 32), torch.randn(2, 7, 32)
+    out, maps = attend(q, k, v, torch.rand(rows, 7, num), heads=2, first_conditional=1, impl=impl)
+    assert maps.shape == (rows, num, pixels)
+    assert torch.allclose(out, reference.attend(q, k, v, heads=2)[0], atol=1e-6)
 
 
 def test_attend_example_runs():

@@ -107,6 +107,7 @@ def test_sizes_are_covered_by_two_powers_of_two():
         first, second = two_powers(size)
         assert size <= first + second and first & (first - 1) == 0 == second & (second - 1)
         assert first <= max(size, 16)
+    assert two_powers(128) == (128, 16) and two_powers(128, 64) == (64, 64) and two_powers(77, 64) == (64, 16)
     assert two_powers(77) == (64, 16) and two_powers(160) == (128, 32) and two_powers(80) == (64, 16)
 
 
@@ -154,6 +155,10 @@ def test_what_it_cannot_do_is_one_sentence():
     ):
         with pytest.raises(DiffuMaskError, match=reason):
             attend(*arguments, **where, impl="triton")
+    for change in ({0: q.double(), 1: k.double(), 2: v.double()}, {0: q.half()}):
+        tensors = [change.get(at, tensor) for at, tensor in enumerate((q, k, v))]
+        with pytest.raises(DiffuMaskError, match="q, k, v of one dtype, fp32, fp16, bf16"):
+            attend(*tensors, columns, **where, impl="triton")
     with pytest.raises(DiffuMaskError, match="fp32 maps"):
         attend(q, k, v, columns, **where, maps=maps.half(), impl="triton")
     code = (

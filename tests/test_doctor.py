@@ -40,3 +40,12 @@ def test_a_machine_without_onnx_is_told_what_to_install(monkeypatch):
     assert "pip install 'diffumask-fast[onnx]'" in works["onnx engine"]
     assert "pip install 'diffumask-fast[onnx]'" in works["export to onnx"]
     assert works["torch engine"] == "works"
+
+
+def test_what_would_be_faster_depends_on_the_processor_and_a_compiler(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(doctor, "has_bf16", lambda: True)
+    assert doctor.examine()["faster"].keys() == {"--dtype bf16", "--engine compile"}
+    monkeypatch.setattr(doctor, "has_bf16", lambda: False)
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    assert doctor.examine()["faster"] == {}

@@ -4,15 +4,34 @@ from diffumask_fast import DiffuMaskError
 from diffumask_fast.bench import engines
 
 
-def test_rows_plain_and_with_maps_for_each_number_of_threads(sdxl_folder, sdxl_engine):
-    rows = engines.run("mini", "cpu", model=sdxl_folder, engine_path=sdxl_engine, batch=2, steps=1, pairs=1)
+def test_rows_plain_with_maps_and_with_masks_for_each_number_of_threads(sdxl_folder, sdxl_engine):
+    call = dict(model=sdxl_folder, engine_path=sdxl_engine, engines=["onnx"], batch=2, steps=1, pairs=1)
+    rows = list(engines.run("mini", "cpu", **call))
     names = [(row["name"], row["config"]["threads"]) for row in rows]
-    assert names == [("onnx_plain", 1), ("onnx_maps", 1), ("onnx_plain", 2), ("onnx_maps", 2)]
+    assert names == [(f"onnx_{kind}", count) for count in (1, 2) for kind in ("plain", "maps", "masks")]
     for row in rows:
         assert (row["suite"], row["unit"], row["n"]) == ("engines", "ratio", 1)
         assert row["value"] > 0 and row["config"]["onnxruntime"] and row["config"]["torch"]
 
 
-def test_an_unknown_geometry_is_refused():
+@pytest.mark.slow
+def test_the_compiled_engine_beside_eager(tiny_folder):
+    call = dict(model=tiny_folder, engines=["compile_bf16"], batch=2, steps=1, pairs=1, threads=(1,))
+    rows = list(engines.run("mini", "cpu", **call))
+    assert [row["name"] for row in rows] == [f"compile_bf16_{kind}" for kind in ("plain", "maps", "masks")]
+    assert all(row["value"] > 0 and row["config"]["dtype"] == "bf16" for row in rows)
+
+
+def test_what_does_not_work_here_is_left_out_or_said(caplog):
+    wanted = engines.run("mini", "cpu", steps=1)
+    assert "tensorrt is left out" in caplog.text and "onnx is left out" not in caplog.text
+    wanted.close()
+    with pytest.raises(DiffuMaskError, match="(?i)tensorrt"):
+        engines.run("mini", "cpu", engines=["tensorrt"])
+
+
+def test_unknown_names_are_refused():
     with pytest.raises(DiffuMaskError, match="no geometry sd15: use mini"):
         engines.run("sd15")
+    with pytest.raises(DiffuMaskError, match="no engine warp to compare: use compile"):
+        engines.run("mini", "cpu", engines=["warp"])

@@ -1,23 +1,15 @@
-"""Every kernel on a GPU: right against float64 at the sizes of Stable Diffusion, then timed, a row each."""
-
-import os
-import re
-import subprocess
-from pathlib import Path
+"""Every kernel on a GPU: right against float64 at the sizes of Stable Diffusion; test_gpu_timings.py times them."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from test_attend_triton import DTYPES, error, truth_of
 from test_mean_field import WEIGHTS
 
-from diffumask_fast.bench.harness import append_rows, compare, environment, row
 from diffumask_fast.kernels import attend, bilateral_norm, guided_filter, mean_field, mean_field_triton, ran, reference
 from diffumask_fast.kernels.tune import LAYERS
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
-ROOT = Path(__file__).resolve().parents[1]
 LAYER_IDS = ["x".join(map(str, layer)) for layer in LAYERS]
 
 
@@ -85,60 +77,3 @@ def test_auto_runs_what_the_table_says():
     with ran() as forms:
         attend(q, k, v, select, **where)
     assert forms == [("attend", wanted)]
-
-
-@pytest.mark.parametrize("layer", LAYERS, ids=LAYER_IDS)
-def test_time_of_attention(layer):
-    q, k, v, select, where = layer_input(layer, torch.float16, images=8)
-    maps = torch.zeros(8, 2, layer[0], device=DEVICE)
-    split = [x.unflatten(-1, (layer[1], -1)).transpose(1, 2) for x in (q, k, v)]
-
-    def kernel():
-        attend(q, k, v, select, **where, maps=maps, impl="triton")
-
-    baselines = {
-        "sdpa_without_maps": lambda: F.scaled_dot_product_attention(*split),
-        "sdpa_with_columns": lambda: attend(q, k, v, select, **where, maps=maps, impl="sdpa"),
-    }
-    config = {"pixels": layer[0], "heads": layer[1], "head_dim": layer[2], "batch": 16, "dtype": "fp16"}
-    for name, baseline in baselines.items():
-        keep(f"attend_over_{name}", compare(kernel, baseline, device=DEVICE, warmup=3), config)
-
-
-def test_time_of_the_guided_filter_and_the_crf_step():
-    guide, maps = torch.rand(16, 3, 512, 512, device=DEVICE), torch.rand(16, 1, 512, 512, device=DEVICE)
-    q = torch.rand(4, 8, 2, 512, 512, device=DEVICE).softmax(2)
-    settings = {"window": 11, "dilation": 1, **WEIGHTS}
-    norm = torch.ones(4, 1, 512, 512, device=DEVICE)
-    colours = 255 * guide[:4]
-    keep(
-        "guided_filter_over_torch",
-        compare(
-            lambda: guided_filter(guide, maps, 32, 1e-3, impl="triton"),
-            lambda: guided_filter(guide, maps, 32, 1e-3, impl="torch"),
-            device=DEVICE,
-            warmup=3,
-        ),
-        {"size": 512, "batch": 16, "maps": 1, "radius": 32},
-    )
-    keep(
-        "mean_field_over_torch",
-        compare(
-            lambda: mean_field_triton.mean_field(q, q, colours, **settings, norm=norm),
-            lambda: mean_field(q, q, colours, **settings, norm=norm, impl="torch"),
-            device=DEVICE,
-            warmup=3,
-        ),
-        {"size": 512, "batch": 4, "candidates": 8, "labels": 2, "window": 11},
-    )
-
-
-def keep(name, ratio, config):
-    """Append a row to the machine's file in the checkout, which `make gpu` does not import from; a losing one too."""
-    assert ratio.value > 0 and ratio.clock == "CUDA events"
-    facts = environment(DEVICE)
-    done = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    facts["commit"] = done.stdout.strip() or None
-    slug = re.sub("[^a-z0-9]+", "-", facts["gpu"].lower()).strip("-")
-    file = ROOT / "bench" / "results" / f"{slug}-{os.cpu_count()}.jsonl"
-    append_rows(file, [row("gpu_kernels", name, ratio, config={**config, **facts})])

@@ -1,12 +1,14 @@
 """kernels/guided_filter.py against brute force in float64 and against the shipped fp32 reference."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels import reference
-from diffumask_fast.kernels.guided_filter import guided_filter
+from diffumask_fast.kernels.guided_filter import GuidedFilter, guided_filter
 
 SHAPES = [  # B, K, H, W, radius
     (1, 1, 7, 5, 2),
@@ -104,8 +106,29 @@ def test_takes_strided_and_half_precision_input():
         (torch.rand(1, 3, 4, 4), torch.rand(1, 1, 4, 5), 1, 1e-3, "fit"),
         (torch.rand(1, 3, 4, 4), torch.rand(1, 1, 4, 4), 0, 1e-3, "radius"),
         (torch.rand(1, 3, 4, 4), torch.rand(1, 1, 4, 4), 1, 0.0, "eps"),
+        (torch.rand(1, 3, 4, 4), torch.rand(1, 1, 4, 4), 1, float("nan"), "eps"),
     ],
 )
 def test_refuses_what_does_not_fit(guide, maps, radius, eps, word):
     with pytest.raises(DiffuMaskError, match=word):
         guided_filter(guide, maps, radius, eps)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("shape", [(0, 2, 9, 7), (1, 0, 9, 7), (1, 2, 0, 7)], ids=str)
+def test_nothing_gives_nothing(shape, impl):
+    found = guided_filter(torch.rand(shape[0], 3, *shape[2:]), torch.rand(shape).half(), 2, 1e-3, impl=impl)
+    assert found.shape == shape and found.dtype == torch.float32
+
+
+def test_maps_that_share_a_guide_are_filtered_as_each_alone(monkeypatch):
+    module = sys.modules["diffumask_fast.kernels.guided_filter"]
+    guide, maps = torch.rand(2, 3, 20, 17), torch.rand(3, 2, 2, 20, 17)
+    alone = [guided_filter(guide, one, 4, 1e-3) for one in maps]
+    taken, statistics = [], module._statistics
+    monkeypatch.setattr(module, "_statistics", lambda *given: taken.append(1) or statistics(*given))
+    shared = GuidedFilter(guide, 4, 1e-3)
+    assert all(torch.equal(shared(one), other) for one, other in zip(maps, alone, strict=True))
+    assert len(taken) == 1
+    with pytest.raises(DiffuMaskError, match="do not fit the guide"):
+        shared(maps[0, :1])

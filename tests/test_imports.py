@@ -14,7 +14,7 @@ LAYERS = (
     ("kernels",),
     ("masks", "attention", "prompts", "mini"),
     ("loading", "results"),
-    ("compiled",),
+    ("compiled", "decoding", "overlap"),
     ("export",),
     ("pipeline",),
     ("dataset",),

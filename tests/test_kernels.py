@@ -1,9 +1,15 @@
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
 import pytest
 import torch
 
 from diffumask_fast import DiffuMaskError
 from diffumask_fast.bench import kernels
-from diffumask_fast.bench.geometries import unet_config
+from diffumask_fast.bench.geometries import cross_layers, unet_config
 from diffumask_fast.bench.kernel_cases import SHAPES
 
 
@@ -11,6 +17,7 @@ def test_a_row_for_each_case_with_bytes_flops_and_the_share_of_the_ceiling():
     rows = list(kernels.run("mini", "cpu", seconds=0.02))
     names = [row["name"] for row in rows]
     assert names.count("cross_attention_maps") == 2 * len(SHAPES["mini"]) and names.count("guided_filter") == 1
+    assert names.count("mean_field") == 1
     for row in rows:
         assert (row["suite"], row["unit"]) == ("kernels", "ms") and 0 < row["low"] <= row["value"] <= row["high"]
         assert row["config"]["bytes"] > 0 and 0 < row["config"]["fraction"] < 1.5
@@ -29,11 +36,24 @@ def test_the_shapes_are_the_geometrys(geometry):
 
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(unet_config(geometry))
-    found = set()
+    found = Counter()
     for attn, place in attention_places(unet).items():
         coarser = unet.config.sample_size >> (int(place.level) + (geometry == "sdxl"))
-        found.add((coarser**2, attn.heads, attn.inner_dim // attn.heads))
-    assert found == {shape[1:] for shape in SHAPES[geometry]}
+        found[coarser**2, attn.heads, attn.inner_dim // attn.heads] += place.cross
+    assert set(found) == {shape[1:] for shape in SHAPES[geometry]}
+    assert found == cross_layers(geometry)
+
+
+def test_on_a_gpu_every_form_has_its_case():
+    listed = subprocess.run(
+        [sys.executable, "-P", "-m", "pytest", str(kernels.CASES), "--collect-only", "-q", "-c", os.devnull],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"DIFFUMASK_FAST_KERNELS": json.dumps({"geometry": "sd15", "device": "cuda"})},
+    ).stdout
+    for case in ("guided_filter[{}-512]", "mean_field[{}-512]"):
+        assert all(case.format(form) in listed for form in ("torch", "triton"))
+    assert "cross_attention_maps[triton-fp16-2x4096x8x40]" in listed and "maps[sdpa-bf16-2x64x8x160]" in listed
 
 
 def test_a_missing_library_and_a_failing_case_are_said(monkeypatch):

@@ -111,7 +111,10 @@ def test_input_is_left_as_it_was_and_may_be_half():
         ({"window": 4}, "odd"),
         ({"dilation": 0}, "dilation"),
         ({"bilateral": (1.0, 0.0, 1.0)}, "widths"),
-        ({"gaussian": (1.0, 0.0)}, "widths"),
+        ({"bilateral": (1.0, 2.0)}, "two widths"),
+        ({"gaussian": (1.0, 0.0)}, "a width above 0"),
+        ({"norm": torch.ones(1, 4, 4)}, "norm"),
+        ({"norm": torch.ones(1, 1, 1, 1)}, "norm"),
         ({"impl": "cuda"}, "impl"),
     ],
 )
@@ -120,3 +123,20 @@ def test_refuses_what_does_not_fit(change, word):
     given |= {"window": 3, **change}
     with pytest.raises(DiffuMaskError, match=word):
         mean_field(given.pop("q"), given.pop("unary"), given.pop("guide"), **given)
+
+
+def test_the_norm_refuses_what_the_step_does():
+    guide = torch.rand(1, 3, 4, 4)
+    for change, word in (({"window": 4}, "odd"), ({"bilateral": (1.0, 0.0, 1.0)}, "widths")):
+        with pytest.raises(DiffuMaskError, match=word):
+            bilateral_norm(guide, **{"window": 3, **change})
+    with pytest.raises(DiffuMaskError, match="guide"):
+        bilateral_norm(guide[:, :1], window=3)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("shape", [(0, 1, 2, 4, 4), (1, 0, 2, 4, 4), (1, 2, 0, 4, 4), (1, 1, 2, 0, 4)], ids=str)
+def test_nothing_gives_nothing(shape, impl):
+    q = torch.rand(shape).half()
+    found = mean_field(q, q, torch.rand(shape[0], 3, *shape[3:]), window=3, impl=impl)
+    assert found.shape == shape and found.dtype == torch.float32

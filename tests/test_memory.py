@@ -1,9 +1,52 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from diffumask_fast.attention import processor
+from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.bench import memory
 from diffumask_fast.bench.geometries import open_geometry
+from diffumask_fast.bench.harness import live_tensor_bytes
 from diffumask_fast.bench.sides import Sides
+from diffumask_fast.kernels.transients import transient
+
+GEOMETRIES = ("mini", pytest.param("sd15", marks=pytest.mark.slow))
+
+
+def between_steps(sides, context, attend=None):
+    """Return the bytes that live after each step of denoising one image."""
+    found = []
+
+    def note(pipe, step, timestep, tensors):
+        found.append(live.now)
+        return tensors
+
+    settings = dict(sides.settings, latents=sides.latents[:1], output_type="latent", callback_on_step_end=note)
+    with torch.no_grad(), live_tensor_bytes() as live, context:
+        if attend is not None:
+            attend(live)
+        sides.pipe.pipe(sides.prompts[:1], **settings)
+    return found
+
+
+def record_transients(live, monkeypatch):
+    """Measure what each attention layer holds beside what lives before it, by its shape; keep the call's own peak."""
+    plain, seen = processor.attend, {}
+
+    def attend(q, k, v, columns=None, **where):
+        made = columns is not None and where.get("maps") is None
+        before, peak, live.peak = live.now, live.peak, live.now
+        result = plain(q, k, v, columns, **where)
+        shape = (q.shape[0], q.shape[1], k.shape[1], where["heads"], q.shape[2] // where["heads"])
+        shape += (0 if columns is None else columns.shape[2],)
+        if not made:
+            seen[shape] = live.peak - before
+        live.peak = max(peak, live.peak)
+        return result
+
+    monkeypatch.setattr(processor, "attend", attend)
+    return seen
 
 
 def test_peak_bytes_counts_what_lives_at_once():
@@ -21,3 +64,29 @@ def test_ours_is_smaller_and_flat_in_steps():
     assert value == pytest.approx(config["peak_gib"] / config["reference_peak_gib"], rel=0.02) and value < 0.3
     peaks = dict(memory.over_steps(pipe, (3, 9)))
     assert peaks[9] / peaks[3] <= 1.02
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_between_steps_the_buffers_alone_are_kept_and_a_layers_transient_is_the_accounts(geometry, monkeypatch):
+    sides, seen = Sides(open_geometry(geometry, "cpu"), 1, 3 if geometry == "mini" else 2), {}
+    plain = between_steps(sides, nullcontext())
+    collector = collect_maps(sides.pipe.pipe, sides.phrases[0], propagate=1)
+    mapped = between_steps(sides, collector, lambda live: seen.update(found=record_transients(live, monkeypatch)))
+    store = collector.store
+    buffers = {key: 4 * maps.numel() for key, maps in store.levels.items()}
+    propagated = sum(4 * maps.numel() for maps in store.propagated.values())
+    assert store.num_bytes == 2 * (sum(buffers.values()) + propagated) and propagated
+    known = 4 * sides.select[0].numel() + 4 * 77 * sides.pipe.pipe.unet.config.cross_attention_dim  # of the prompt
+    kept = [ours - theirs - known for ours, theirs in zip(mapped, plain, strict=True)]
+    assert kept[0] == 2 * sum(buffers.values()) and kept[-1] == store.num_bytes
+    names = ("rows", "pixels", "keys", "heads", "head_dim", "num")
+    shapes = {shape: transient("sdpa", **dict(zip(names, shape, strict=True))) for shape in seen["found"]}
+    assert (
+        seen["found"] == shapes and {shape[2] for shape in shapes} > {77} and {shape[5] for shape in shapes} == {0, 1}
+    )
+
+
+@pytest.mark.slow
+def test_stable_diffusion_takes_a_tenth_of_the_reference_stores_memory():
+    value, config = memory.against_reference(Sides(open_geometry("sd15", "cpu"), 1, 2))
+    assert value <= 0.10 and config["kept_gib"] < 0.001 * config["reference_kept_gib"]

@@ -66,3 +66,18 @@ def test_a_checkout_is_rewritten(tmp_path):
     assert "speed-up over DAAM" in (tmp_path / "README.md").read_text()
     with Image.open(tmp_path / PLOT) as image:
         assert image.text["rows"] == digest(rows) and min(image.size) > 200
+
+
+def test_engines_have_a_line_for_each_engine_and_number_of_threads():
+    rows = [
+        row("engines", f"{engine}_{kind}", value, config=CONFIG | {"threads": threads})
+        for engine, kind, value, threads in (
+            ("compile_bf16", "plain", 0.7, 1), ("compile_bf16", "masks", 0.6, 1), ("onnx", "maps", 0.9, 2),
+        )
+    ]  # fmt: skip
+    lines = tables.engines_table(rows).splitlines()
+    assert lines[2] == "| compile bf16: `mini`, batch 8, some processor, 1 thread | 0.700 |  | 0.600 |"
+    assert lines[3] == "| onnx: `mini`, batch 8, some processor, 2 threads |  | 0.900 |  |"
+    assert tables.engines_table([]) == ""
+    text = f"{BEGIN}\n{END}"
+    assert lines[3] in with_tables(text, [*rows, row("end_to_end", "maps_overhead", 1.01, config=CONFIG)])

@@ -116,7 +116,13 @@ class Run:
         """
         if [sample.request for sample in samples] != list(self._requests_of(index)):
             raise DiffuMaskError(f"shard {index} takes the samples of its requests, all of them and in their order")
-        return write_shard(self.folder, index, [make_row(sample) for sample in samples])
+        return self.write_rows(index, [make_row(sample) for sample in samples])
+
+    def write_rows(self, index: int, rows: Sequence[dict]) -> Path:
+        """Write a whole shard of rows that are already encoded, as `write`."""
+        if [row["key"] for row in rows] != [request.key for request in self._requests_of(index)]:
+            raise DiffuMaskError(f"shard {index} takes the rows of its requests, all of them and in their order")
+        return write_shard(self.folder, index, rows)
 
     def rows(self, *, accepted_only: bool = True, columns: Sequence[str] | None = None) -> Iterator[Row]:
         """Yield the rows that are there."""

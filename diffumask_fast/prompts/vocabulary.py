@@ -158,6 +158,41 @@ def names_in(prompt: str) -> list[str]:
     return sorted((name for name, match in found.items() if match), key=lambda name: found[name].start())
 
 
+def names_of(
+    prompts: Sequence[str], classes: Sequence[Sequence[str]] | Sequence[str] | str | None, count: int
+) -> list[list[str]]:
+    """Return one list of class names for each of `count` prompts.
+
+    Args:
+        prompts: read for VOC's phrases where classes is None.
+        classes: a list for each prompt, or one list or name for all.
+        count: of the prompts; they themselves may be unknown where classes are given.
+
+    Raises:
+        DiffuMaskError: nothing known is named in a prompt, an empty list, another number of lists than of prompts.
+
+    Example:
+        >>> names_of(["a cat and a dog"], None, 1), names_of([], ["dog", "cat"], 2)
+        ([['cat', 'dog']], [['dog', 'cat'], ['dog', 'cat']])
+    """
+    if classes is None:
+        names = [names_in(prompt) for prompt in prompts]
+        for prompt, found in zip(prompts, names, strict=True):
+            if not found:
+                raise DiffuMaskError(f'No known class is named in "{prompt[:80]}": say classes=[["..."]].')
+        return names
+    if isinstance(classes, str):
+        classes = [classes]
+    rows = [[row] if isinstance(row, str) else list(row) for row in classes]
+    if all(isinstance(row, str) for row in classes):
+        rows = [[str(row) for row in classes]]
+    if len(rows) == 1:
+        rows = rows * count
+    if len(rows) != count or not all(rows):
+        raise DiffuMaskError(f"There are {count} prompts and {len(rows)} lists of classes: give one list for each.")
+    return rows
+
+
 def phrases_and_ids(names: Sequence[Sequence[str]]) -> tuple[list[list[str]], list[list[int]]]:
     """Return the phrases and mask values of class names; names outside VOC are numbered from 21 in their order."""
     distinct = list(dict.fromkeys(name for row in names for name in row))

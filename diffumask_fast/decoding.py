@@ -1,0 +1,89 @@
+"""From latents to pixels: inside the diffusers pipeline's call, or after it where that is known to be the same."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from diffumask_fast.results import Seconds
+
+# the pipelines whose call ends in VAE and image processor, and nothing else
+PLAIN = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+
+
+def decodes_later(pipe: DiffusionPipeline) -> bool:
+    """Tell whether `decode` after a call for latents gives what the call itself would have given."""
+    extras = ("safety_checker", "watermark")
+    upcast = pipe.vae.dtype == torch.float16 and getattr(pipe.vae.config, "force_upcast", False)
+    return (
+        type(pipe).__name__ in PLAIN
+        and not upcast
+        and all(getattr(pipe, name, None) is None for name in extras)
+        and not hasattr(pipe.vae, "_hf_hook")  # offloaded models come and go with the call
+    )
+
+
+def decode(pipe: DiffusionPipeline, latents: Tensor, seconds: Seconds) -> Tensor:
+    """Decode the latents of such a pipeline.
+
+    Args:
+        pipe: one for which `decodes_later`.
+        latents: [B, C, h, w], as its call gives them.
+        seconds: where the time is added.
+
+    Returns:
+        [B, 3, H, W] in 0..1.
+    """
+    start = time.perf_counter()
+    config, mean, std = pipe.vae.config, None, None
+    if type(pipe).__name__ == "StableDiffusionXLPipeline":
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is not None and std is not None:
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(latents.device, latents.dtype) for v in (mean, std))
+        latents = latents * std / config.scaling_factor + mean
+    else:
+        latents = latents / config.scaling_factor
+    pixels = pipe.vae.decode(latents.to(next(pipe.vae.parameters()).dtype), return_dict=False)[0]
+    pixels = pipe.image_processor.postprocess(pixels, output_type="pt")
+    _wait(latents)
+    seconds.decode += time.perf_counter() - start
+    return pixels
+
+
+@contextmanager
+def timed_decoding(pipe: DiffusionPipeline, seconds: Seconds) -> Iterator[None]:
+    """Time the VAE's decoder in a call, and hand the VAE its own dtype (an fp32 VAE beside an fp16 UNet)."""
+    kept = {name: vars(pipe.vae).get(name) for name in ("encode", "decode")}
+
+    def in_own_dtype(method: Any, stage: str) -> Any:
+        def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return method(tensor.to(next(pipe.vae.parameters()).dtype), *args, **kwargs)
+            finally:
+                _wait(tensor)
+                if stage == "decode":
+                    seconds.decode += time.perf_counter() - start
+
+        return call
+
+    try:
+        for name in kept:
+            setattr(pipe.vae, name, in_own_dtype(getattr(pipe.vae, name), name))
+        yield
+    finally:
+        for name, own in kept.items():
+            vars(pipe.vae).pop(name, None)
+            if own is not None:
+                setattr(pipe.vae, name, own)
+
+
+def _wait(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.current_stream(tensor.device).synchronize()

@@ -1,0 +1,51 @@
+"""What one attention layer holds for a moment beside its q, k, v and the maps, by arithmetic."""
+
+import torch
+
+from diffumask_fast.kernels import tuned
+from diffumask_fast.kernels.attend import MAX_KEYS
+from diffumask_fast.kernels.attend_triton import constants
+
+FORMS = ("eager", "sdpa", "triton")
+ITEM = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+def transient(
+    form: str, *, rows: int, pixels: int, keys: int, heads: int, head_dim: int, num: int = 0, dtype: str = "fp32"
+) -> int:
+    """Return the most bytes that live at once in one call of `attend`, its output among them.
+
+    What a fused kernel of torch takes and gives back within itself is not in it, as it is not in
+    `bench.harness.live_tensor_bytes`, which measures the same.
+
+    Args:
+        form: "eager" (`impl="reference"`, fp32), "sdpa" or "triton", which is "sdpa" where there are no columns or more
+            keys than the Triton kernel takes: what `impl="auto"` then runs.
+        rows: B.
+        pixels: N.
+        keys: T.
+        heads: H.
+        head_dim: D, a multiple of 8.
+        num: K columns of the second half of the rows; 0 is plain attention.
+        dtype: of q, k and v; columns are fp32.
+
+    Example:
+        >>> layer = dict(rows=2, pixels=4096, keys=77, heads=8, head_dim=40, num=1)
+        >>> [round(transient(form, **layer) / 1e6, 1) for form in FORMS]
+        [61.3, 25.9, 10.5]
+    """
+    item, width, conditional = 4 if form == "eager" else ITEM[dtype], heads * head_dim, rows // 2
+    queries, values = rows * pixels * width * item, rows * keys * width * item
+    if form == "eager":  # scores, probabilities, output; beside them v by heads, the output by heads or the heads' mean
+        means = 4 * conditional * pixels * (keys + num) if num else 0
+        return 8 * rows * heads * pixels * keys + queries + max(queries, values, means)
+    if form == "triton" and num and keys <= MAX_KEYS:
+        shape = {"heads": heads, "head_dim": head_dim, "pixels": pixels, "keys": keys}
+        block = tuned.launch("attend", torch.device("cpu"), dtype=dtype, **shape)["block"]
+        groups = heads // constants(pixels, keys, heads, head_dim, num, block)["GROUP"]
+        return queries + (4 * groups * conditional * num * pixels if groups > 1 else 0)
+    log_sums = 4 * rows * heads * pixels
+    if not num:
+        return queries + log_sums
+    wide = -(-(head_dim + num) // 8) * 8  # q, k, v and the output at this width, and the columns' part of v
+    return 2 * (queries + values) // head_dim * wide + rows * keys * (wide - head_dim) * item + log_sums

@@ -1,0 +1,90 @@
+import threading
+import time
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from test_pipeline import requests
+
+from diffumask_fast import pipeline
+from diffumask_fast.overlap import IN_FLIGHT, Beside, to_host
+from diffumask_fast.pipeline import DiffuMaskPipeline
+
+
+def test_on_the_cpu_work_is_done_at_once_by_the_caller():
+    with Beside(torch.device("cpu")) as beside:
+        assert beside.submit(threading.get_ident).result() == threading.get_ident()
+        assert beside.submit(threading.get_ident).result() == threading.get_ident()
+
+
+def test_a_thread_takes_all_but_the_first_piece():
+    with Beside(torch.device("cpu"), threaded=True) as beside:
+        first, second, third = (beside.submit(threading.get_ident).result() for _ in range(3))
+    assert first == threading.get_ident() != second == third
+
+
+def test_leaving_drops_what_has_not_begun():
+    gate, ran = threading.Event(), []
+    with pytest.raises(KeyboardInterrupt), Beside(torch.device("cpu"), threaded=True) as beside:
+        beside.submit(bool)
+        beside.submit(gate.wait)
+        beside.submit(partial(ran.append, 1))
+        threading.Timer(0.2, gate.set).start()
+        raise KeyboardInterrupt
+    assert not ran
+
+
+def test_streams_are_the_same_and_two_batches_are_in_flight(tiny_sd, monkeypatch):
+    pipe = DiffuMaskPipeline.from_pipe(tiny_sd)
+    wished = [replace(requests(1)[0], seed=seed) for seed in range(9)]
+    wanted = list(pipe.stream(wished, 2, num_inference_steps=2))
+    finish, denoise, threads, events = pipe._finish, pipe._denoise, set(), []
+
+    def finishing(*arguments):
+        threads.add(threading.get_ident())
+        time.sleep(0.2)  # more than a denoising takes
+        drawn = finish(*arguments)
+        events.append("finished")
+        return drawn
+
+    def denoising(*arguments, **kwargs):
+        events.append("denoising")
+        return denoise(*arguments, **kwargs)
+
+    monkeypatch.setattr(pipe, "_finish", finishing)
+    monkeypatch.setattr(pipe, "_denoise", denoising)
+    monkeypatch.setattr(pipeline, "Beside", partial(Beside, threaded=True))
+    found = list(pipe.stream(wished, 2, num_inference_steps=2))
+    assert len(threads) == 2 and len(found) == 9
+    for position, event in enumerate(events):
+        begun = events[: position + 1].count("denoising")
+        assert event == "finished" or begun - events[:position].count("finished") <= IN_FLIGHT
+    for one, other in zip(found, wanted, strict=True):
+        assert one.request == other.request and one.quality == other.quality
+        for name in ("image", "mask", "maps"):
+            assert np.array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_a_failure_in_the_thread_reaches_the_reader(tiny_sd, monkeypatch):
+    pipe = DiffuMaskPipeline.from_pipe(tiny_sd)
+    finish, calls = pipe._finish, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("no memory")
+        return finish(*arguments)
+
+    monkeypatch.setattr(pipe, "_finish", failing)
+    monkeypatch.setattr(pipeline, "Beside", partial(Beside, threaded=True))
+    results = pipe.stream(requests(1) * 3, 1, num_inference_steps=2)
+    next(results)
+    with pytest.raises(RuntimeError, match="no memory"):
+        list(results)
+
+
+def test_to_host_gives_each_tensor():
+    one, other = to_host(torch.arange(3), torch.ones(2, 2, dtype=torch.uint8))
+    assert one.tolist() == [0, 1, 2] and other.dtype == np.uint8
