@@ -211,13 +211,16 @@ app.add_typer(bench_app, name="bench")
 @bench_app.callback(invoke_without_command=True)
 def bench(
     context: typer.Context,
-    suite: Annotated[str, typer.Option(help="end_to_end, engines, goals, kernels, masks or scaling.")] = "end_to_end",
+    suite: Annotated[
+        str, typer.Option(help="end_to_end, engines, goals, kernels, masks, quality or scaling.")
+    ] = "end_to_end",
     geometry: Annotated[str, typer.Option(help="mini, sd15, sd21 or sdxl.")] = "mini",
     model: Annotated[str | None, typer.Option(help="A diffusers folder or hub id instead of a geometry.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     steps: Annotated[int | None, typer.Option(help="Denoising steps; what the suite says when left out.")] = None,
     names: Annotated[str | None, typer.Option("--rows", help="Only these rows, with commas.")] = None,
     pairs: Annotated[int | None, typer.Option(help="Rounds of a comparison; 14 on a CPU, 10 on CUDA.")] = None,
+    photos: Annotated[Path | None, typer.Option(help="Photographs with masks, for the suite quality.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "--out", help="Append the rows to this .jsonl file.")
     ] = None,
@@ -229,7 +232,8 @@ def bench(
         return
     from diffumask_fast.bench import report
 
-    wanted = {"model": model, "steps": steps, "names": names.split(",") if names else None, "pairs": pairs}
+    names = names.split(",") if names else None
+    wanted = {"model": model, "steps": steps, "names": names, "pairs": pairs, "photos": photos}
     chosen = {key: value for key, value in wanted.items() if value is not None}
     code = report.measure(suite, geometry, device, chosen, output=output, plot=plot, as_json=as_json)
     if code:

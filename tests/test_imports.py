@@ -19,7 +19,8 @@ LAYERS = (
     ("pipeline",),
     ("dataset",),
     ("generation",),
-    ("bench", "learning", "dropin", "doctor"),
+    ("learning", "dropin", "doctor"),
+    ("bench",),
     ("cli",),
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}

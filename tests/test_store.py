@@ -185,3 +185,32 @@ def test_wrong_options_are_named():
     run(store, [call()])
     with pytest.raises(DiffuMaskError, match="known are: paper, reference, finest"):
         store.class_maps(options("global"))
+
+
+def accumulated(calls, attention, times):
+    """Dataset Diffusion's form (arXiv 2309.14303): the mean of self-attention to a power, on the mean of the maps."""
+    maps = torch.stack(calls).mean(0)
+    return maps @ torch.linalg.matrix_power(torch.stack(attention).mean(0), times).T
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+@pytest.mark.parametrize(("jitter", "least"), [(0, 1 - 1e-6), (0.3, 0.99)])
+def test_propagation_beside_accumulated_attention_to_a_power(times, jitter, least):
+    # attention of neighbours, as images have it; each call's differs by the jitter
+    place = torch.stack(torch.meshgrid(torch.arange(8.0), torch.arange(12.0), indexing="ij"), -1).view(-1, 2)
+    base = -(torch.cdist(place, place) ** 2) / 2
+    object_ = ((place - torch.tensor([3.0, 5.0])).norm(dim=1) < 2.5).float()
+    store, kept, seen = make(propagate=times, num_calls=24), [], []
+    for _ in range(24):
+        maps = (object_ + jitter * torch.rand(2, 3, 96)).clamp(min=0)
+        attention = torch.softmax(base + jitter * torch.randn(96, 96), -1)
+        prior = store.prior()
+        store.add({"0": maps}, {"0": prior["0"] @ attention.T} if prior else None)
+        kept.append(maps)
+        seen.append(attention)
+    ours, theirs = store.propagated["0"], accumulated(kept, seen, times)
+    both = torch.stack([ours.flatten(0, 1), theirs.flatten(0, 1)])
+    for mine, other in both.unbind(1):
+        assert torch.corrcoef(torch.stack([mine, other]))[0, 1] > least
+    raw = torch.corrcoef(torch.stack([kept[0][0, 0], theirs[0, 0]]))[0, 1]
+    assert raw < 0.97  # a map that was not propagated is another one

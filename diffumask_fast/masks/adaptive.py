@@ -5,7 +5,7 @@ from torch import Tensor
 
 from diffumask_fast.masks.crf import PRESETS, crf
 
-CANDIDATES = tuple(round(0.2 + 0.02 * step, 2) for step in range(20))
+CANDIDATES = tuple(round(0.4 + 0.02 * step, 2) for step in range(16))
 
 
 def adaptive(

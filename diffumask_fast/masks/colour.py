@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
-from diffumask_fast.kernels.guided_filter import guided_filter
+from diffumask_fast.kernels.guided_filter import GuidedFilter
 
 BINS = 16  # per channel
 BLUR = 1.2  # bins
 FLOOR = 1e-4  # share of a bin that nobody was seen in
 SLOPE = 16.0  # of the logit at the threshold, in units of the map
 STEEPEN = 8.0
+SMOOTHINGS = 2  # after the last step: what the filter alone makes of the answer, cut softly
 
 
 def sharpen_by_colour(maps: Tensor, threshold: Tensor, guide: Tensor, *, steps: int, radius: int, eps: float) -> Tensor:
@@ -17,7 +18,8 @@ def sharpen_by_colour(maps: Tensor, threshold: Tensor, guide: Tensor, *, steps: 
 
     Each step histograms the image's colours inside and outside of each map, adds the log of their ratio at each pixel
     to the logit of the map, and smooths the answer with the guided filter. The map's own logit is kept in every step,
-    so colours that occur on both sides decide nothing and far places do not join.
+    so colours that occur on both sides decide nothing and far places do not join. In the end the filter runs twice more
+    on what it has made.
 
     Args:
         maps: [B, K, H, W] in 0..1.
@@ -44,12 +46,13 @@ def sharpen_by_colour(maps: Tensor, threshold: Tensor, guide: Tensor, *, steps: 
     place = torch.arange(BINS, device=maps.device, dtype=torch.float32)
     blur = torch.exp(-(place[:, None] - place).square() / (2 * BLUR**2))
     blur = blur / blur[BINS // 2].sum()
-    inside = prior.sigmoid()
-    for step in range(steps):
-        evidence = prior + _log_ratio(inside.flatten(2), index, blur).view_as(prior)
-        inside = guided_filter(guide, evidence.sigmoid(), radius, eps).clamp(0, 1)
-        if step < steps - 1:
+    smooth, inside = GuidedFilter(guide, radius, eps), prior.sigmoid()
+    for step in range(steps + SMOOTHINGS):
+        if step:
             inside = ((inside - 0.5) * STEEPEN).sigmoid()
+        if step < steps:
+            inside = (prior + _log_ratio(inside.flatten(2), index, blur).view_as(prior)).sigmoid()
+        inside = smooth(inside).clamp(0, 1)
     return inside * (maps.amax((2, 3), keepdim=True) > 0)
 
 

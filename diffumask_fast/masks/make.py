@@ -1,7 +1,5 @@
 """Class maps to masks: normalise, resize, refine, threshold, argmax; batched and without a word to the host."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -71,7 +69,7 @@ def make_masks(
     images = images.to(class_maps.device)
     coarse = quantise_maps(class_maps).float() * (class_ids > 0)[..., None, None]
     maps = refine_maps(coarse, images, options)
-    threshold = _threshold(maps, coarse, images, options)
+    threshold = _threshold(maps, images, options)
     scores = _refined_scores(maps, threshold, coarse, images, options)
     best, winner = scores[:, 1:].max(1)
     winner = torch.where(best > scores[:, 0], winner + 1, 0)  # [B, H, W], 0 the background, also in a tie
@@ -97,12 +95,11 @@ def refine_maps(maps: Tensor, images: Tensor, options: MaskOptions) -> Tensor:
     return refined.clamp(0, 1)
 
 
-def _threshold(maps: Tensor, coarse: Tensor, images: Tensor, options: MaskOptions) -> Tensor:
+def _threshold(maps: Tensor, images: Tensor, options: MaskOptions) -> Tensor:
     if options.threshold == "otsu":
         return otsu(maps)
     if options.threshold == "adaptive":
-        estimate = refine_maps(coarse, images, replace(options, refine="none"))
-        return adaptive(maps, estimate > otsu(estimate)[..., None, None], images)
+        return adaptive(maps, maps > otsu(maps)[..., None, None], images)
     return torch.full(maps.shape[:2], options.threshold, device=maps.device)
 
 
