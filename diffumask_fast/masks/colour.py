@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from diffumask_fast.kernels.guided_filter import guided_filter
+from diffumask_fast.kernels.guided_filter import GuidedFilter
 
 BINS = 16  # per channel
 BLUR = 1.2  # bins
@@ -46,13 +46,13 @@ def sharpen_by_colour(maps: Tensor, threshold: Tensor, guide: Tensor, *, steps: 
     place = torch.arange(BINS, device=maps.device, dtype=torch.float32)
     blur = torch.exp(-(place[:, None] - place).square() / (2 * BLUR**2))
     blur = blur / blur[BINS // 2].sum()
-    inside = prior.sigmoid()
+    smooth, inside = GuidedFilter(guide, radius, eps), prior.sigmoid()
     for step in range(steps + SMOOTHINGS):
         if step:
             inside = ((inside - 0.5) * STEEPEN).sigmoid()
         if step < steps:
             inside = (prior + _log_ratio(inside.flatten(2), index, blur).view_as(prior)).sigmoid()
-        inside = guided_filter(guide, inside, radius, eps).clamp(0, 1)
+        inside = smooth(inside).clamp(0, 1)
     return inside * (maps.amax((2, 3), keepdim=True) > 0)
 
 
