@@ -34,7 +34,7 @@ def run(
     batch: int = 8,
     steps: int | None = None,
     pairs: int | None = None,
-    threads: Sequence[int] = (1, 2),
+    threads: Sequence[int] | None = None,
 ) -> Iterator[dict]:
     """Measure the engines against eager torch: the plain denoising, that with maps and propagation, finished masks.
 
@@ -48,30 +48,32 @@ def run(
         batch: images per call.
         steps: denoising steps; None is 3.
         pairs: rounds of a comparison; None is the harness' number for the device.
-        threads: one set of rows for each number.
+        threads: one set of rows for each number; None is 1 and 2 on the CPU, 1 elsewhere.
 
     Returns:
         Rows `<engine>_plain`, `<engine>_maps` and `<engine>_masks` for each number of threads, as each is finished;
         below 1 the engine is the quicker one. The plain rows of compile are of diffusers' UNet under torch.compile.
 
     Raises:
-        DiffuMaskError: an unknown geometry or engine, or a library that is missing.
+        DiffuMaskError: an unknown geometry or engine, a library that is missing, one engine_path for two engines.
     """
     if geometry not in MODELS:
         raise DiffuMaskError(f"There is no geometry {geometry}: use {', '.join(MODELS)}.")
     if unknown := [name for name in engines or () if name not in ENGINES]:
         raise DiffuMaskError(f"There is no engine {unknown[0]} to compare: use {', '.join(ENGINES)}.")
     where = resolve_device(device)
-    checks = _checks(where)
+    checks, threads = _checks(where, engine_path is None), threads or ((1, 2) if where.type == "cpu" else (1,))
     if engines is None:
         engines = [name for name in checks if _works(name, checks[name])]
+    if engine_path is not None and sum(not name.startswith("compile") for name in engines) > 1:
+        raise DiffuMaskError("An engine path is one engine's: name that engine alone.")
     for name in engines:
         checks[name]()
     config = {"geometry": geometry, "batch": batch, "num_inference_steps": steps or 3}
     return _rows(model or MODELS[geometry], where, engine_path, engines, pairs, threads, config)
 
 
-def _checks(where: torch.device) -> dict[str, Callable[[], Any]]:
+def _checks(where: torch.device, exports: bool) -> dict[str, Callable[[], Any]]:
     """Return for each engine what raises where it cannot run."""
     from diffumask_fast.compiled import need_compiler
     from diffumask_fast.export.onnx_export import need_exporter
@@ -79,10 +81,16 @@ def _checks(where: torch.device) -> dict[str, Callable[[], Any]]:
     from diffumask_fast.export.tensorrt_library import library
 
     def tensorrt(flavour: str) -> None:
-        need_exporter()
+        if exports:
+            need_exporter()
         library(flavour)
         if where.type != "cuda":
             raise DiffuMaskError(f"An engine of {flavour} runs on CUDA: use --device cuda.")
+
+    def onnx() -> None:
+        if exports:
+            need_exporter()
+        runtime()
 
     def compiler() -> None:
         if where.type == "cpu":
@@ -91,7 +99,7 @@ def _checks(where: torch.device) -> dict[str, Callable[[], Any]]:
     return {
         "compile": compiler,
         "compile_bf16": compiler,
-        "onnx": lambda: (need_exporter(), runtime()),
+        "onnx": onnx,
         "tensorrt": partial(tensorrt, "tensorrt"),
         "tensorrt-rtx": partial(tensorrt, "tensorrt-rtx"),
     }

@@ -8,22 +8,29 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from torch import Tensor
 
 from diffumask_fast.results import Seconds
 
-# the pipelines whose call ends in VAE and image processor, and nothing else
-PLAIN = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+# the pipelines whose call ends in VAE and image processor, and nothing else; the VAEs that draw no noise of their own
+PIPELINES = (StableDiffusionPipeline, StableDiffusionXLPipeline)
+VAES = (AutoencoderKL, AutoencoderTiny)
 
 
 def decodes_later(pipe: DiffusionPipeline) -> bool:
     """Tell whether `decode` after a call for latents gives what the call itself would have given."""
     extras = ("safety_checker", "watermark")
-    upcast = pipe.vae.dtype == torch.float16 and getattr(pipe.vae.config, "force_upcast", False)
     return (
-        type(pipe).__name__ in PLAIN
-        and not upcast
+        type(pipe) in PIPELINES
+        and type(pipe.vae) in VAES
+        and not (_is_xl(pipe) and pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast)
         and all(getattr(pipe, name, None) is None for name in extras)
         and not hasattr(pipe.vae, "_hf_hook")  # offloaded models come and go with the call
     )
@@ -42,15 +49,18 @@ def decode(pipe: DiffusionPipeline, latents: Tensor, seconds: Seconds) -> Tensor
     """
     start = time.perf_counter()
     config, mean, std = pipe.vae.config, None, None
-    if type(pipe).__name__ == "StableDiffusionXLPipeline":
+    if _is_xl(pipe):
         mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     if mean is not None and std is not None:
         mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(latents.device, latents.dtype) for v in (mean, std))
         latents = latents * std / config.scaling_factor + mean
     else:
         latents = latents / config.scaling_factor
-    pixels = pipe.vae.decode(latents.to(next(pipe.vae.parameters()).dtype), return_dict=False)[0]
-    pixels = pipe.image_processor.postprocess(pixels, output_type="pt")
+    weight = next(pipe.vae.parameters())
+    pixels = pipe.vae.decode(latents.to(weight.device, weight.dtype), return_dict=False)[0]
+    # whatever the image processor says, Stable Diffusion's own call maps -1..1 to 0..1
+    denormalize = None if _is_xl(pipe) else [True] * len(pixels)
+    pixels = pipe.image_processor.postprocess(pixels, output_type="pt", do_denormalize=denormalize)
     _wait(latents)
     seconds.decode += time.perf_counter() - start
     return pixels
@@ -82,6 +92,10 @@ def timed_decoding(pipe: DiffusionPipeline, seconds: Seconds) -> Iterator[None]:
             vars(pipe.vae).pop(name, None)
             if own is not None:
                 setattr(pipe.vae, name, own)
+
+
+def _is_xl(pipe: DiffusionPipeline) -> bool:
+    return type(pipe) is StableDiffusionXLPipeline
 
 
 def _wait(tensor: Tensor) -> None:

@@ -6,8 +6,10 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,8 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Any]) -> di
         progress: gets the number of images and gives a rich Progress.
 
     Returns:
-        images, accepted, drawn (in this call), images_per_s, seconds by stage, dropped_captions, folder.
+        images, accepted, drawn (in this call), images_per_s, seconds by stage ("write": for how long
+        encoding and writing held up the drawing), dropped_captions, folder.
 
     Raises:
         DiffuMaskError: anything that keeps the run from starting or from going on, in one sentence.
@@ -103,15 +106,17 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Any]) -> di
 def _draw_missing(run, pipe, options, resolved, batch_size, size, progress) -> tuple[int, float]:
     """Draw and write the missing shards; return the number of images, and for how long writing held up the drawing."""
     missing, total, drawn = run.missing_shards(), len(run.requests), 0
-    with progress(total) as bar, Background(run, 2 * batch_size) as background:
-        task = bar.add_task("drawing", total=total, completed=total - sum(len(part) for _, part in missing))
+    todo = [request for _, part in missing for request in part]
+    stream = pipe.stream(
+        todo, batch_size, options.mask, num_phrases=options.classes_per_image, group_size=run.shard_size,
+        num_inference_steps=resolved["steps"], guidance_scale=resolved["guidance_scale"],
+        height=size[0], width=size[1],
+    )  # fmt: skip
+    with progress(total) as bar, Background(run, 2 * batch_size) as background, closing(stream) as results:
+        task = bar.add_task("drawing", total=total, completed=total - len(todo))
         for index, part in missing:
             first = []
-            for result in pipe.stream(
-                part, batch_size, options.mask, num_phrases=options.classes_per_image,
-                num_inference_steps=resolved["steps"], guidance_scale=resolved["guidance_scale"],
-                height=size[0], width=size[1],
-            ):  # fmt: skip
+            for result in islice(results, len(part)):
                 background.add(result)
                 bar.advance(task)
                 drawn += 1
@@ -120,7 +125,6 @@ def _draw_missing(run, pipe, options, resolved, batch_size, size, progress) -> t
                     if len(first) == enough:
                         _check_first_batch(first)
             background.end_shard(index)
-            logger.info("shard %d drawn, %d images", index, len(part))
     return drawn, background.waited
 
 

@@ -26,7 +26,9 @@ class Beside:
 
     def __init__(self, device: torch.device, threaded: bool | None = None) -> None:
         self.device = device
-        threaded = device.type == "cuda" if threaded is None else threaded
+        # a thread would not inherit the caller's autocast
+        beside = device.type == "cuda" and not torch.is_autocast_enabled("cuda")
+        threaded = beside if threaded is None else threaded
         self._pool = ThreadPoolExecutor(1, "finish") if threaded else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._begun = False
@@ -62,4 +64,4 @@ def to_host(*tensors: Tensor) -> list[np.ndarray]:
     for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor, non_blocking=True)
     torch.cuda.current_stream(tensors[0].device).synchronize()
-    return [copy.numpy() for copy in copies]
+    return [copy.numpy().copy() for copy in copies]  # what is kept is not to stay page-locked

@@ -210,6 +210,7 @@ class DiffuMaskPipeline:
         mask: MaskOptions | None = None,
         *,
         num_phrases: int | None = None,
+        group_size: int | None = None,
         **kwargs: Any,
     ) -> Iterator[Result]:
         """Draw requests in order, batch by batch, and yield one Result each; closes cleanly when left early.
@@ -219,6 +220,7 @@ class DiffuMaskPipeline:
             batch_size: images per batch, or "auto".
             mask: options of the mask stage; None is what suits the model.
             num_phrases: pad all batches to this many phrases, so that shapes do not change; None: the most there are.
+            group_size: end a batch after each so many requests, so that batches do not reach from shard to shard.
             kwargs: as for a call, without prompt, classes and seeds.
 
         Raises:
@@ -229,14 +231,16 @@ class DiffuMaskPipeline:
         requests = list(requests)
         size = self.batch_size(batch_size, kwargs.get("height"), kwargs.get("width"))
         most = max((len(request.phrases) for request in requests), default=1)
-        return self._batches(requests, size, self.mask_options(mask), max(most, num_phrases or 1), kwargs)
+        groups = range(0, len(requests), group_size or max(1, len(requests)))
+        groups = [requests[start : start + groups.step] for start in groups]
+        batches = [group[start : start + size] for group in groups for start in range(0, len(group), size)]
+        return self._results_of(batches, self.mask_options(mask), max(most, num_phrases or 1), kwargs)
 
-    def _batches(self, requests, size, options, num_phrases, kwargs) -> Iterator[Result]:
-        negated = any(request.negative_prompt for request in requests)
+    def _results_of(self, batches, options, num_phrases, kwargs) -> Iterator[Result]:
+        negated = any(request.negative_prompt for batch in batches for request in batch)
         waiting: deque[Future] = deque()
         with Beside(self.device) as beside:
-            for start in range(0, len(requests), size):
-                batch = requests[start : start + size]
+            for batch in batches:
                 # without any negative prompt, the pipeline's own default holds
                 negative = {"negative_prompt": [request.negative_prompt for request in batch]} if negated else {}
                 with _quiet(self.pipe):
@@ -329,7 +333,7 @@ class DiffuMaskPipeline:
         pixels = math.prod(self.size(height, width))
         weights = sum(p.nbytes for p in self.pipe.unet.parameters())
         free = torch.cuda.get_device_properties(self.device).total_memory * 0.8 - 2 * weights
-        fitting = int(free / (pixels * 5000))  # an estimate, 1.3 GB an image at 512x512; no GPU has confirmed it
+        fitting = int(free / (pixels * 7000))  # an estimate of UNet and VAE side by side; no GPU has confirmed it
         return max(1, min(most, 1 << max(fitting, 1).bit_length() - 1))
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:

@@ -129,7 +129,8 @@ def cross_attention_maps(
 
 def _check(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None, first: int, maps: Tensor | None) -> None:
     """Refuse what a kernel would read or write beyond, and what torch would broadcast."""
-    if q.ndim != 3 or k.shape != v.shape or k.shape != (q.shape[0], *k.shape[1:2], q.shape[2]):
+    fits = q.ndim == k.ndim == 3 and k.shape == v.shape == (q.shape[0], k.shape[1], q.shape[2])
+    if not fits or not k.shape[1] or not q.shape[2]:
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
         raise DiffuMaskError(f"attend takes q [B, N, H*D], k and v [B, T, H*D], not {shapes}")
     if columns is None:
@@ -139,6 +140,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None, first: int, 
     rows = columns.shape[0]
     if not 0 <= first <= q.shape[0] - rows:
         raise DiffuMaskError(f"rows {first} to {first + rows} own the columns, there are {q.shape[0]} rows")
+    if not columns.is_floating_point() or (maps is not None and maps.dtype != torch.float32):
+        raise DiffuMaskError("columns are of a floating type and the maps that they add to fp32")
     if maps is not None and maps.shape != (rows, columns.shape[2], q.shape[1]):
         wanted = [rows, columns.shape[2], q.shape[1]]
         raise DiffuMaskError(f"the maps to add to are {list(maps.shape)}, these columns give {wanted}")

@@ -114,8 +114,8 @@ def _triton(guide: Tensor, maps: Tensor, radius: int, eps: float) -> Tensor:
 def _check_guide(guide: Tensor, radius: int, eps: float) -> None:
     if guide.ndim != 4 or guide.shape[1] != 3:
         raise DiffuMaskError(f"guided_filter takes a guide [B, 3, H, W], not {list(guide.shape)}")
-    if radius < 1 or not eps > 0:
-        raise DiffuMaskError(f"guided_filter takes radius >= 1 and eps > 0, not {radius} and {eps}")
+    if not isinstance(radius, int) or radius < 1 or not eps > 0:
+        raise DiffuMaskError(f"guided_filter takes a whole radius >= 1 and eps > 0, not {radius} and {eps}")
 
 
 def _check_maps(guide: Tensor, maps: Tensor) -> None:

@@ -37,7 +37,7 @@ def transient(
     item, width, conditional = 4 if form == "eager" else ITEM[dtype], heads * head_dim, rows // 2
     queries, values = rows * pixels * width * item, rows * keys * width * item
     if form == "eager":  # scores, probabilities, output; beside them v by heads, the output by heads or the heads' mean
-        means = 4 * conditional * pixels * (keys + num) if num else 0
+        means = 4 * conditional * pixels * (keys + num) if num and conditional else 0
         return 8 * rows * heads * pixels * keys + queries + max(queries, values, means)
     if form == "triton" and num and keys <= MAX_KEYS:
         shape = {"heads": heads, "head_dim": head_dim, "pixels": pixels, "keys": keys}

@@ -1,6 +1,7 @@
 """dataset/background.py: the same bytes as without threads, a bound on what waits, no failure lost."""
 
 import threading
+import time
 
 import pytest
 from samples import draw, requests
@@ -48,14 +49,15 @@ def test_no_more_than_so_many_samples_wait(tmp_path, monkeypatch):
 
 
 def test_a_slow_disk_holds_up_the_drawing(tmp_path, monkeypatch):
-    gate = threading.Event()
-    with begin(tmp_path / "a") as run:
+    gate, drawn = threading.Event(), []
+    with begin(tmp_path / "a", shard_size=2) as run:
         write_rows = run.write_rows
         monkeypatch.setattr(run, "write_rows", lambda *given: gate.wait() and write_rows(*given))
-        written = threading.Thread(target=write, args=(run,))
+        written = threading.Thread(target=write, args=(run, 2, lambda sample: drawn.append(1) or sample))
         written.start()
-        written.join(0.3)
-        assert written.is_alive() and len(run.missing_shards()) == 3
+        written.join(0.5)
+        assert written.is_alive() and len(run.missing_shards()) == 4
+        assert len(drawn) == 4  # one shard at the disk, one that waits for it
         gate.set()
         written.join()
         assert run.missing_shards() == []
@@ -70,6 +72,27 @@ def test_a_failing_write_is_told_and_leaves_nothing(tmp_path, monkeypatch):
         with pytest.raises(DiffuMaskError, match="no space left"):
             write(run)
     assert list(tree(tmp_path)) == ["dataset.json"]
+
+
+def test_a_failed_write_is_told_with_the_next_sample(tmp_path, monkeypatch):
+    with begin(tmp_path) as run:
+        write_rows = run.write_rows
+
+        def fails_first(index, rows):
+            if index == 0:
+                raise DiffuMaskError("no space left")
+            return write_rows(index, rows)
+
+        monkeypatch.setattr(run, "write_rows", fails_first)
+        (_, first), (_, second), _ = run.missing_shards()
+        with pytest.raises(DiffuMaskError, match="no space left"), Background(run, 2) as beside:
+            for request in first:
+                beside.add(draw(request))
+            beside.end_shard(0)
+            while not beside._written.done():
+                time.sleep(0.01)
+            beside.add(draw(second[0]))
+            pytest.fail("the failure was not told")
 
 
 def test_the_last_write_is_waited_for_and_its_failure_told(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_unet, relative
+from conftest import make_unet, make_vae, relative
 from torch._dynamo.utils import counters
 
 from diffumask_fast import compiled
@@ -28,6 +28,19 @@ def test_maps_and_noise_are_the_eager_ones_and_a_smaller_batch_compiles_nothing(
         for levels, wanted in ((maps, truth[1]), (propagated, truth[2])):
             assert levels.keys() == wanted.keys() and levels
             assert all(relative(levels[key], wanted[key]) < 1e-5 for key in wanted)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@torch.no_grad()
+def test_a_smaller_batch_is_decoded_by_the_same_code():
+    torch.manual_seed(0)
+    vae = make_vae().eval()
+    latents = torch.randn(3, 4, 8, 8)
+    truth = vae.decode(latents).sample
+    compiled._compile_decoder(vae.decoder)
+    counters.clear()
+    for rows in (3, 3, 2, 1):
+        assert relative(vae.decode(latents[:rows]).sample, truth[:rows]) < 1e-5
     assert counters["stats"]["unique_graphs"] == 1
 
 

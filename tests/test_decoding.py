@@ -1,9 +1,10 @@
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import draw
-from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline
+from diffusers import AutoencoderKL, ConsistencyDecoderVAE, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
 from diffumask_fast.decoding import decode, decodes_later, timed_decoding
 from diffumask_fast.results import Seconds
@@ -30,7 +31,8 @@ def test_pixels_are_those_of_the_call(pipe):
 
 @torch.no_grad()
 def test_an_fp32_vae_decodes_bf16_latents(tiny_sd):
-    tiny_sd.unet.to(torch.bfloat16), tiny_sd.text_encoder.to(torch.bfloat16)
+    for name in ("unet", "text_encoder"):  # copies: other tests share the parts
+        setattr(tiny_sd, name, deepcopy(getattr(tiny_sd, name)).to(torch.bfloat16))
     found = decode(tiny_sd, draw(tiny_sd, "a red dog", output_type="latent"), Seconds())
     with timed_decoding(tiny_sd, Seconds()):
         assert torch.equal(found, draw(tiny_sd, "a red dog", output_type="pt"))
@@ -46,10 +48,26 @@ def test_what_does_more_than_decode_decodes_in_its_call(tiny_sd, tiny_sdxl):
     assert not decodes_later(tiny_sd)
     other = StableDiffusionImg2ImgPipeline(**tiny_sd.components, requires_safety_checker=False)
     assert not decodes_later(other)
+    kind = type("StableDiffusionPipeline", (StableDiffusionPipeline,), {})
+    assert not decodes_later(kind(**tiny_sd.components, requires_safety_checker=False))
 
 
-def test_a_vae_to_be_upcast_decodes_in_its_call(tiny_sdxl):
+def test_a_vae_that_draws_noise_decodes_in_its_call(tiny_sd):
+    tiny_sd.vae = ConsistencyDecoderVAE.__new__(ConsistencyDecoderVAE)
+    assert not decodes_later(tiny_sd)
+
+
+@torch.no_grad()
+def test_an_image_processor_that_does_not_normalise_changes_nothing(tiny_sd):
+    tiny_sd.image_processor.register_to_config(do_normalize=False)
+    found = decode(tiny_sd, draw(tiny_sd, "a red dog", output_type="latent"), Seconds())
+    assert torch.equal(found, draw(tiny_sd, "a red dog", output_type="pt"))
+
+
+def test_a_vae_to_be_upcast_decodes_in_the_call_of_sdxl(tiny_sdxl, tiny_sd):
     tiny_sdxl.vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, force_upcast=True)
     assert decodes_later(tiny_sdxl)
     tiny_sdxl.vae.half()
     assert not decodes_later(tiny_sdxl)
+    tiny_sd.vae = tiny_sdxl.vae  # Stable Diffusion's call does not upcast
+    assert decodes_later(tiny_sd)

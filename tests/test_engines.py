@@ -30,6 +30,20 @@ def test_what_does_not_work_here_is_left_out_or_said(caplog):
         engines.run("mini", "cpu", engines=["tensorrt"])
 
 
+def test_a_ratio_is_the_engine_over_eager(tiny_folder, monkeypatch):
+    sides = []
+    for name in ("_plain", "_mapped", "_masked"):
+        monkeypatch.setattr(engines, name, lambda pipe, *_: pipe.engine_name)
+    monkeypatch.setattr(engines, "compare", lambda one, other, **_: sides.append((one, other)) or 1.0)
+    rows = list(engines.run("mini", "cpu", model=tiny_folder, engines=["compile"], steps=1, threads=(1,)))
+    assert sides == [("compile", "torch")] * 3 == [("compile", "torch")] * len(rows)
+
+
+def test_an_engine_path_is_one_engines():
+    with pytest.raises(DiffuMaskError, match="An engine path is one engine's"):
+        engines.run("mini", "cpu", engine_path="somewhere", engines=["onnx", "tensorrt"])
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(DiffuMaskError, match="no geometry sd15: use mini"):
         engines.run("sd15")

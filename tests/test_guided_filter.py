@@ -105,6 +105,8 @@ def test_takes_strided_and_half_precision_input():
         (torch.rand(1, 1, 4, 4), torch.rand(1, 1, 4, 4), 1, 1e-3, "guide"),
         (torch.rand(1, 3, 4, 4), torch.rand(1, 1, 4, 5), 1, 1e-3, "fit"),
         (torch.rand(1, 3, 4, 4), torch.rand(1, 1, 4, 4), 0, 1e-3, "radius"),
+        (torch.rand(1, 3, 4, 4), torch.rand(1, 1, 4, 4), 2.5, 1e-3, "whole radius"),
+        (torch.rand(1, 3, 4, 4), torch.rand(1, 1, 4, 4), float("inf"), 1e-3, "whole radius"),
         (torch.rand(1, 3, 4, 4), torch.rand(1, 1, 4, 4), 1, 0.0, "eps"),
         (torch.rand(1, 3, 4, 4), torch.rand(1, 1, 4, 4), 1, float("nan"), "eps"),
     ],

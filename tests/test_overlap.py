@@ -33,7 +33,7 @@ def test_leaving_drops_what_has_not_begun():
         beside.submit(partial(ran.append, 1))
         threading.Timer(0.2, gate.set).start()
         raise KeyboardInterrupt
-    assert not ran
+    assert gate.is_set() and not ran  # it waited for what had begun
 
 
 def test_streams_are_the_same_and_two_batches_are_in_flight(tiny_sd, monkeypatch):
@@ -58,9 +58,12 @@ def test_streams_are_the_same_and_two_batches_are_in_flight(tiny_sd, monkeypatch
     monkeypatch.setattr(pipeline, "Beside", partial(Beside, threaded=True))
     found = list(pipe.stream(wished, 2, num_inference_steps=2))
     assert len(threads) == 2 and len(found) == 9
-    for position, event in enumerate(events):
-        begun = events[: position + 1].count("denoising")
-        assert event == "finished" or begun - events[:position].count("finished") <= IN_FLIGHT
+    ahead = [
+        events[: position + 1].count("denoising") - events[:position].count("finished")
+        for position, event in enumerate(events)
+        if event == "denoising"
+    ]
+    assert max(ahead) == IN_FLIGHT == 2
     for one, other in zip(found, wanted, strict=True):
         assert one.request == other.request and one.quality == other.quality
         for name in ("image", "mask", "maps"):
@@ -88,3 +91,26 @@ def test_a_failure_in_the_thread_reaches_the_reader(tiny_sd, monkeypatch):
 def test_to_host_gives_each_tensor():
     one, other = to_host(torch.arange(3), torch.ones(2, 2, dtype=torch.uint8))
     assert one.tolist() == [0, 1, 2] and other.dtype == np.uint8
+
+
+@pytest.mark.parametrize("group_size, sizes", [(None, [3, 3, 1]), (4, [3, 1, 3]), (9, [3, 3, 1]), (1, [1] * 7)])
+def test_batches_end_with_their_group(tiny_sd, monkeypatch, group_size, sizes):
+    pipe, found = DiffuMaskPipeline.from_pipe(tiny_sd), []
+    denoise = pipe._denoise
+
+    def counting(prompts, *arguments, **kwargs):
+        found.append(len(prompts))
+        return denoise(prompts, *arguments, **kwargs)
+
+    monkeypatch.setattr(pipe, "_denoise", counting)
+    wished = [replace(requests(1)[0], seed=seed) for seed in range(7)]
+    results = list(pipe.stream(wished, 3, group_size=group_size, num_inference_steps=1))
+    assert found == sizes and [result.request for result in results] == wished
+    assert list(pipe.stream([], 3, group_size=group_size)) == []
+
+
+def test_there_is_no_thread_under_autocast(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    assert Beside(torch.device("cuda"))._pool is not None
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+    assert Beside(torch.device("cuda"))._pool is None

@@ -1,12 +1,16 @@
 """Encoding and writing beside the drawing, in threads, with a bound on what waits for them."""
 
+import logging
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 from diffumask_fast.dataset.run import Run
 from diffumask_fast.dataset.schema import Sample, make_row
+
+logger = logging.getLogger("diffumask_fast")
 
 MOST_ENCODERS = 8
 
@@ -34,8 +38,10 @@ class Background:
         """Begin to encode the next sample of the shard.
 
         Raises:
-            DiffuMaskError: an earlier one was not fit to be encoded.
+            DiffuMaskError: an earlier one was not fit to be encoded, or the last shard could not be written.
         """
+        if self._written is not None and self._written.done():
+            self._wait_for_disk()
         if len(self._rows) >= self._ahead:
             with self._waiting():
                 self._rows[-self._ahead].result()
@@ -50,14 +56,18 @@ class Background:
         with self._waiting():
             rows = [row.result() for row in self._rows]
             self._wait_for_disk()
-        self._rows, self._written = [], self._writer.submit(self._run.write_rows, index, rows)
+        self._rows, self._written = [], self._writer.submit(self._write, index, rows)
+
+    def _write(self, index: int, rows: list[dict]) -> None:
+        self._run.write_rows(index, rows)
+        logger.info("shard %d written, %d images", index, len(rows))
 
     def _wait_for_disk(self) -> None:
         if self._written is not None:
             self._written.result()
 
     @contextmanager
-    def _waiting(self):
+    def _waiting(self) -> Iterator[None]:
         start = time.perf_counter()
         try:
             yield
@@ -68,8 +78,10 @@ class Background:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        self._encoders.shutdown(cancel_futures=True)
-        self._writer.shutdown(cancel_futures=kind is not None)
+        try:
+            self._encoders.shutdown(cancel_futures=True)
+        finally:  # the folder stays locked until nothing writes in it, however often Ctrl-C is pressed
+            self._writer.shutdown(cancel_futures=kind is not None)
         if kind is None:
             with self._waiting():
                 self._wait_for_disk()
