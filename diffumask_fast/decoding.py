@@ -8,28 +8,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderTiny,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from diffumask_fast.results import Seconds
 
-# the pipelines whose call ends in VAE and image processor, and nothing else; the VAEs that draw no noise of their own
-PIPELINES = (StableDiffusionPipeline, StableDiffusionXLPipeline)
-VAES = (AutoencoderKL, AutoencoderTiny)
-
 
 def decodes_later(pipe: DiffusionPipeline) -> bool:
     """Tell whether `decode` after a call for latents gives what the call itself would have given."""
+    from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, StableDiffusionXLPipeline
+
     extras = ("safety_checker", "watermark")
     return (
-        type(pipe) in PIPELINES
-        and type(pipe.vae) in VAES
+        # their call ends in VAE and image processor, and nothing else; these VAEs draw no noise of their own
+        type(pipe) in (StableDiffusionPipeline, StableDiffusionXLPipeline)
+        and type(pipe.vae) in (AutoencoderKL, AutoencoderTiny)
         and not (_is_xl(pipe) and pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast)
         and all(getattr(pipe, name, None) is None for name in extras)
         and not hasattr(pipe.vae, "_hf_hook")  # offloaded models come and go with the call
@@ -95,6 +88,8 @@ def timed_decoding(pipe: DiffusionPipeline, seconds: Seconds) -> Iterator[None]:
 
 
 def _is_xl(pipe: DiffusionPipeline) -> bool:
+    from diffusers import StableDiffusionXLPipeline
+
     return type(pipe) is StableDiffusionXLPipeline
 
 

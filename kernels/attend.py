@@ -141,7 +141,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None, first: int, 
     if not 0 <= first <= q.shape[0] - rows:
         raise DiffuMaskError(f"rows {first} to {first + rows} own the columns, there are {q.shape[0]} rows")
     if not columns.is_floating_point() or (maps is not None and maps.dtype != torch.float32):
-        raise DiffuMaskError("columns are of a floating type and the maps that they add to fp32")
+        raise DiffuMaskError("columns are of a floating type and add to fp32 maps")
     if maps is not None and maps.shape != (rows, columns.shape[2], q.shape[1]):
         wanted = [rows, columns.shape[2], q.shape[1]]
         raise DiffuMaskError(f"the maps to add to are {list(maps.shape)}, these columns give {wanted}")

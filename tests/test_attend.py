@@ -155,7 +155,7 @@ def test_attend_refuses_what_it_cannot_do():
         ({"k": (2, 7, 16), "v": (2, 7, 16)}, "attend takes q"),
         ({"q": (16, 32)}, "attend takes q"),
         ({"k": (2, 0, 32), "v": (2, 0, 32), "columns": (1, 0, 3)}, "attend takes q"),
-        ({"maps": torch.zeros(1, 3, 16, dtype=torch.float16)}, "maps that they add to fp32"),
+        ({"maps": torch.zeros(1, 3, 16, dtype=torch.float16)}, "add to fp32 maps"),
         ({"columns": torch.ones(1, 7, 3, dtype=torch.long)}, "columns are of a floating type"),
         ({"columns": (1, 5, 3)}, "for 7 keys"),
         ({"columns": (7, 3)}, "for 7 keys"),
