@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -102,7 +101,7 @@ def _draw(pipe: DiffuMaskPipeline, num: int, seed: int) -> tuple[Tensor, dict[st
             )[0]  # fmt: skip
         images.append((pixels.permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu())
         for times in PROPAGATE:
-            options = SimpleNamespace(aggregation=aggregation, propagate=times)
+            options = MaskOptions(aggregation=aggregation, propagate=times)
             maps[times].append(quantise_maps(store.class_maps(options)).cpu())
     ids = torch.tensor([request.class_ids for request in requests])
     return torch.cat(images), {times: torch.cat(parts) for times, parts in maps.items()}, ids
