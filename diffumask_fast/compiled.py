@@ -1,4 +1,4 @@
-"""The compiled engine: UNetWithMaps and the VAE's decoder through torch.compile, on CUDA one graph per UNet call."""
+"""The compiled engine: LeanUNet and the VAE's decoder through torch.compile, on CUDA one graph per UNet call."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from diffumask_fast.attention.lean import KeysValues, LeanUNet
 from diffumask_fast.attention.tap import Levels
-from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.loading import cache_folder
 
@@ -61,18 +61,21 @@ def need_compiler() -> None:
 
 
 class CompiledDenoiser:
-    """A compiled UNetWithMaps, with its signature; images are those of the eager one up to rounding.
+    """A compiled LeanUNet with the signature of UNetWithMaps; images are those of the eager one up to rounding.
 
-    Calls of fewer rows than the first are padded with zeros, so that a run's last batch compiles nothing.
+    Calls of fewer rows than the first are padded with zeros, so that a run's last batch compiles nothing. Keys and
+    values of the prompts are made when a tensor of encoder_hidden_states is first seen, and kept until the next one.
 
     Args:
         unet: a UNet2DConditionModel.
     """
 
     def __init__(self, unet: torch.nn.Module) -> None:
-        self.model = UNetWithMaps(unet)
+        self.model = LeanUNet(unet)
         self.model.compile(fullgraph=True, dynamic=False)
         self.rows = 0
+        self._seen: tuple[Any, ...] = ()
+        self._text: KeysValues | None = None
         self._graphs: dict[Any, _Graph] = {}
 
     def __call__(
@@ -90,31 +93,50 @@ class CompiledDenoiser:
         """Predict the noise with maps, as UNetWithMaps.forward."""
         rows, num = latents.shape[0], select.shape[0]
         first = rows - num if first_conditional is None else first_conditional
+        halves = 2 if first == num and rows == 2 * num else 1  # an unconditional row for each conditional one
         self.rows = max(self.rows, rows)
+        self.rows += self.rows % halves
+        # without halves all rows are conditional ones, so that shapes do not depend on which
+        begin, before = (self.rows // 2, 0) if halves == 2 else (0, first)
 
-        def padded(tensor: Any, before: int = 0) -> Any:
-            """Pad to self.rows rows, so that all of them are conditional and shapes stay what they are."""
-            if not isinstance(tensor, Tensor) or tensor.ndim == 0:
+        def padded(tensor: Any) -> Any:
+            """Pad each half, so that shapes stay what they are."""
+            if not isinstance(tensor, Tensor) or tensor.ndim == 0 or tensor.shape[0] != rows:
                 return tensor
-            after = self.rows - before - tensor.shape[0]
-            return F.pad(tensor, [0, 0] * (tensor.ndim - 1) + [before, after])
+            pad = [0, 0] * (tensor.ndim - 1) + [0, (self.rows - rows) // halves]
+            return F.pad(tensor.unflatten(0, (halves, -1)), pad).flatten(0, 1)
+
+        def conditional(tensor: Tensor) -> Tensor:
+            return F.pad(tensor, [0, 0] * (tensor.ndim - 1) + [before, self.rows - begin - before - num])
 
         inputs = {
             "latents": padded(latents).contiguous(memory_format=torch.channels_last),
             "timestep": torch.as_tensor(timestep, device=latents.device).flatten()[0],
             "encoder_hidden_states": padded(encoder_hidden_states),
-            "select": padded(select, first),
-            "prior": {key: padded(value, first) for key, value in (prior or {}).items()},
+            "select": conditional(select),
+            "prior": tree_map(conditional, dict(prior or {})),
             "added": tree_map(padded, dict(added)) if added is not None else None,
+            "first_conditional": begin,
             **tree_map(padded, unet_kwargs),
         }
+        if not unet_kwargs:
+            inputs["text"] = self._text_of(encoder_hidden_states, inputs["encoder_hidden_states"])
+            inputs["twins"] = halves == 2 and added is None and torch.equal(latents[:num], latents[num:])
         noise_pred, maps, propagated = self._run(inputs)
-        own = slice(first, first + num)
-        return noise_pred[:rows], tree_map(lambda x: x[own], maps), tree_map(lambda x: x[own], propagated)
+        noise_pred = noise_pred.unflatten(0, (halves, -1))[:, : rows // halves].flatten(0, 1)
+        own = slice(before, before + num)
+        return noise_pred, tree_map(lambda x: x[own], maps), tree_map(lambda x: x[own], propagated)
+
+    def _text_of(self, states: Tensor, padded: Tensor) -> KeysValues | None:
+        """Return the keys and values, made anew for other states or another number of rows."""
+        seen = (padded.shape[0], None if states.is_inference() else states._version)
+        if not self._seen or self._seen[0] is not states or self._seen[1:] != seen:
+            self._text, self._seen = self.model.text(padded), (states, *seen)
+        return self._text
 
     def _run(self, inputs: dict[str, Any]) -> tuple[Tensor, Levels, Levels]:
         if not inputs["latents"].is_cuda:
-            return self.model(**inputs, first_conditional=0)
+            return self.model(**inputs)
         leaves, structure = tree_flatten(inputs)
         kinds = ((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         key = (str(structure), *kinds)
@@ -132,12 +154,12 @@ class _Graph:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):  # compiles, and lets libraries allocate what a capture cannot
-                model(**self.inputs, first_conditional=0)
+                model(**self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         # a capture must not trip over what another thread does on a stream of its own
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.outputs = model(**self.inputs, first_conditional=0)
+            self.outputs = model(**self.inputs)
 
     def __call__(self, inputs: dict[str, Any]) -> tuple[Tensor, Levels, Levels]:
         for own, given in zip(tree_leaves(self.inputs), tree_leaves(inputs), strict=True):

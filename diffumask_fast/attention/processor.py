@@ -27,8 +27,7 @@ class MapProcessor:
         tap: Tap | None = None,
     ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-        mask = _bias(attn, attention_mask, context)
+        q, k, v, mask = self.project(attn, hidden_states, context, attention_mask, tap)
         columns = None if tap is None else tap.columns(attn)
         if columns is None:
             out, _ = attend(q, k, v, heads=attn.heads, mask=mask, impl=self.impl)
@@ -47,7 +46,14 @@ class MapProcessor:
                 impl=self.impl,
             )
             tap.put(attn, maps)
-        return attn.to_out[1](attn.to_out[0](out))
+        return attn.to_out[1](attn.to_out[0](out.to(hidden_states.dtype)))
+
+    def project(
+        self, attn: Attention, hidden_states: Tensor, context: Tensor, attention_mask: Tensor | None, tap: Tap | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return queries [B, N, H*D], keys and values [B, T, H*D], and the bias of the scores."""
+        q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        return q, k, v, _bias(attn, attention_mask, context)
 
 
 def draws_like(attn: Attention) -> bool:

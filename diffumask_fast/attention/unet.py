@@ -62,6 +62,19 @@ class UNetWithMaps(nn.Module):
         """
         first = latents.shape[0] - select.shape[0] if first_conditional is None else first_conditional
         tap = Tap(self.places, select, prior or {}, first)
+        return self.run(tap, latents, timestep, encoder_hidden_states, added, cross_attention_kwargs, **unet_kwargs)
+
+    def run(
+        self,
+        tap: Tap,
+        latents: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        added: Mapping[str, Any] | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        **unet_kwargs: Any,
+    ) -> tuple[Tensor, Levels, Levels]:
+        """Call the UNet with a tap that nothing has been put into; the rest as for `forward`."""
         with self._swapped():
             noise_pred = self._unet()(
                 latents,
