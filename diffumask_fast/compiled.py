@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from diffumask_fast.attention.forwards import FITS_BYTES, cheaper_forwards, swapped
 from diffumask_fast.attention.lean import KeysValues, LeanUNet
 from diffumask_fast.attention.tap import Levels
 from diffumask_fast.errors import DiffuMaskError
@@ -37,21 +38,37 @@ def compile_pipe(pipe: DiffusionPipeline) -> None:
     for part in (pipe.unet, pipe.vae):
         part.to(memory_format=torch.channels_last)
     pipe.unet.denoiser = CompiledDenoiser(pipe.unet)
-    _compile_decoder(pipe.vae.decoder)
+    _compile_decoder(pipe.vae.decoder, pipe.vae_scale_factor)
 
 
-def _compile_decoder(decoder: torch.nn.Module) -> None:
-    """Let a decoder run compiled, with calls of fewer rows than the most so far padded as those of the denoiser."""
-    compiled, most = torch.compile(decoder.forward, dynamic=False), 0
+def _compile_decoder(decoder: torch.nn.Module, scale: int) -> None:
+    """Let a decoder run compiled, on the CPU in pieces that its caches take; what fills no piece is padded.
 
-    def forward(latents: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    Args:
+        decoder: of a VAE.
+        scale: pixels for a latent.
+    """
+    forward, most = decoder.forward, 0
+    channels = [module for module in decoder.modules() if isinstance(module, torch.nn.Conv2d)][-1].in_channels
+
+    def lean(latents: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with swapped(cheaper_forwards(decoder) if latents.device.type == "cpu" else {}):
+            return forward(latents, *args, **kwargs)
+
+    compiled = torch.compile(lean, dynamic=False)
+
+    def decode(latents: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         nonlocal most
         rows = latents.shape[0]
-        most = max(most, rows)
-        padded = F.pad(latents, [0, 0] * (latents.ndim - 1) + [0, most - rows])
-        return compiled(padded.contiguous(memory_format=torch.channels_last), *args, **kwargs)[:rows]
+        piece = most = max(most, rows)
+        if latents.device.type == "cpu":
+            image = latents[0, 0].numel() * scale**2 * channels * latents.element_size()
+            piece = min(most, max(1, FITS_BYTES // image))
+        padded = F.pad(latents, [0, 0] * (latents.ndim - 1) + [0, -rows % piece])
+        parts = padded.contiguous(memory_format=torch.channels_last).split(piece)
+        return torch.cat([compiled(part, *args, **kwargs) for part in parts])[:rows]
 
-    decoder.forward = forward
+    decoder.forward = decode
 
 
 def need_compiler() -> None:

@@ -1,23 +1,21 @@
 """UNetWithMaps with fewer products: what the compiled engine compiles."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
-from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from diffumask_fast.attention.forwards import cheaper_forwards, swapped
 from diffumask_fast.attention.processor import MapProcessor, draws_like
 from diffumask_fast.attention.tap import Levels, Tap
 from diffumask_fast.attention.unet import UNetWithMaps
 
 KeysValues = Sequence[tuple[Tensor, Tensor]]
 KEYS_MULTIPLE = 16  # of a CPU's vectors: 80 keys take two thirds of the time of 77
-FITS_BYTES, PIECE_BYTES = 4 << 20, 2 << 20  # of a feed-forward's widest tensor, which is to stay in a CPU's caches
 
 
 class LeanUNet(UNetWithMaps):
@@ -26,8 +24,7 @@ class LeanUNet(UNetWithMaps):
     - Keys and values of the prompts are the caller's to make once, by `text`, instead of at each step.
     - Under classifier-free guidance both halves of the latents are the same up to the first cross-attention: the layers
       before it work on one half.
-    - On the CPU, a 3x3 convolution of an image doubled by nearest neighbours is four 2x2 convolutions of the image, a
-      feed-forward works on as many rows as its caches take, and bf16 attends in fp32, the quicker of the two without AMX.
+    - On the CPU, layers run as `cheaper_forwards` has them, and bf16 attends in fp32, the quicker of the two without AMX.
     """
 
     def __init__(self, unet: nn.Module, impl: str = "auto") -> None:
@@ -83,33 +80,14 @@ class LeanUNet(UNetWithMaps):
             if padding := select.shape[1] - encoder_hidden_states.shape[1]:
                 zeros = latents.new_zeros(1, 1, 1, encoder_hidden_states.shape[1])
                 tap.bias = F.pad(zeros, (0, padding), value=-torch.inf)
-        with self._swapped_forwards(tap, twins, latents.device.type == "cpu"):
+        forwards = cheaper_forwards(self.unet) if latents.device.type == "cpu" else {}
+        if twins:
+            forwards |= {module: _once(module, tap) for module in _before_text(self.unet)}
+        with swapped(forwards):
             return self.run(tap, latents, timestep, encoder_hidden_states, added, **unet_kwargs)
 
     def _cross(self) -> list[Attention]:
         return [attn for attn, place in self.places.items() if place.cross]
-
-    @contextmanager
-    def _swapped_forwards(self, tap: "_LeanTap", twins: bool, on_cpu: bool) -> Iterator[None]:
-        forwards: dict[nn.Module, Callable] = {}
-        for module in self.unet.modules() if on_cpu else ():
-            if _doubles(module):
-                forwards[module] = _in_phases(module)
-            elif isinstance(module, FeedForward):
-                forwards[module] = _in_pieces(module)
-        if twins:
-            forwards |= {module: _once(module, tap) for module in _before_text(self.unet)}
-        kept = [(module, module.__dict__.get("forward")) for module in forwards]
-        try:
-            for module, forward in forwards.items():
-                module.__dict__["forward"] = forward
-            yield
-        finally:
-            for module, forward in kept:
-                if forward is None:
-                    module.__dict__.pop("forward", None)
-                else:
-                    module.__dict__["forward"] = forward
 
 
 class _LeanTap(Tap):
@@ -153,55 +131,5 @@ def _once(module: nn.Module, tap: _LeanTap) -> Callable:
             kwargs["tap"] = half
         out = forward(*(arg[first:] if isinstance(arg, Tensor) else arg for arg in args), **kwargs)
         return torch.cat([out, out])
-
-    return call
-
-
-def _doubles(module: nn.Module) -> bool:
-    """Tell whether a module is nearest upsampling and a plain 3x3 convolution."""
-    if not isinstance(module, Upsample2D) or not (module.use_conv and module.interpolate and module.norm is None):
-        return False
-    conv = getattr(module, "conv", None)
-    return type(conv) is nn.Conv2d and conv.kernel_size == (3, 3) and conv.padding == (1, 1)
-
-
-def _in_phases(module: Upsample2D) -> Callable:
-    """Double and convolve: of the doubled image's rows and columns, each odd or even one sees 2x2 pixels.
-
-    With weights w0, w1, w2 of three neighbours, an even one is w0 before + (w1 + w2) itself, an odd one (w0 + w1)
-    itself + w2 after.
-    """
-    forward, conv = module.forward, module.conv
-
-    def halves(weight: Tensor, axis: int) -> list[Tensor]:
-        before, itself, after = weight.unbind(axis)
-        return [torch.stack([before, itself + after], axis), torch.stack([before + itself, after], axis)]
-
-    def call(hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        rows, channels, height, width = hidden_states.shape
-        if output_size is not None and tuple(output_size) != (2 * height, 2 * width):
-            return forward(hidden_states, output_size, *args, **kwargs)
-        phases = []
-        for y, weights in enumerate(halves(conv.weight, 2)):
-            for x, weight in enumerate(halves(weights, 3)):
-                padded = F.pad(hidden_states, (1 - x, x, 1 - y, y)).contiguous(memory_format=torch.channels_last)
-                weight = weight.contiguous(memory_format=torch.channels_last)
-                phases.append(F.conv2d(padded, weight, conv.bias))
-        phases = torch.stack(phases, 2).view(rows, -1, 2, 2, height, width)
-        return phases.permute(0, 1, 4, 2, 5, 3).reshape(rows, -1, 2 * height, 2 * width)
-
-    return call
-
-
-def _in_pieces(module: FeedForward) -> Callable:
-    """Run a feed-forward on a few rows at a time where its widest tensor is larger than the caches."""
-    forward = module.forward
-
-    def call(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        row = hidden_states[0].numel() // hidden_states.shape[-1] * module.net[0].proj.out_features
-        row *= hidden_states.element_size()
-        if row * hidden_states.shape[0] <= FITS_BYTES:
-            return forward(hidden_states, *args, **kwargs)
-        return torch.cat([forward(part, *args, **kwargs) for part in hidden_states.split(max(1, PIECE_BYTES // row))])
 
     return call
