@@ -13,6 +13,7 @@ from diffumask_fast.attention.forwards import cheaper_forwards, swapped
 from diffumask_fast.attention.processor import MapProcessor, draws_like
 from diffumask_fast.attention.tap import Levels, Tap
 from diffumask_fast.attention.unet import UNetWithMaps
+from diffumask_fast.kernels import attend
 
 KeysValues = Sequence[tuple[Tensor, Tensor]]
 KEYS_MULTIPLE = 16  # of a CPU's vectors: 80 keys take two thirds of the time of 77
@@ -96,6 +97,12 @@ class _LeanTap(Tap):
     text: dict[nn.Module, tuple[Tensor, Tensor]] = {}
     bias: Tensor | None = None
 
+    def alone(self) -> "_LeanTap":
+        """Return the tap for a call of the conditional rows alone."""
+        tap = _LeanTap(self.places, self.select, self.prior, 0)
+        tap.maps, tap.propagated = self.maps, self.propagated
+        return tap
+
 
 class _LeanProcessor(MapProcessor):
     def __init__(self, impl: str = "auto") -> None:
@@ -111,6 +118,14 @@ class _LeanProcessor(MapProcessor):
             q, k, v, mask = (x if x is None else x.float() for x in (q, k, v, mask))
         return q, k, v, mask
 
+    def product(self, attn, q, k, v, mask, tap):
+        first, whole = tap.first, mask is None or mask.shape[0] == 1
+        if q.device.type != "cpu" or tap.columns(attn) is None or not (first and whole):
+            return super().product(attn, q, k, v, mask, tap)
+        # the rows with columns, here always the last ones, are padded for them; the others need not be
+        plain = attend(q[:first], k[:first], v[:first], heads=attn.heads, mask=mask, impl=self.impl)[0]
+        return torch.cat([plain, super().product(attn, q[first:], k[first:], v[first:], mask, tap.alone())])
+
 
 def _before_text(unet: nn.Module) -> list[nn.Module]:
     """Name the costly layers before the first cross-attention."""
@@ -122,13 +137,11 @@ def _before_text(unet: nn.Module) -> list[nn.Module]:
 
 def _once(module: nn.Module, tap: _LeanTap) -> Callable:
     """Run a module on the second half of its rows and give the result for both."""
-    forward, first = module.forward, tap.first
-    half = _LeanTap(tap.places, tap.select, tap.prior, 0)
-    half.maps, half.propagated = tap.maps, tap.propagated
+    forward, first, alone = module.forward, tap.first, tap.alone()
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
         if "tap" in kwargs:
-            kwargs["tap"] = half
+            kwargs["tap"] = alone
         out = forward(*(arg[first:] if isinstance(arg, Tensor) else arg for arg in args), **kwargs)
         return torch.cat([out, out])
 

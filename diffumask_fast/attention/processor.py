@@ -28,24 +28,7 @@ class MapProcessor:
     ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v, mask = self.project(attn, hidden_states, context, attention_mask, tap)
-        columns = None if tap is None else tap.columns(attn)
-        if columns is None:
-            out, _ = attend(q, k, v, heads=attn.heads, mask=mask, impl=self.impl)
-        else:
-            maps, weight = tap.target(attn)
-            out, maps = attend(
-                q,
-                k,
-                v,
-                columns,
-                heads=attn.heads,
-                first_conditional=tap.first,
-                maps=maps,
-                weight=weight,
-                mask=mask,
-                impl=self.impl,
-            )
-            tap.put(attn, maps)
+        out = self.product(attn, q, k, v, mask, tap)
         return attn.to_out[1](attn.to_out[0](out.to(hidden_states.dtype)))
 
     def project(
@@ -54,6 +37,27 @@ class MapProcessor:
         """Return queries [B, N, H*D], keys and values [B, T, H*D], and the bias of the scores."""
         q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         return q, k, v, _bias(attn, attention_mask, context)
+
+    def product(self, attn: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tap: Tap | None) -> Tensor:
+        """Return the output [B, N, H*D], and let the tap have the maps."""
+        columns = None if tap is None else tap.columns(attn)
+        if columns is None:
+            return attend(q, k, v, heads=attn.heads, mask=mask, impl=self.impl)[0]
+        maps, weight = tap.target(attn)
+        out, maps = attend(
+            q,
+            k,
+            v,
+            columns,
+            heads=attn.heads,
+            first_conditional=tap.first,
+            maps=maps,
+            weight=weight,
+            mask=mask,
+            impl=self.impl,
+        )
+        tap.put(attn, maps)
+        return out
 
 
 def draws_like(attn: Attention) -> bool:
