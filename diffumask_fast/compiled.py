@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from diffumask_fast.attention.forwards import FITS_BYTES, cheaper_forwards, swapped
+from diffumask_fast.attention.forwards import PIECE_BYTES, cheaper_forwards, swapped
 from diffumask_fast.attention.lean import KeysValues, LeanUNet
 from diffumask_fast.attention.tap import Levels
 from diffumask_fast.errors import DiffuMaskError
@@ -63,7 +63,7 @@ def _compile_decoder(decoder: torch.nn.Module, scale: int) -> None:
         piece = most = max(most, rows)
         if latents.device.type == "cpu":
             image = latents[0, 0].numel() * scale**2 * channels * latents.element_size()
-            piece = min(most, max(1, FITS_BYTES // image))
+            piece = min(most, max(1, PIECE_BYTES // image))
         padded = F.pad(latents, [0, 0] * (latents.ndim - 1) + [0, -rows % piece])
         parts = padded.contiguous(memory_format=torch.channels_last).split(piece)
         return torch.cat([compiled(part, *args, **kwargs) for part in parts])[:rows]

@@ -11,7 +11,7 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-FITS_BYTES, PIECE_BYTES = 4 << 20, 2 << 20  # of a feed-forward's widest tensor, which is to stay in a CPU's caches
+PIECE_BYTES = 2 << 20  # of a piece's widest tensor, which is to stay in a CPU's caches
 
 Forwards = dict[nn.Module, Callable]
 
@@ -106,7 +106,7 @@ def _in_pieces(module: FeedForward) -> Callable:
     def call(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         tokens = hidden_states[0].numel() // hidden_states.shape[-1]
         row = tokens * module.net[0].proj.out_features * hidden_states.element_size()
-        if row * hidden_states.shape[0] <= FITS_BYTES:
+        if row * hidden_states.shape[0] <= PIECE_BYTES:
             return forward(hidden_states, *args, **kwargs)
         return torch.cat([forward(part, *args, **kwargs) for part in hidden_states.split(max(1, PIECE_BYTES // row))])
 
