@@ -19,6 +19,8 @@ from diffumask_fast.attention.tap import Levels
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.loading import cache_folder
 
+VARIANTS = 128
+
 
 def compile_pipe(pipe: DiffusionPipeline) -> None:
     """Let a pipeline draw with compiled code wherever maps are collected.
@@ -38,7 +40,8 @@ def compile_pipe(pipe: DiffusionPipeline) -> None:
     for part in (pipe.unet, pipe.vae):
         part.to(memory_format=torch.channels_last)
     pipe.unet.denoiser = CompiledDenoiser(pipe.unet)
-    _compile_decoder(pipe.vae.decoder, pipe.vae_scale_factor)
+    if isinstance(getattr(pipe.vae, "decoder", None), torch.nn.Module):
+        _compile_decoder(pipe.vae.decoder, pipe.vae_scale_factor)
 
 
 def _compile_decoder(decoder: torch.nn.Module, scale: int) -> None:
@@ -59,6 +62,8 @@ def _compile_decoder(decoder: torch.nn.Module, scale: int) -> None:
 
     def decode(latents: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         nonlocal most
+        if any(isinstance(other, Tensor) for other in (*args, *kwargs.values())):  # an image or mask beside each row
+            return forward(latents, *args, **kwargs)
         rows = latents.shape[0]
         piece = most = max(most, rows)
         if latents.device.type == "cpu":
@@ -90,6 +95,8 @@ class CompiledDenoiser:
     def __init__(self, unet: torch.nn.Module) -> None:
         self.model = LeanUNet(unet)
         self.model.compile(fullgraph=True, dynamic=False)
+        # each set of shapes is code of its own, and past the limit a call would fail
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
         self.rows = 0
         self._seen: tuple[Any, ...] = ()
         self._text: KeysValues | None = None
@@ -138,11 +145,16 @@ class CompiledDenoiser:
         }
         if not unet_kwargs:
             inputs["text"] = self._text_of(encoder_hidden_states, inputs["encoder_hidden_states"])
-            inputs["twins"] = halves == 2 and added is None and torch.equal(latents[:num], latents[num:])
+            inputs["twins"] = halves == 2 and added is None and self._are_twins(latents)
         noise_pred, maps, propagated = self._run(inputs)
         noise_pred = noise_pred.unflatten(0, (halves, -1))[:, : rows // halves].flatten(0, 1)
         own = slice(before, before + num)
         return noise_pred, tree_map(lambda x: x[own], maps), tree_map(lambda x: x[own], propagated)
+
+    def _are_twins(self, latents: Tensor) -> bool:
+        """Tell whether both halves are the same, and their embeddings too; what is not a number counts as equal."""
+        one, other = latents.nan_to_num().chunk(2)
+        return self.model.unet.config.addition_embed_type is None and torch.equal(one, other)
 
     def _text_of(self, states: Tensor, padded: Tensor) -> KeysValues | None:
         """Return the keys and values, made anew for other states or another number of rows."""
@@ -162,6 +174,11 @@ class CompiledDenoiser:
         return self._graphs[key](inputs)
 
 
+def _same(leaf: Any) -> Any:
+    """Leave a leaf as it is: mapped over a tree, its lists are new ones, for a UNet pops what it takes from them."""
+    return leaf
+
+
 class _Graph:
     """What the model does with tensors of these shapes, as a CUDA graph on tensors of its own. No GPU has run it."""
 
@@ -171,12 +188,12 @@ class _Graph:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):  # compiles, and lets libraries allocate what a capture cannot
-                model(**self.inputs)
+                model(**tree_map(_same, self.inputs))
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         # a capture must not trip over what another thread does on a stream of its own
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.outputs = model(**self.inputs)
+            self.outputs = model(**tree_map(_same, self.inputs))
 
     def __call__(self, inputs: dict[str, Any]) -> tuple[Tensor, Levels, Levels]:
         for own, given in zip(tree_leaves(self.inputs), tree_leaves(inputs), strict=True):

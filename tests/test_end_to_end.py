@@ -55,12 +55,12 @@ def test_the_speedups(folder):
     rows = {row["name"]: row for row in measured(folder, names, steps=2)}
     assert sorted(rows) == sorted(names)
     check(rows.values())
-    assert rows["iou_vs_reference"]["n"] == rows["iou_vs_reference"]["config"]["best_batch"]
+    assert rows["iou_vs_reference"]["n"] == 2
     # what the bench found is no part of what a row is known by
-    assert all(one["config"]["batch"] == 2 and one["config"]["best_batch"] in (2, 3) for one in rows.values())
+    assert all(one["config"]["batch"] == 2 and one["config"]["best_batch"] in (1, 2, 4) for one in rows.values())
     best = rows["speedup_vs_reference_best"]["config"]
     assert best["dtype"] == "bf16" and 0 <= best["mask_iou"] <= 1
-    assert set(best["tried_s"]) == {"torch fp32 2", "torch fp32 3", f"torch bf16 {best['best_batch']}"}
+    assert set(best["tried_s"]) == {"torch fp32", "torch bf16"}
     config = rows["speedup_vs_reference_fp32"]["config"]
     assert (config["engine"], config["dtype"], config["num_inference_steps"]) == ("torch", "fp32", 2)
     assert config["mask"]["refine"] == "none" and config["mask"]["aggregation"] == "reference"

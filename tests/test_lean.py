@@ -137,3 +137,20 @@ def test_compiled_twins_and_text_are_found_by_looking(monkeypatch):
     same(found(**fewer), truth(**fewer))
     alone = {key: value[:3] for key, value in call.items() if key in ("latents", "encoder_hidden_states", "select")}
     same(found(**alone, timestep=torch.tensor(3))[:2], truth(**alone, timestep=torch.tensor(3))[:2])
+
+
+def test_what_is_not_plain_keeps_its_own_forward():
+    decoder = make_vae().decoder
+    convs = [layer for layer in decoder.layers if type(layer) is nn.Conv2d]
+    assert sum(conv in cheaper_forwards(decoder) for conv in convs) == 3
+    for conv in convs:
+        conv.padding_mode = "circular"
+    assert cheaper_forwards(decoder) == {}
+    unet = make_unet()
+    attn = unet.mid_block.attentions[0].transformer_blocks[0].attn2
+
+    class Adapted(nn.Linear):
+        pass
+
+    attn.to_k.__class__ = Adapted
+    assert LeanUNet(unet).text(torch.randn(2, 77, unet.config.cross_attention_dim)) is None

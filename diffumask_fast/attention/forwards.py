@@ -84,9 +84,12 @@ def _halves(weight: Tensor, axis: int) -> list[Tensor]:
 
 
 def _is_plain(conv: nn.Module | None) -> bool:
-    return type(conv) is nn.Conv2d and (conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups) == (
-        (3, 3), (1, 1), (1, 1), (1, 1), 1,
-    )  # fmt: skip
+    """Tell whether a module is what double_and_convolve computes, with nothing hooked into it or put over it."""
+    if type(conv) is not nn.Conv2d or {"forward", "_conv_forward"} & vars(conv).keys():
+        return False
+    if conv._forward_hooks or conv._forward_pre_hooks or conv.padding_mode != "zeros" or conv.groups != 1:
+        return False
+    return (conv.kernel_size, conv.padding, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
 
 
 def _in_phases(module: nn.Module, conv: nn.Conv2d) -> Callable:

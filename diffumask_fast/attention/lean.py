@@ -25,7 +25,7 @@ class LeanUNet(UNetWithMaps):
     - Keys and values of the prompts are the caller's to make once, by `text`, instead of at each step.
     - Under classifier-free guidance both halves of the latents are the same up to the first cross-attention: the layers
       before it work on one half.
-    - On the CPU, layers run as `cheaper_forwards` has them, and bf16 attends in fp32, the quicker of the two without AMX.
+    - On the CPU, layers run as `cheaper_forwards` has them, and bf16 attends in fp32, which is quicker without AMX.
     """
 
     def __init__(self, unet: nn.Module, impl: str = "auto") -> None:
@@ -40,10 +40,12 @@ class LeanUNet(UNetWithMaps):
 
         Returns:
             k and v [B, T', H*D] for each layer, T' the T padded with zeros to KEYS_MULTIPLE on the CPU; None where the
-            UNet makes something else of the states first (IP-Adapter), or a layer has a processor of its own.
+            UNet makes something else of the states first (IP-Adapter), or a layer has a processor of its own or an
+            adapter (LoRA), which may change from step to step.
         """
         layers = self._cross()
-        if getattr(self.unet, "encoder_hid_proj", None) is not None or not all(map(draws_like, layers)):
+        own = all(draws_like(attn) and type(attn.to_k) is type(attn.to_v) is nn.Linear for attn in layers)
+        if getattr(self.unet, "encoder_hid_proj", None) is not None or not own:
             return None
         states, multiple = encoder_hidden_states, 1 if encoder_hidden_states.is_cuda else KEYS_MULTIPLE
         pad = (0, 0, 0, -states.shape[1] % multiple)
@@ -131,8 +133,8 @@ def _before_text(unet: nn.Module) -> list[nn.Module]:
     """Name the costly layers before the first cross-attention."""
     block = unet.down_blocks[0]
     blocks = [module for module in block.modules() if isinstance(module, BasicTransformerBlock)]
-    firsts = [blocks[0].attn1] if blocks and not blocks[0].attn1.is_cross_attention else []
-    return [unet.conv_in, block.resnets[0], *firsts]
+    first = [layer.attn1 for layer in blocks[:1] if not layer.attn1.is_cross_attention and draws_like(layer.attn1)]
+    return [unet.conv_in, block.resnets[0], *first]
 
 
 def _once(module: nn.Module, tap: _LeanTap) -> Callable:
