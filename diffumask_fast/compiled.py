@@ -55,7 +55,7 @@ def _compile_decoder(decoder: torch.nn.Module, scale: int) -> None:
     channels = [module for module in decoder.modules() if isinstance(module, torch.nn.Conv2d)][-1].in_channels
 
     def lean(latents: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with swapped(cheaper_forwards(decoder) if latents.device.type == "cpu" else {}):
+        with swapped("forward", cheaper_forwards(decoder) if latents.device.type == "cpu" else {}):
             return forward(latents, *args, **kwargs)
 
     compiled = torch.compile(lean, dynamic=False)

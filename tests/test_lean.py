@@ -8,6 +8,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffumask_fast import compiled
 from diffumask_fast.attention import UNetWithMaps, forwards
 from diffumask_fast.attention.forwards import cheaper_forwards, double_and_convolve, swapped
 from diffumask_fast.attention.lean import LeanUNet
@@ -22,14 +23,15 @@ def inputs(unet, images=2, twins=True, size=8):
     return dict(
         latents=torch.cat([half, half if twins else torch.randn_like(half)]), timestep=torch.tensor(500),
         encoder_hidden_states=torch.randn(2 * images, 77, unet.config.cross_attention_dim),
-        select=torch.rand(images, 77, 3), prior={"1": torch.rand(images, 3, size**2 // 4)},
+        select=torch.rand(images, 77, 3),
+        prior={"0": torch.rand(images, 3, size**2), "1": torch.rand(images, 3, size**2 // 4)},
     )  # fmt: skip
 
 
 def same(found, truth, limit=1e-5):
     assert relative(found[0], truth[0]) < limit
     for levels, wanted in zip(found[1:], truth[1:], strict=True):
-        assert levels.keys() == wanted.keys() and levels
+        assert levels.keys() == wanted.keys()
         assert all(relative(levels[key], wanted[key]) < limit for key in wanted)
 
 
@@ -59,11 +61,7 @@ def test_what_is_found_is_the_plain_units(size, twins):
     call, lean = inputs(unet, twins=twins, size=8), LeanUNet(unet)
     if size != 8:
         call |= {"latents": F.interpolate(call["latents"], (size, size)), "prior": {}}
-    truth = UNetWithMaps(unet)(**call)
-    found = lean(**call, text=lean.text(call["encoder_hidden_states"]), twins=twins)
-    assert relative(found[0], truth[0]) < 1e-5
-    assert all(relative(found[1][key], truth[1][key]) < 1e-5 for key in truth[1])
-    assert found[2].keys() == truth[2].keys()
+    same(lean(**call, text=lean.text(call["encoder_hidden_states"]), twins=twins), UNetWithMaps(unet)(**call))
     assert not any("forward" in vars(module) for module in unet.modules())
 
 
@@ -94,14 +92,14 @@ def test_a_decoder_is_the_same():
     latents = torch.randn(2, 4, 5, 3)
     truth, found = decoder(latents), cheaper_forwards(decoder)
     assert len(found) == 6  # three doublings and their convolutions
-    with swapped(found):
+    with swapped("forward", found):
         assert relative(decoder(latents), truth) < 1e-5
 
 
 def test_forwards_are_back_after_an_exception():
     layer = nn.Linear(2, 2)
     own = layer.forward
-    with pytest.raises(ZeroDivisionError), swapped({layer: lambda x: 1 / 0}):
+    with pytest.raises(ZeroDivisionError), swapped("forward", {layer: lambda x: 1 / 0}):
         layer(torch.ones(2))
     assert "forward" not in vars(layer) and layer.forward == own
 
@@ -154,3 +152,20 @@ def test_what_is_not_plain_keeps_its_own_forward():
 
     attn.to_k.__class__ = Adapted
     assert LeanUNet(unet).text(torch.randn(2, 77, unet.config.cross_attention_dim)) is None
+
+
+@torch.no_grad()
+def test_a_decoder_in_pieces_and_one_with_an_image_beside_its_latents(monkeypatch):
+    monkeypatch.setattr(compiled, "PIECE_BYTES", 1)
+    monkeypatch.setattr(
+        torch, "compile", lambda forward, dynamic: lambda *given: rows.append(len(given[0])) or forward(*given)
+    )
+    decoder, rows, latents = make_vae().decoder, [], torch.randn(3, 4, 2, 2)
+    truth = decoder(latents)
+    compiled._compile_decoder(decoder, 8)
+    assert relative(decoder(latents), truth) < 1e-5 and rows == [1, 1, 1]
+    decoder, seen = make_vae().decoder, []
+    monkeypatch.setattr(decoder, "forward", lambda *given: seen.append([len(x) for x in given]))
+    compiled._compile_decoder(decoder, 8)
+    decoder(latents, latents, latents)
+    assert seen == [[3, 3, 3]] and rows == [1, 1, 1]

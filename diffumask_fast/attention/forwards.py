@@ -17,19 +17,22 @@ Forwards = dict[nn.Module, Callable]
 
 
 @contextmanager
-def swapped(forwards: Forwards) -> Iterator[None]:
-    """Let modules run by other forwards, and put their own back, whatever happens."""
-    kept = [(module, module.__dict__.get("forward")) for module in forwards]
+def swapped(name: str, values: dict[nn.Module, Any]) -> Iterator[None]:
+    """Let an attribute of modules be other values, and put their own back, whatever happens.
+
+    Works on `__dict__`, which shadows a method of the class and a registered module alike.
+    """
+    kept = [(module, module.__dict__.get(name)) for module in values]
     try:
-        for module, forward in forwards.items():
-            module.__dict__["forward"] = forward
+        for module, value in values.items():
+            module.__dict__[name] = value
         yield
     finally:
-        for module, forward in kept:
-            if forward is None:
-                module.__dict__.pop("forward", None)
+        for module, value in kept:
+            if value is None:
+                module.__dict__.pop(name, None)
             else:
-                module.__dict__["forward"] = forward
+                module.__dict__[name] = value
 
 
 def cheaper_forwards(model: nn.Module) -> Forwards:
@@ -48,9 +51,9 @@ def cheaper_forwards(model: nn.Module) -> Forwards:
                 found[module] = _in_phases(module, conv)
         elif isinstance(module, nn.Sequential):
             for doubling, conv in pairwise(module):
-                if type(doubling) is nn.Upsample and doubling.mode == "nearest" and _is_plain(conv):
-                    if doubling.scale_factor == 2:
-                        found |= {doubling: lambda image: image, conv: _in_phases(conv, conv)}
+                nearest = type(doubling) is nn.Upsample and (doubling.mode, doubling.scale_factor) == ("nearest", 2)
+                if nearest and _is_plain(conv):
+                    found |= {doubling: lambda image: image, conv: _in_phases(conv, conv)}
     return found
 
 
@@ -107,8 +110,8 @@ def _in_pieces(module: FeedForward) -> Callable:
     forward = module.forward
 
     def call(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        tokens = hidden_states[0].numel() // hidden_states.shape[-1]
-        row = tokens * module.net[0].proj.out_features * hidden_states.element_size()
+        tokens, item = hidden_states[0, ..., 0].numel(), hidden_states.element_size()
+        row = tokens * module.net[0].proj.out_features * item
         if row * hidden_states.shape[0] <= PIECE_BYTES:
             return forward(hidden_states, *args, **kwargs)
         return torch.cat([forward(part, *args, **kwargs) for part in hidden_states.split(max(1, PIECE_BYTES // row))])

@@ -86,7 +86,7 @@ class LeanUNet(UNetWithMaps):
         forwards = cheaper_forwards(self.unet) if latents.device.type == "cpu" else {}
         if twins:
             forwards |= {module: _once(module, tap) for module in _before_text(self.unet)}
-        with swapped(forwards):
+        with swapped("forward", forwards):
             return self.run(tap, latents, timestep, encoder_hidden_states, added, **unet_kwargs)
 
     def _cross(self) -> list[Attention]:

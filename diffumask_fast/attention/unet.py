@@ -1,13 +1,13 @@
 """One UNet call that also gives its attention maps: the pure function that is run, compiled and exported."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
+from diffumask_fast.attention.forwards import swapped
 from diffumask_fast.attention.processor import MapProcessor, beside, draws_like
 from diffumask_fast.attention.tap import Levels, Place, Tap
 from diffumask_fast.errors import DiffuMaskError
@@ -75,7 +75,7 @@ class UNetWithMaps(nn.Module):
         **unet_kwargs: Any,
     ) -> tuple[Tensor, Levels, Levels]:
         """Call the UNet with a tap that nothing has been put into; the rest as for `forward`."""
-        with self._swapped():
+        with swapped("processor", {attn: self._processor(attn) for attn in self.places}):
             noise_pred = self._unet()(
                 latents,
                 timestep,
@@ -92,24 +92,9 @@ class UNetWithMaps(nn.Module):
         """Return the UNet, under a compiler its forward: what stands at its __call__ then is not to be traced."""
         return self.unet.forward if torch.compiler.is_compiling() else self.unet
 
-    @contextmanager
-    def _swapped(self) -> Iterator[None]:
-        """Let all layers work for the tap, and put their own processors back, whatever happens.
-
-        Works on `__dict__`, which shadows a processor that is a registered module without unregistering it.
-        """
-        kept = [(attn, attn.__dict__.get("processor")) for attn in self.places]
-        try:
-            for attn in self.places:
-                native = draws_like(attn)
-                attn.__dict__["processor"] = self.processor if native else beside(attn.processor, self.processor.impl)
-            yield
-        finally:
-            for attn, processor in kept:
-                if processor is None:
-                    attn.__dict__.pop("processor", None)
-                else:
-                    attn.__dict__["processor"] = processor
+    def _processor(self, attn: nn.Module) -> Any:
+        """Return what works for the tap in a layer."""
+        return self.processor if draws_like(attn) else beside(attn.processor, self.processor.impl)
 
 
 def attention_places(unet: nn.Module) -> dict[nn.Module, Place]:
