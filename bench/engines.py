@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from diffumask_fast.attention.collect import collect_maps
+from diffumask_fast.attention.forwards import swapped
 from diffumask_fast.bench.harness import compare, environment, row
+from diffumask_fast.bench.sides import Sides
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.loading import resolve_device
 from diffumask_fast.pipeline import DiffuMaskPipeline
@@ -20,7 +21,6 @@ logger = logging.getLogger("diffumask_fast")
 
 SUITE = "engines"
 MODELS = {"mini": "mini"}
-PROMPT, PHRASE = "a photo of a dog on the grass", "dog"
 ENGINES = ("compile", "compile_bf16", "onnx", "tensorrt", "tensorrt-rtx")
 
 
@@ -129,9 +129,15 @@ def _rows(model, where, engine_path, engines, pairs, threads, config) -> Iterato
                 other = _open(model, engine.removesuffix("_bf16"), path, where, its_dtype, count)
                 libraries = other.engine.libraries if other.engine else {}
                 facts = config | {"dtype": its_dtype, **environment(str(where)), **libraries, "threads": count}
-                for name, drawing in (("plain", _plain), ("maps", _mapped), ("masks", _masked)):
-                    sides = (drawing(pipe, config["batch"], config["num_inference_steps"]) for pipe in (other, eager))
-                    ratio = compare(*sides, pairs=pairs, device=str(where), threads=count)
+                both = [Sides(pipe, config["batch"], config["num_inference_steps"]) for pipe in (other, eager)]
+                default = eager.mask_options(None)
+                calls = {
+                    "plain": map(_plain, both),
+                    "maps": (sides.mapped(1) for sides in both),
+                    "masks": (sides.ours(mask=default) for sides in both),
+                }
+                for name, two in calls.items():
+                    ratio = compare(*two, pairs=pairs, device=str(where), threads=count)
                     yield row(SUITE, f"{engine}_{name}", ratio, config=facts)
 
 
@@ -159,43 +165,15 @@ def _open(model, engine, engine_path, where, dtype, threads) -> DiffuMaskPipelin
     return pipe
 
 
-def _latents(pipe: DiffuMaskPipeline, batch: int) -> torch.Tensor:
-    unet = pipe.pipe.unet
-    shape = (batch, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(unet.device, unet.dtype)
+def _plain(sides: Sides) -> Callable[[], None]:
+    """Draw latents by the diffusers pipeline alone, its UNet under torch.compile where that is the engine."""
+    call, unet = sides.plain(), sides.pipe.pipe.unet
+    if sides.pipe.engine_name != "compile":
+        return call
+    compiled = torch.compile(unet.forward, dynamic=False)
 
+    def compiled_call() -> None:
+        with swapped("forward", {unet: compiled}):
+            call()
 
-def _plain(pipe: DiffuMaskPipeline, batch: int, steps: int) -> Callable[[], None]:
-    """Draw latents by the diffusers pipeline alone."""
-    latents, unet = _latents(pipe, batch), pipe.pipe.unet
-    settings = {"num_inference_steps": steps, "guidance_scale": pipe.info.guidance_scale, "output_type": "latent"}
-    compiled = torch.compile(unet.forward, dynamic=False) if pipe.engine_name == "compile" else None
-
-    def call() -> None:
-        if compiled is not None:
-            unet.forward = compiled
-        try:
-            pipe.pipe([PROMPT] * batch, latents=latents, **settings)
-        finally:
-            vars(unet).pop("forward", None)
-
-    return call
-
-
-def _mapped(pipe: DiffuMaskPipeline, batch: int, steps: int) -> Callable[[], None]:
-    """Draw latents with maps, propagated once."""
-    latents = _latents(pipe, batch)
-    settings = {"num_inference_steps": steps, "guidance_scale": pipe.info.guidance_scale, "output_type": "latent"}
-
-    def call() -> None:
-        with collect_maps(pipe.pipe, [PHRASE], propagate=1) as maps:
-            pipe.pipe([PROMPT] * batch, latents=latents, **settings)
-        assert maps.levels
-
-    return call
-
-
-def _masked(pipe: DiffuMaskPipeline, batch: int, steps: int) -> Callable[[], Any]:
-    """Draw images and masks."""
-    latents = _latents(pipe, batch)
-    return lambda: pipe([PROMPT] * batch, [[PHRASE]], latents=latents, num_inference_steps=steps)
+    return compiled_call

@@ -32,8 +32,9 @@ def test_what_does_not_work_here_is_left_out_or_said(caplog):
 
 def test_a_ratio_is_the_engine_over_eager(tiny_folder, monkeypatch):
     sides = []
-    for name in ("_plain", "_mapped", "_masked"):
-        monkeypatch.setattr(engines, name, lambda pipe, *_: pipe.engine_name)
+    monkeypatch.setattr(engines, "_plain", lambda sides: sides.pipe.engine_name)
+    for name in ("mapped", "ours"):
+        monkeypatch.setattr(engines.Sides, name, lambda sides, *_, **__: sides.pipe.engine_name)
     monkeypatch.setattr(engines, "compare", lambda one, other, **_: sides.append((one, other)) or 1.0)
     rows = list(engines.run("mini", "cpu", model=tiny_folder, engines=["compile"], steps=1, threads=(1,)))
     assert sides == [("compile", "torch")] * 3 == [("compile", "torch")] * len(rows)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_unet, make_vae, relative
+from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -83,7 +84,12 @@ def test_a_feed_forward_in_pieces_is_the_whole(monkeypatch):
     with torch.no_grad():
         truth = UNetWithMaps(unet)(**call)
         monkeypatch.setattr(forwards, "PIECE_BYTES", 1)
+        for module in unet.modules():
+            if isinstance(module, FeedForward):
+                module.net[0].register_forward_hook(lambda _, given, __: rows.add(len(given[0])))
+        rows: set[int] = set()
         same(LeanUNet(unet)(**call), truth)
+    assert rows == {1}
 
 
 @torch.no_grad()
