@@ -82,7 +82,7 @@ def _statistics(guide: Tensor, radius: int, eps: float) -> tuple[Tensor, Tensor,
     # a shift of the guide changes nothing but the rounding of its variances
     guide = guide - guide.mean((2, 3), keepdim=True)
     pairs = guide[:, _ROWS] * guide[:, _COLUMNS]
-    mean, second = _box_mean(torch.cat([guide, pairs], 1), radius).split([3, 6], 1)
+    mean, second = box_mean(torch.cat([guide, pairs], 1), radius).split([3, 6], 1)
     return guide, mean, _factor(second - mean[:, _ROWS] * mean[:, _COLUMNS], eps)
 
 
@@ -91,13 +91,13 @@ def _filter(statistics: tuple[Tensor, Tensor, tuple[Tensor, ...]], maps: Tensor,
     size_b, size_k, height, width = maps.shape
     products = guide[:, None] * maps[:, :, None]  # [B, K, 3, H, W]
     planes = torch.cat([maps[:, :, None], products], 2).flatten(1, 2)
-    planes = _box_mean(planes, radius).view(size_b, size_k, 4, height, width)
+    planes = box_mean(planes, radius).view(size_b, size_k, 4, height, width)
     mean_maps, covariance = planes[:, :, 0], planes[:, :, 1:] - mean[:, None] * planes[:, :, :1]
 
     slope = _solve(factors, covariance)
     offset = mean_maps - (slope * mean[:, None]).sum(2)
     planes = torch.cat([offset[:, :, None], slope], 2).flatten(1, 2)
-    planes = _box_mean(planes, radius).view(size_b, size_k, 4, height, width)
+    planes = box_mean(planes, radius).view(size_b, size_k, 4, height, width)
     return planes[:, :, 0] + (planes[:, :, 1:] * guide[:, None]).sum(2)
 
 
@@ -123,7 +123,7 @@ def _check_maps(guide: Tensor, maps: Tensor) -> None:
         raise DiffuMaskError(f"guided_filter: maps {list(maps.shape)} do not fit the guide {list(guide.shape)}")
 
 
-def _box_mean(planes: Tensor, radius: int) -> Tensor:
+def box_mean(planes: Tensor, radius: int) -> Tensor:
     """Average each plane [B, P, H, W] over (2 radius + 1)^2 windows, cut off at the border."""
     return _line_mean(_line_mean(planes, radius, 3), radius, 2)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from diffumask_fast.kernels.guided_filter import GuidedFilter
+from diffumask_fast.kernels.guided_filter import GuidedFilter, box_mean
 
 BINS = 16  # per channel
 BLUR = 1.2  # bins
@@ -19,7 +19,8 @@ def sharpen_by_colour(maps: Tensor, threshold: Tensor, guide: Tensor, *, steps: 
     Each step histograms the image's colours inside and outside of each map, adds the log of their ratio at each pixel
     to the logit of the map, and smooths the answer with the guided filter. The map's own logit is kept in every step,
     so colours that occur on both sides decide nothing and far places do not join. In the end the filter runs twice more
-    on what it has made.
+    on what it has made, but for places that are of one colour as far as it looks: nothing is there for it to follow,
+    and it would only round corners.
 
     Args:
         maps: [B, K, H, W] in 0..1.
@@ -46,14 +47,23 @@ def sharpen_by_colour(maps: Tensor, threshold: Tensor, guide: Tensor, *, steps: 
     place = torch.arange(BINS, device=maps.device, dtype=torch.float32)
     blur = torch.exp(-(place[:, None] - place).square() / (2 * BLUR**2))
     blur = blur / blur[BINS // 2].sum()
-    smooth, inside = GuidedFilter(guide, radius, eps), prior.sigmoid()
+    smooth, inside, flat = GuidedFilter(guide, radius, eps), prior.sigmoid(), _flat(guide, radius)
     for step in range(steps + SMOOTHINGS):
         if step:
             inside = ((inside - 0.5) * STEEPEN).sigmoid()
         if step < steps:
             inside = (prior + _log_ratio(inside.flatten(2), index, blur).view_as(prior)).sigmoid()
-        inside = smooth(inside).clamp(0, 1)
+        smoothed = smooth(inside).clamp(0, 1)
+        inside = smoothed if step < steps else torch.where(flat, inside, smoothed)
     return inside * (maps.amax((2, 3), keepdim=True) > 0)
+
+
+def _flat(guide: Tensor, radius: int) -> Tensor:
+    """Tell where a filter's window on the guide, and what adjoins it above and left, is of one colour: [B, 1, H, W]."""
+    edges = torch.zeros_like(guide[:, :1])
+    edges[:, 0, 1:] += guide.diff(dim=2).abs().amax(1)
+    edges[:, 0, :, 1:] += guide.diff(dim=3).abs().amax(1)
+    return box_mean((edges > 0).float(), radius) < 0.5 / (2 * radius + 1) ** 2
 
 
 def _log_ratio(inside: Tensor, index: Tensor, blur: Tensor) -> Tensor:
