@@ -29,7 +29,6 @@ ROWS = (*OVERHEADS, *SPEEDUPS, *MEMORY)
 UNREPEATED = ("seconds_plain", "seconds_ours", "seconds_reference", "peak_memory_vs_reference")
 LIBRARIES = {"speedup_vs_peer": "attention_map_diffusers", "speedup_vs_reference_with_masks": "pydensecrf"}
 ENGINES = ("torch", "compile", "onnx")
-BATCHES = (4, 8)
 
 
 def run(
@@ -48,15 +47,15 @@ def run(
 
     `maps_overhead` and `propagation_overhead` compare the denoising alone: the costs shared with the plain pipeline
     after it (VAE, PIL) would make them look smaller. `masks_overhead` compares finished images with finished images and
-    masks. The speed-ups are the other side's time for an image over ours, images and masks on both sides, ours at its
-    best batch and engine, the same latents, steps and threshold. A large geometry on the CPU gets one run of each side.
+    masks. The speed-ups are the other side's time for an image over ours, images and masks on both sides, ours in its
+    best engine, the same latents, steps and threshold. A large geometry on the CPU gets one run of each side.
 
     Args:
         geometry: one of `geometries.GEOMETRIES`.
         device: "auto", "cpu" or "cuda".
         model: another model folder of the same geometry.
         names: which rows; None is all that this machine can measure.
-        batch: images per call of the overheads, and the most of the speed-ups.
+        batch: images per call, but for the sides that draw one.
         steps: denoising steps; None is 3 for the overheads of the denoising, 8 for the speed-ups, 2 for one run a side.
         mask_steps: denoising steps of `masks_overhead`; None is 5 on the CPU and the model's own elsewhere.
         pairs: rounds of a comparison; None is the harness' number for the device.
@@ -163,83 +162,76 @@ class _Job:
 
     def _speedups(self, names: Sequence[str]) -> Iterator[dict]:
         sides = Sides(self.pipe, self.batch, self.speedup_steps)
-        batch = self._best_batch()
         tried = {}
         half = "bf16" if self.where.type == "cpu" else "fp16"
-        fp32, fp32_engine = self._best_engine("fp32", batch, tried)
+        fp32, fp32_engine = self._best_engine("fp32", tried)
         best, best_engine = fp32, fp32_engine
         if "speedup_vs_reference_best" in names:
-            best, best_engine = self._best_engine(half, batch, tried)
+            best, best_engine = self._best_engine(half, tried)
         sides.pipe = fp32 if self.pipe.pipe.unet.dtype != torch.float32 else self.pipe
-        calls = {"ours": sides.ours(fp32, batch), "best": sides.ours(best, batch), "reference": sides.reference()}
+        calls = {"ours": sides.ours(fp32), "best": sides.ours(best), "reference": sides.reference()}
         calls |= {"daam": sides.daam(), "peer": sides.peer()}
         wanted = {"ours"} | {name.rpartition("_")[2] for name in names if name in RACED}
         wanted |= {"reference"} if any("reference" in name for name in names) else set()
         calls = {name: call for name, call in calls.items() if name in wanted}
         control = "reference" if "reference" in calls else "ours"
         done = race(calls, control=control, pairs=self.pairs, device=str(self.where))
-        shared = {**self._settings(sides), "best_batch": batch, "mask": dict(vars(LIKE_THE_REFERENCE))}
+        shared = {**self._settings(sides), "mask": dict(vars(LIKE_THE_REFERENCE))}
         shared |= {
             "tried_s": tried,
             "engine": fp32_engine,
             "dtype": "fp32",
-            "s_per_image": round(done.seconds("ours") / batch, 5),
+            "s_per_image": round(done.seconds("ours") / self.batch, 5),
         }
         if "speedup_vs_reference_fp32" in names:
-            yield row(SUITE, "speedup_vs_reference_fp32", done.ratio("reference", "ours", batch), config=shared)
+            yield row(SUITE, "speedup_vs_reference_fp32", done.ratio("reference", "ours", self.batch), config=shared)
         if "speedup_vs_daam" in names:
-            yield row(SUITE, "speedup_vs_daam", done.ratio("daam", "ours", batch), config=shared)
+            yield row(SUITE, "speedup_vs_daam", done.ratio("daam", "ours", self.batch), config=shared)
         if "speedup_vs_peer" in names:
-            scale = batch / self.batch
-            config = {**shared, "peer_batch": self.batch, "peer_version": "1.0.0"}
-            yield row(SUITE, "speedup_vs_peer", done.ratio("peer", "ours", scale), config=config)
-        yield from self._against_masks(names, sides, done, best, batch, {**shared, "engine": best_engine}, half)
+            yield row(SUITE, "speedup_vs_peer", done.ratio("peer", "ours"), config={**shared, "peer_version": "1.0.0"})
+        yield from self._against_masks(names, sides, done, best, {**shared, "engine": best_engine}, half)
 
-    def _against_masks(self, names, sides: Sides, done: Race, best, batch, config, half) -> Iterator[dict]:
+    def _against_masks(self, names, sides: Sides, done: Race, best, config, half) -> Iterator[dict]:
         """The rows that need the reference's own masks."""
         alike = [name for name in ("speedup_vs_reference_best", "iou_vs_reference") if name in names]
-        theirs = [sides.reference(index)() for index in range(batch)] if alike else []
+        theirs = [sides.reference(index)() for index in range(self.batch)] if alike else []
         if "speedup_vs_reference_best" in names:
-            found = mask_iou(sides.ours(best, batch)(), theirs)
-            extra = {"dtype": half, "mask_iou": round(sum(found) / batch, 5)}
-            extra["s_per_image"] = round(done.seconds("best") / batch, 5)
-            ratio = done.ratio("reference", "best", batch)
+            found = mask_iou(sides.ours(best)(), theirs)
+            extra = {"dtype": half, "mask_iou": round(sum(found) / self.batch, 5)}
+            extra["s_per_image"] = round(done.seconds("best") / self.batch, 5)
+            ratio = done.ratio("reference", "best", self.batch)
             yield row(SUITE, "speedup_vs_reference_best", ratio, config=config | extra)
         if "iou_vs_reference" in names:
-            found = mask_iou(sides.ours_by_token()[:batch], theirs)
-            values = {"low": min(found), "high": max(found), "n": batch}
-            by_phrase = mask_iou(sides.ours(self.pipe, batch)(), theirs)
-            config = {**config, "engine": "torch", "by_phrase": round(sum(by_phrase) / batch, 5)}
-            yield row(SUITE, "iou_vs_reference", sum(found) / batch, **values, config=config)
+            found = mask_iou(sides.ours_by_token(), theirs)
+            values = {"low": min(found), "high": max(found), "n": self.batch}
+            by_phrase = mask_iou(sides.ours(self.pipe)(), theirs)
+            config = {**config, "engine": "torch", "by_phrase": round(sum(by_phrase) / self.batch, 5)}
+            yield row(SUITE, "iou_vs_reference", sum(found) / self.batch, **values, config=config)
         if "speedup_vs_reference_with_masks" in names:
-            whole = sides.ours(self.pipe, batch, self.pipe.mask_options(None))
+            whole = sides.ours(self.pipe, mask=self.pipe.mask_options(None))
             start = time.process_time()
             whole()
-            ours, crf = (time.process_time() - start) / batch, sides.crf_seconds()
+            ours, crf = (time.process_time() - start) / self.batch, sides.crf_seconds()
             config = {**config, "engine": "torch", "crf_s": round(crf, 3), "s_per_image": round(ours, 5)}
             config |= {"mask": dict(vars(self.pipe.mask_options(None))), "clock": done.clock}
             value = (done.seconds("reference") + crf) / ours
             yield row(SUITE, "speedup_vs_reference_with_masks", value, config=config)
 
-    def _best_batch(self) -> int:
-        """Return the batch that takes least for an image, of BATCHES and the largest, in eager torch."""
-        sizes = sorted({size for size in (*BATCHES, self.batch) if size <= self.batch})
-        return min(sizes, key=lambda size: self._probe(self.pipe, size) / size) if len(sizes) > 1 else sizes[0]
-
-    def _best_engine(self, dtype: str, batch: int, tried: dict[str, float]) -> tuple[DiffuMaskPipeline, str]:
+    def _best_engine(self, dtype: str, tried: dict[str, float]) -> tuple[DiffuMaskPipeline, str]:
         """Return the quickest of the engines for a precision; what each took is written into `tried`."""
         found = {}
         for engine in self.engines:
-            pipe = self._with_engine(engine, dtype, batch)
+            pipe = self._with_engine(engine, dtype)
             if pipe is not None:
-                found[engine] = (self._probe(pipe, batch), pipe)
+                found[engine] = (self._probe(pipe), pipe)
                 tried[f"{engine} {dtype}"] = round(found[engine][0], 4)
         engine = min(found, key=lambda name: found[name][0])
         return found[engine][1], engine
 
-    def _with_engine(self, engine: str, dtype: str, batch: int) -> DiffuMaskPipeline | None:
+    def _with_engine(self, engine: str, dtype: str) -> DiffuMaskPipeline | None:
         if engine == "onnx":
-            return _onnx(self.model or self.geometry, batch) if dtype == "fp32" and self.where.type == "cpu" else None
+            here = dtype == "fp32" and self.where.type == "cpu"
+            return _onnx(self.model or self.geometry, self.batch) if here else None
         pipe = open_geometry(self.geometry, str(self.where), model=self.model, dtype=dtype)
         if engine == "compile":
             try:
@@ -249,9 +241,9 @@ class _Job:
                 return None
         return pipe
 
-    def _probe(self, pipe: DiffuMaskPipeline, batch: int) -> float:
+    def _probe(self, pipe: DiffuMaskPipeline) -> float:
         """Time two steps once after a warm-up, which also compiles; one thread, as the race."""
-        call = Sides(self.pipe, batch, 2).ours(pipe, batch)
+        call = Sides(self.pipe, self.batch, 2).ours(pipe)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the compiler's advice about diffusers
             done = race({"call": call}, pairs=3, device=str(self.where))

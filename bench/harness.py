@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 CPU_PAIRS = 14
 CUDA_PAIRS = 10
 # what a row is printed with
-BESIDE = ("case", "batch", "best_batch", "engine", "dtype", "mask_iou", "crf_s", "peak_gib", "reference_peak_gib")
+BESIDE = ("case", "batch", "engine", "dtype", "mask_iou", "crf_s", "peak_gib", "reference_peak_gib")
 Workload = Callable[[], object]
 Statistic = Callable[[Sequence[float]], float]
 
