@@ -39,13 +39,28 @@ def test_an_image_of_one_colour_decides_nothing():
     assert iou(out[0, 0] > 0.5, maps[0, 0] > 0.5) > 0.95
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_a_place_is_flat_where_its_window_is_of_one_colour(turned):
-    guide = torch.full((1, 3, 20, 20), 0.2)
-    guide[:, 2, 10:] = 0.7  # one channel changes, from row 9 to row 10
-    far = ((torch.arange(20) - 10).abs() > 2)[:, None].expand(20, 20)
-    flat = colour._flat(guide.mT if turned else guide, 2)[0, 0]
-    assert torch.equal(flat.T if turned else flat, far)
+def test_a_speck_or_one_level_of_noise_is_nothing_to_follow():
+    maps, image = soft(ONE), torch.full((96, 96, 3), 90, dtype=torch.uint8)
+    noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(0)) < 0.02
+    image += noise.to(torch.uint8)
+    assert iou(sharp(maps, image)[0, 0] > 0.5, maps[0, 0] > 0.5) > 0.95
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_mirrored_images_have_mirrored_masks(dim):
+    maps, image = soft(ONE), torch.full((96, 96, 3), 90, dtype=torch.uint8)
+    image.narrow(dim - 1, 48, 48).fill_(140)
+    mirrored = sharp(maps.flip(dim + 1), image.flip(dim - 1))
+    assert torch.allclose(sharp(maps, image), mirrored.flip(dim + 1), atol=1e-4)
+
+
+def test_texture_is_how_much_there_is_to_follow_within_twice_the_radius():
+    guide = torch.full((1, 3, 24, 20), 0.2)
+    guide[:, 2, :, 10:] = 0.7  # one channel changes, from column 9 to column 10
+    texture = colour._texture(guide, 2)
+    near = (torch.arange(20) - 9.5).abs() < 5
+    assert (texture[..., ~near] == 0).all() and (texture[..., near] > 0.1).all() and texture.max() > 0.99
+    assert torch.allclose(colour._texture(guide.mT, 2), texture.mT, atol=1e-6)
 
 
 def test_empty_maps_stay_empty_and_batch_changes_nothing():
@@ -57,6 +72,7 @@ def test_empty_maps_stay_empty_and_batch_changes_nothing():
 
 def test_the_last_two_runs_are_the_filter_alone(monkeypatch):
     maps, image = soft(ONE), picture(ONE)
+    monkeypatch.setattr(colour, "FLAT", 1e-12)  # all of the image has texture
     whole = sharp(maps, image)
     monkeypatch.setattr(colour, "SMOOTHINGS", 0)
     inside = sharp(maps, image)

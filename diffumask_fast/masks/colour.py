@@ -10,6 +10,7 @@ BLUR = 1.2  # bins
 FLOOR = 1e-4  # share of a bin that nobody was seen in
 SLOPE = 16.0  # of the logit at the threshold, in units of the map
 STEEPEN = 8.0
+FLAT = 1e-5  # squared steps between neighbours, of the three colours together: less than half a level of 255
 SMOOTHINGS = 2  # after the last step: what the filter alone makes of the answer, cut softly
 
 
@@ -19,8 +20,7 @@ def sharpen_by_colour(maps: Tensor, threshold: Tensor, guide: Tensor, *, steps: 
     Each step histograms the image's colours inside and outside of each map, adds the log of their ratio at each pixel
     to the logit of the map, and smooths the answer with the guided filter. The map's own logit is kept in every step,
     so colours that occur on both sides decide nothing and far places do not join. In the end the filter runs twice more
-    on what it has made, but for places that are of one colour as far as it looks: nothing is there for it to follow,
-    and it would only round corners.
+    on what it has made, by less where the image has little texture: there it follows nothing and only rounds corners.
 
     Args:
         maps: [B, K, H, W] in 0..1.
@@ -47,23 +47,27 @@ def sharpen_by_colour(maps: Tensor, threshold: Tensor, guide: Tensor, *, steps: 
     place = torch.arange(BINS, device=maps.device, dtype=torch.float32)
     blur = torch.exp(-(place[:, None] - place).square() / (2 * BLUR**2))
     blur = blur / blur[BINS // 2].sum()
-    smooth, inside, flat = GuidedFilter(guide, radius, eps), prior.sigmoid(), _flat(guide, radius)
+    smooth, inside, texture = GuidedFilter(guide, radius, eps), prior.sigmoid(), _texture(guide, radius)
     for step in range(steps + SMOOTHINGS):
         if step:
             inside = ((inside - 0.5) * STEEPEN).sigmoid()
         if step < steps:
             inside = (prior + _log_ratio(inside.flatten(2), index, blur).view_as(prior)).sigmoid()
         smoothed = smooth(inside).clamp(0, 1)
-        inside = smoothed if step < steps else torch.where(flat, inside, smoothed)
+        inside = smoothed if step < steps else inside.lerp(smoothed, texture.expand_as(inside))
     return inside * (maps.amax((2, 3), keepdim=True) > 0)
 
 
-def _flat(guide: Tensor, radius: int) -> Tensor:
-    """Tell where a filter's window on the guide, and what adjoins it above and left, is of one colour: [B, 1, H, W]."""
-    edges = torch.zeros_like(guide[:, :1])
-    edges[:, 0, 1:] += guide.diff(dim=2).abs().amax(1)
-    edges[:, 0, :, 1:] += guide.diff(dim=3).abs().amax(1)
-    return box_mean((edges > 0).float(), radius) < 0.5 / (2 * radius + 1) ** 2
+def _texture(guide: Tensor, radius: int) -> Tensor:
+    """Return how much the filter has to follow in a guide, [B, 1, H, W] from 0, where all is of one colour, to 1."""
+    steps = torch.zeros_like(guide[:, :1])
+    for dim in (2, 3):
+        step = guide.diff(dim=dim).square().sum(1, keepdim=True) / 2
+        length = step.shape[dim]
+        steps.narrow(dim, 0, length).add_(step)  # half of it to each side, so that mirrored images do alike
+        steps.narrow(dim, 1, length).add_(step)
+    energy = box_mean(steps, radius)
+    return box_mean(energy / (energy + FLAT), radius)
 
 
 def _log_ratio(inside: Tensor, index: Tensor, blur: Tensor) -> Tensor:
