@@ -39,7 +39,7 @@ def test_an_image_of_one_colour_decides_nothing():
     assert iou(out[0, 0] > 0.5, maps[0, 0] > 0.5) > 0.95
 
 
-def test_a_speck_or_one_level_of_noise_is_nothing_to_follow():
+def test_a_few_pixels_one_level_off_are_nothing_to_follow():
     maps, image = soft(ONE), torch.full((96, 96, 3), 90, dtype=torch.uint8)
     noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(0)) < 0.02
     image += noise.to(torch.uint8)

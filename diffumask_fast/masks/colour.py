@@ -10,7 +10,7 @@ BLUR = 1.2  # bins
 FLOOR = 1e-4  # share of a bin that nobody was seen in
 SLOPE = 16.0  # of the logit at the threshold, in units of the map
 STEEPEN = 8.0
-FLAT = 1e-5  # squared steps between neighbours, of the three colours together: less than half a level of 255
+FLAT = 1e-5  # mean squared step between neighbours; one level of 255, squared, is 1.5e-5
 SMOOTHINGS = 2  # after the last step: what the filter alone makes of the answer, cut softly
 
 
@@ -54,7 +54,7 @@ def sharpen_by_colour(maps: Tensor, threshold: Tensor, guide: Tensor, *, steps: 
         if step < steps:
             inside = (prior + _log_ratio(inside.flatten(2), index, blur).view_as(prior)).sigmoid()
         smoothed = smooth(inside).clamp(0, 1)
-        inside = smoothed if step < steps else inside.lerp(smoothed, texture.expand_as(inside))
+        inside = smoothed if step < steps else inside.lerp(smoothed, texture)
     return inside * (maps.amax((2, 3), keepdim=True) > 0)
 
 
