@@ -75,10 +75,10 @@ def run(
 
 def _checks(where: torch.device, exports: bool) -> dict[str, Callable[[], Any]]:
     """Return for each engine what raises where it cannot run."""
-    from diffumask_fast.compiled import need_compiler
     from diffumask_fast.export.onnx_export import need_exporter
     from diffumask_fast.export.session import runtime
     from diffumask_fast.export.tensorrt_library import library
+    from diffumask_fast.kernels import winograd
 
     def tensorrt(flavour: str) -> None:
         if exports:
@@ -94,7 +94,7 @@ def _checks(where: torch.device, exports: bool) -> dict[str, Callable[[], Any]]:
 
     def compiler() -> None:
         if where.type == "cpu":
-            need_compiler()
+            winograd.library()
 
     return {
         "compile": compiler,

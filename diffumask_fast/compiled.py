@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,10 +12,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from diffumask_fast.attention.forwards import PIECE_BYTES, cheaper_forwards, swapped
+from diffumask_fast.attention.forwards import PIECE_BYTES, TransformedWeights, cheaper_forwards, swapped
 from diffumask_fast.attention.lean import KeysValues, LeanUNet
 from diffumask_fast.attention.tap import Levels
-from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.kernels import winograd
 from diffumask_fast.loading import cache_folder
 
 VARIANTS = 128
@@ -32,10 +31,10 @@ def compile_pipe(pipe: DiffusionPipeline) -> None:
         pipe: with a UNet2DConditionModel; its UNet and VAE become channels_last.
 
     Raises:
-        DiffuMaskError: on the CPU without a C++ compiler.
+        DiffuMaskError: on the CPU without a C++ compiler that works.
     """
     if pipe.unet.device.type == "cpu":
-        need_compiler()
+        winograd.library()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
     for part in (pipe.unet, pipe.vae):
         part.to(memory_format=torch.channels_last)
@@ -51,11 +50,11 @@ def _compile_decoder(decoder: torch.nn.Module, scale: int) -> None:
         decoder: of a VAE.
         scale: pixels for a latent.
     """
-    forward, most = decoder.forward, 0
+    forward, most, weights = decoder.forward, 0, TransformedWeights(decoder)
     channels = [module for module in decoder.modules() if isinstance(module, torch.nn.Conv2d)][-1].in_channels
 
-    def lean(latents: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with swapped("forward", cheaper_forwards(decoder) if latents.device.type == "cpu" else {}):
+    def lean(transformed: dict[str, Tensor], latents: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with swapped("forward", cheaper_forwards(decoder, transformed) if latents.device.type == "cpu" else {}):
             return forward(latents, *args, **kwargs)
 
     compiled = torch.compile(lean, dynamic=False)
@@ -71,22 +70,18 @@ def _compile_decoder(decoder: torch.nn.Module, scale: int) -> None:
             piece = min(most, max(1, PIECE_BYTES // image))
         padded = F.pad(latents, [0, 0] * (latents.ndim - 1) + [0, -rows % piece])
         parts = padded.contiguous(memory_format=torch.channels_last).split(piece)
-        return torch.cat([compiled(part, *args, **kwargs) for part in parts])[:rows]
+        transformed = weights.now()
+        return torch.cat([compiled(transformed, part, *args, **kwargs) for part in parts])[:rows]
 
     decoder.forward = decode
-
-
-def need_compiler() -> None:
-    """Raise DiffuMaskError where there is no C++ compiler, which torch.compile needs on the CPU."""
-    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        raise DiffuMaskError("--engine compile needs a C++ compiler on the CPU: install g++, or use --engine torch.")
 
 
 class CompiledDenoiser:
     """A compiled LeanUNet with the signature of UNetWithMaps; images are those of the eager one up to rounding.
 
-    Calls of fewer rows than the first are padded with zeros, so that a run's last batch compiles nothing. Keys and
-    values of the prompts are made when a tensor of encoder_hidden_states is first seen, and kept until the next one.
+    Calls of fewer rows than the first are padded with zeros, so that a run's last batch compiles nothing. What is kept
+    between steps, keys and values of the prompts and the transformed weights of convolutions, is made when a tensor of
+    encoder_hidden_states is first seen, and kept until the next one.
 
     Args:
         unet: a UNet2DConditionModel.
@@ -100,6 +95,8 @@ class CompiledDenoiser:
         self.rows = 0
         self._seen: tuple[Any, ...] = ()
         self._text: KeysValues | None = None
+        self._transformed = TransformedWeights(unet)
+        self._weights: dict[str, Tensor] = {}
         self._graphs: dict[Any, _Graph] = {}
 
     def __call__(
@@ -143,8 +140,10 @@ class CompiledDenoiser:
             "first_conditional": begin,
             **tree_map(padded, unet_kwargs),
         }
+        self._look_at(encoder_hidden_states, inputs["encoder_hidden_states"])
+        inputs["weights"] = self._weights
         if not unet_kwargs:
-            inputs["text"] = self._text_of(encoder_hidden_states, inputs["encoder_hidden_states"])
+            inputs["text"] = self._text
             inputs["twins"] = halves == 2 and added is None and self._are_twins(latents)
         noise_pred, maps, propagated = self._run(inputs)
         noise_pred = noise_pred.unflatten(0, (halves, -1))[:, : rows // halves].flatten(0, 1)
@@ -156,12 +155,12 @@ class CompiledDenoiser:
         one, other = latents.nan_to_num().chunk(2)
         return self.model.unet.config.addition_embed_type is None and torch.equal(one, other)
 
-    def _text_of(self, states: Tensor, padded: Tensor) -> KeysValues | None:
-        """Return the keys and values, made anew for other states or another number of rows."""
+    def _look_at(self, states: Tensor, padded: Tensor) -> None:
+        """Make anew what is kept between steps, for other states or another number of rows."""
         seen = (padded.shape[0], None if states.is_inference() else states._version)
         if not self._seen or self._seen[0] is not states or self._seen[1:] != seen:
             self._text, self._seen = self.model.text(padded), (states, *seen)
-        return self._text
+            self._weights = self._transformed.now()
 
     def _run(self, inputs: dict[str, Any]) -> tuple[Tensor, Levels, Levels]:
         if not inputs["latents"].is_cuda:

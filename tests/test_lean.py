@@ -6,12 +6,14 @@ import torch.nn.functional as F
 from conftest import make_unet, make_vae, relative
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.autoencoders.vae import DecoderTiny
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffumask_fast import compiled
 from diffumask_fast.attention import UNetWithMaps, forwards
-from diffumask_fast.attention.forwards import cheaper_forwards, double_and_convolve, swapped
+from diffumask_fast.attention.forwards import TransformedWeights, cheaper_forwards, swapped
 from diffumask_fast.attention.lean import LeanUNet
 from diffumask_fast.compiled import CompiledDenoiser
 
@@ -29,6 +31,33 @@ def inputs(unet, images=2, twins=True, size=8):
     )  # fmt: skip
 
 
+def make_decoder():
+    return DecoderTiny(
+        4,
+        3,
+        num_blocks=(1,) * 4,
+        block_out_channels=(32,) * 4,
+        upsampling_scaling_factor=2,
+        act_fn="relu",
+        upsample_fn="nearest",
+    )
+
+
+@pytest.fixture
+def convolved(monkeypatch):
+    """Name the sizes of what was convolved in Winograd's way."""
+    sizes: list[tuple[int, ...]] = []
+    own = forwards.winograd.convolve
+
+    def convolve(*given):
+        found = own(*given)
+        sizes.append(tuple(found.shape[2:]))
+        return found
+
+    monkeypatch.setattr(forwards.winograd, "convolve", convolve)
+    return sizes
+
+
 def same(found, truth, limit=1e-5):
     assert relative(found[0], truth[0]) < limit
     for levels, wanted in zip(found[1:], truth[1:], strict=True):
@@ -42,27 +71,17 @@ def flops(call, **arguments):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 5, 1, 1), (3, 2, 5, 3)], ids=str)
-@pytest.mark.parametrize("biased", [True, False])
-def test_a_doubled_image_is_convolved_from_the_image(shape, biased):
-    image, conv = torch.randn(shape), nn.Conv2d(shape[1], 7, 3, padding=1, bias=biased)
-    truth = conv(F.interpolate(image, scale_factor=2.0, mode="nearest"))
-    found = double_and_convolve(image, conv.weight, conv.bias)
-    assert found.shape == truth.shape and relative(found, truth) < 1e-5
-    counts = [flops(f) for f in (lambda: double_and_convolve(image, conv.weight, conv.bias), lambda: conv(
-        F.interpolate(image, scale_factor=2.0, mode="nearest")))]  # fmt: skip
-    assert counts[0] * 9 == counts[1] * 4
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("size", [8, 10, 7])
 @pytest.mark.parametrize("twins", [True, False])
 def test_what_is_found_is_the_plain_units(size, twins):
     unet = make_unet()
-    call, lean = inputs(unet, twins=twins, size=8), LeanUNet(unet)
+    call, lean, weights = inputs(unet, twins=twins, size=8), LeanUNet(unet), TransformedWeights(unet).now()
     if size != 8:
         call |= {"latents": F.interpolate(call["latents"], (size, size)), "prior": {}}
-    same(lean(**call, text=lean.text(call["encoder_hidden_states"]), twins=twins), UNetWithMaps(unet)(**call))
+    kept = dict(text=lean.text(call["encoder_hidden_states"]), weights=weights)
+    same(lean(**call, **kept, twins=twins), UNetWithMaps(unet)(**call))
+    assert len(weights) == 24  # all but the first, the last and two that halve the image
     assert not any("forward" in vars(module) for module in unet.modules())
 
 
@@ -72,9 +91,8 @@ def test_each_saving_takes_products_away():
     with torch.no_grad():
         text = lean.text(call["encoder_hidden_states"])
     plain = flops(UNetWithMaps(unet), **call)
-    bare = flops(lean, **call)
-    assert bare < plain  # the doubled images
-    assert flops(lean, **call, text=text) < bare
+    assert flops(lean, **call) == plain
+    assert flops(lean, **call, text=text) < plain
     assert flops(lean, **call, text=text, twins=True) < flops(lean, **call, text=text)
 
 
@@ -93,13 +111,69 @@ def test_a_feed_forward_in_pieces_is_the_whole(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_decoder_is_the_same():
-    decoder = make_vae().decoder
-    latents = torch.randn(2, 4, 5, 3)
-    truth, found = decoder(latents), cheaper_forwards(decoder)
-    assert len(found) == 6  # three doublings and their convolutions
-    with swapped("forward", found):
+def test_a_decoder_is_the_same(convolved):
+    decoder = make_decoder()
+    latents = torch.randn(2, 4, 5, 7)
+    truth, weights = decoder(latents), TransformedWeights(decoder).now()
+    assert len(weights) == 4 * 3 + 3  # all but the first and the last
+    with swapped("forward", cheaper_forwards(decoder, weights)):
         assert relative(decoder(latents), truth) < 1e-5
+    assert convolved == [(10, 14)] * 4 + [(20, 28)] * 4 + [(40, 56)] * 4  # 5x7 would fill too little of its tiles
+
+
+@torch.no_grad()
+def test_an_upsampler_convolves_what_it_doubles(convolved):
+    layer = Upsample2D(32, use_conv=True, out_channels=48)
+    image, weights = torch.randn(2, 32, 3, 4), TransformedWeights(layer).now()
+    truth = layer(image)
+    with swapped("forward", cheaper_forwards(layer, weights)):
+        for size in (None, (6, 8), [6, 8]):
+            assert relative(layer(image, size), truth) < 1e-5
+        assert convolved == [(6, 8)] * 3
+        assert layer(image, (5, 8)).shape == (2, 48, 5, 8) and convolved[3:] == [(5, 8)]
+    layer = Upsample2D(32, use_conv=True, norm_type="ln_norm")
+    assert layer not in cheaper_forwards(layer, TransformedWeights(layer).now())
+
+
+@torch.no_grad()
+def test_transformed_weights_follow_the_models():
+    conv = nn.Sequential(nn.Conv2d(32, 48, 3, padding=1))
+    weights, image = TransformedWeights(conv), torch.randn(2, 32, 8, 8)
+    (first,) = weights.now().values()
+    assert weights.now()["0"] is first
+    others = nn.Sequential(nn.Conv2d(32, 48, 3, padding=1)).state_dict()
+    for change in (lambda: conv[0].weight.data.mul_(2), conv.bfloat16, lambda: conv.load_state_dict(others)):
+        change()
+        truth = conv(image.to(conv[0].weight.dtype))
+        with swapped("forward", cheaper_forwards(conv, weights.now())):
+            assert relative(conv(image.to(truth.dtype)), truth) < (1e-5 if truth.dtype == torch.float32 else 2e-2)
+    conv[0].register_forward_hook(lambda *_: None)
+    assert weights.now() == {}
+
+
+@torch.no_grad()
+def test_an_image_of_another_dtype_or_too_small_keeps_the_layers_forward(convolved):
+    conv = nn.Conv2d(32, 32, 3, padding=1)
+    with swapped("forward", cheaper_forwards(conv, TransformedWeights(conv).now())):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert conv(torch.randn(2, 32, 8, 8).bfloat16()).dtype == torch.bfloat16
+        conv(torch.randn(2, 32, 2, 2))
+        assert convolved == []
+        conv(torch.randn(2, 32, 8, 8))
+        assert convolved == [(8, 8)]
+
+
+def test_which_convolutions_are_transformed(monkeypatch):
+    def taken(*args, dtype=torch.float32, **kwargs):
+        return bool(TransformedWeights(nn.Conv2d(*args, **{"padding": 1, **kwargs}).to(dtype)).now())
+
+    assert taken(32, 64, 3) and taken(32, 48, 3, bias=False) and taken(32, 32, 3, dtype=torch.bfloat16)
+    assert not any(taken(*sizes, 3) for sizes in ((16, 64), (64, 16), (40, 64), (64, 40), (640, 656)))
+    others = ({"stride": 2}, {"dilation": 2}, {"groups": 2}, {"padding": 0}, {"padding_mode": "circular"})
+    assert not any(taken(32, 64, 3, **other) for other in others)
+    assert not taken(32, 64, 1) and not taken(32, 64, 3, dtype=torch.float16) and not taken(32, 64, 3, device="meta")
+    monkeypatch.setattr(forwards, "has_amx", lambda: True)
+    assert taken(32, 64, 3) and not taken(32, 64, 3, dtype=torch.bfloat16)
 
 
 def test_forwards_are_back_after_an_exception():
@@ -143,13 +217,7 @@ def test_compiled_twins_and_text_are_found_by_looking(monkeypatch):
     same(found(**alone, timestep=torch.tensor(3))[:2], truth(**alone, timestep=torch.tensor(3))[:2])
 
 
-def test_what_is_not_plain_keeps_its_own_forward():
-    decoder = make_vae().decoder
-    convs = [layer for layer in decoder.layers if type(layer) is nn.Conv2d]
-    assert sum(conv in cheaper_forwards(decoder) for conv in convs) == 3
-    for conv in convs:
-        conv.padding_mode = "circular"
-    assert cheaper_forwards(decoder) == {}
+def test_text_is_not_made_by_a_layer_with_an_adapter():
     unet = make_unet()
     attn = unet.mid_block.attentions[0].transformer_blocks[0].attn2
 
@@ -164,7 +232,7 @@ def test_what_is_not_plain_keeps_its_own_forward():
 def test_a_decoder_in_pieces_and_one_with_an_image_beside_its_latents(monkeypatch):
     monkeypatch.setattr(compiled, "PIECE_BYTES", 1)
     monkeypatch.setattr(
-        torch, "compile", lambda forward, dynamic: lambda *given: rows.append(len(given[0])) or forward(*given)
+        torch, "compile", lambda forward, dynamic: lambda *given: rows.append(len(given[1])) or forward(*given)
     )
     decoder, rows, latents = make_vae().decoder, [], torch.randn(3, 4, 2, 2)
     truth = decoder(latents)

@@ -1,17 +1,20 @@
 """Forwards that give the same as a layer's own, up to rounding, and cost a CPU less."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from diffumask_fast.kernels import winograd
+
 PIECE_BYTES = 2 << 20  # of a piece's widest tensor, which is to stay in a CPU's caches
+FEWEST = 32  # channels, below which a direct convolution is faster
+MOST = 640 * 640  # channels by channels, whose transformed weights take 59 MB
 
 Forwards = dict[nn.Module, Callable]
 
@@ -35,59 +38,70 @@ def swapped(name: str, values: dict[nn.Module, Any]) -> Iterator[None]:
                 module.__dict__[name] = value
 
 
-def cheaper_forwards(model: nn.Module) -> Forwards:
+def has_amx() -> bool:
+    """Tell whether the CPU multiplies matrices in bf16 by itself, many times as fast as in fp32."""
+    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_tile"))
+
+
+class TransformedWeights:
+    """The weights of a model's 3x3 convolutions as the C++ takes them, made anew where the model's own have changed.
+
+    Those are taken that are cheaper so on the model's CPU. They need four times the memory of the weights in fp32, and
+    the copies by which a change is seen once more that of the weights.
+
+    Args:
+        model: a UNet or a VAE's decoder.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._kept: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def now(self) -> dict[str, Tensor]:
+        """Return them by the names of their modules; none for a model on a GPU."""
+        kept, self._kept = self._kept, {}
+        for name, module in self.model.named_modules():
+            if _is_plain(module) and _is_cheaper(module.weight):
+                before, bits = kept.get(name), _bits(module.weight)
+                # a count of changes would miss those through .data, which is how adapters are fused
+                if before is None or not torch.equal(before[0], bits):
+                    before = bits.clone(), winograd.transform(module.weight)
+                self._kept[name] = before
+        return {name: transformed for name, (_, transformed) in self._kept.items()}
+
+
+def cheaper_forwards(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> Forwards:
     """Find what costs less in other ways, in a UNet or in a VAE's decoder.
 
-    A 3x3 convolution of an image doubled by nearest neighbours becomes four 2x2 convolutions of the image, and a
-    feed-forward works on as many rows at a time as a CPU's caches take.
+    A feed-forward works on as many rows at a time as a CPU's caches take. 3x3 convolutions are made in Winograd's way,
+    also those of an image doubled by nearest neighbours, which then need not be made.
+
+    Args:
+        model: on the CPU.
+        weights: what TransformedWeights has of it; what is not there keeps its forward.
     """
     found: Forwards = {}
+    transformed = {model.get_submodule(name): weight for name, weight in (weights or {}).items()}
     for module in model.modules():
         if isinstance(module, FeedForward):
             found[module] = _in_pieces(module)
-        elif isinstance(module, Upsample2D):
+        elif module in transformed:
+            found[module] = _by_winograd(module, transformed[module])
+    for module in model.modules():
+        if isinstance(module, Upsample2D):
             own = module.use_conv and module.interpolate and module.norm is None
-            if own and _is_plain(conv := getattr(module, "conv", None)):
-                found[module] = _in_phases(module, conv)
+            if own and (conv := getattr(module, "conv", None)) in transformed:
+                found[module] = _doubled(module, conv, transformed[conv])
         elif isinstance(module, nn.Sequential):
             for doubling, conv in pairwise(module):
                 nearest = type(doubling) is nn.Upsample and (doubling.mode, doubling.scale_factor) == ("nearest", 2)
-                if nearest and _is_plain(conv):
-                    found |= {doubling: lambda image: image, conv: _in_phases(conv, conv)}
+                if nearest and conv in transformed:
+                    found |= {doubling: lambda image: image, conv: _doubled(conv, conv, transformed[conv])}
     return found
 
 
-def double_and_convolve(image: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Convolve an image doubled by nearest neighbours, from the image itself.
-
-    Of the doubled image, a 3x3 window sees 2x2 pixels of the image: along one axis, with weights w0, w1, w2, an even
-    pixel is w0 of the one before + (w1 + w2) of its own, an odd one is (w0 + w1) of its own + w2 of the one after.
-
-    Args:
-        image: [B, C, H, W].
-        weight: [O, C, 3, 3].
-        bias: [O].
-
-    Returns:
-        [B, O, 2H, 2W], channels_last: conv2d(interpolate(image, scale_factor=2), weight, bias, padding=1).
-    """
-    rows, _, height, width = image.shape
-    out = image.new_empty(rows, weight.shape[0], 2 * height, 2 * width).contiguous(memory_format=torch.channels_last)
-    for y, weights in enumerate(_halves(weight, 2)):
-        for x, phase in enumerate(_halves(weights, 3)):
-            padded = F.pad(image, (1 - x, x, 1 - y, y)).contiguous(memory_format=torch.channels_last)
-            phase = phase.contiguous(memory_format=torch.channels_last)
-            out[:, :, y::2, x::2] = F.conv2d(padded, phase, bias)
-    return out
-
-
-def _halves(weight: Tensor, axis: int) -> list[Tensor]:
-    before, own, after = weight.unbind(axis)
-    return [torch.stack([before, own + after], axis), torch.stack([before + own, after], axis)]
-
-
-def _is_plain(conv: nn.Module | None) -> bool:
-    """Tell whether a module is what double_and_convolve computes, with nothing hooked into it or put over it."""
+def _is_plain(conv: nn.Module) -> bool:
+    """Tell whether a module is a 3x3 convolution and nothing else, with nothing hooked into it or put over it."""
     if type(conv) is not nn.Conv2d or {"forward", "_conv_forward"} & vars(conv).keys():
         return False
     if conv._forward_hooks or conv._forward_pre_hooks or conv.padding_mode != "zeros" or conv.groups != 1:
@@ -95,13 +109,40 @@ def _is_plain(conv: nn.Module | None) -> bool:
     return (conv.kernel_size, conv.padding, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
 
 
-def _in_phases(module: nn.Module, conv: nn.Conv2d) -> Callable:
+def _is_cheaper(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or weight.dtype not in winograd.DTYPES:
+        return False
+    if weight.dtype == torch.bfloat16 and has_amx():
+        return False
+    out, channels = weight.shape[:2]
+    fit = not (out % winograd.CHANNELS_MULTIPLE or channels % winograd.CHANNELS_MULTIPLE)
+    return fit and min(out, channels) >= FEWEST and out * channels <= MOST
+
+
+def _bits(weight: Tensor) -> Tensor:
+    """Return what is compared to see a change: the same bytes, eight at a time."""
+    return weight.detach().permute(0, 2, 3, 1).contiguous().view(torch.int64)
+
+
+def _by_winograd(conv: nn.Conv2d, weights: Tensor) -> Callable:
+    forward = conv.forward
+
+    def call(image: Tensor) -> Tensor:
+        if image.dtype != conv.weight.dtype or not winograd.pays(image.shape[0], *image.shape[2:]):
+            return forward(image)
+        return winograd.convolve(image, weights, conv.bias, conv.out_channels)
+
+    return call
+
+
+def _doubled(module: nn.Module, conv: nn.Conv2d, weights: Tensor) -> Callable:
     forward = module.forward
 
     def call(image: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        if output_size is not None and tuple(output_size) != (2 * image.shape[2], 2 * image.shape[3]):
+        other = output_size is not None and tuple(output_size) != (2 * image.shape[2], 2 * image.shape[3])
+        if other or image.dtype != conv.weight.dtype:
             return forward(image, output_size, *args, **kwargs)
-        return double_and_convolve(image, conv.weight, conv.bias)
+        return winograd.convolve(image, weights, conv.bias, conv.out_channels, True)
 
     return call
 

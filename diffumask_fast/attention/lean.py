@@ -1,6 +1,6 @@
 """UNetWithMaps with fewer products: what the compiled engine compiles."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from diffumask_fast.attention.forwards import cheaper_forwards, swapped
+from diffumask_fast.attention.forwards import cheaper_forwards, has_amx, swapped
 from diffumask_fast.attention.processor import MapProcessor, draws_like
 from diffumask_fast.attention.tap import Levels, Tap
 from diffumask_fast.attention.unet import UNetWithMaps
@@ -62,6 +62,7 @@ class LeanUNet(UNetWithMaps):
         *,
         text: KeysValues | None = None,
         twins: bool = False,
+        weights: Mapping[str, Tensor] | None = None,
         first_conditional: int | None = None,
         **unet_kwargs: Any,
     ) -> tuple[Tensor, Levels, Levels]:
@@ -73,6 +74,7 @@ class LeanUNet(UNetWithMaps):
                 attention mask among the keywords.
             twins: the conditional rows are the second half, and both halves of the latents, and all else that is not
                 text, are the same.
+            weights: what TransformedWeights has of the UNet; on the CPU only.
         """
         if text is not None:
             select = F.pad(select, (0, 0, 0, text[0][0].shape[1] - select.shape[1]))
@@ -83,7 +85,7 @@ class LeanUNet(UNetWithMaps):
             if padding := select.shape[1] - encoder_hidden_states.shape[1]:
                 zeros = latents.new_zeros(1, 1, 1, encoder_hidden_states.shape[1])
                 tap.bias = F.pad(zeros, (0, padding), value=-torch.inf)
-        forwards = cheaper_forwards(self.unet) if latents.device.type == "cpu" else {}
+        forwards = cheaper_forwards(self.unet, weights) if latents.device.type == "cpu" else {}
         if twins:
             forwards |= {module: _once(module, tap) for module in _before_text(self.unet)}
         with swapped("forward", forwards):
@@ -109,7 +111,7 @@ class _LeanTap(Tap):
 class _LeanProcessor(MapProcessor):
     def __init__(self, impl: str = "auto") -> None:
         super().__init__(impl)
-        self.widens = not getattr(torch.cpu, "get_capabilities", dict)().get("amx_tile")
+        self.widens = not has_amx()
 
     def project(self, attn, hidden_states, context, attention_mask, tap):
         if attn not in tap.text:
