@@ -78,7 +78,7 @@ def _checks(where: torch.device, exports: bool) -> dict[str, Callable[[], Any]]:
     from diffumask_fast.export.onnx_export import need_exporter
     from diffumask_fast.export.session import runtime
     from diffumask_fast.export.tensorrt_library import library
-    from diffumask_fast.kernels import winograd
+    from diffumask_fast.kernels import native
 
     def tensorrt(flavour: str) -> None:
         if exports:
@@ -94,7 +94,7 @@ def _checks(where: torch.device, exports: bool) -> dict[str, Callable[[], Any]]:
 
     def compiler() -> None:
         if where.type == "cpu":
-            winograd.library()
+            native.library()
 
     return {
         "compile": compiler,

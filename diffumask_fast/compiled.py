@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from diffumask_fast.attention.forwards import PIECE_BYTES, TransformedWeights, cheaper_forwards, swapped
 from diffumask_fast.attention.lean import KeysValues, LeanUNet
 from diffumask_fast.attention.tap import Levels
-from diffumask_fast.kernels import winograd
+from diffumask_fast.kernels import native
 from diffumask_fast.loading import cache_folder
 
 VARIANTS = 128
@@ -34,7 +34,7 @@ def compile_pipe(pipe: DiffusionPipeline) -> None:
         DiffuMaskError: on the CPU without a C++ compiler that works.
     """
     if pipe.unet.device.type == "cpu":
-        winograd.library()
+        native.library()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
     for part in (pipe.unet, pipe.vae):
         part.to(memory_format=torch.channels_last)

@@ -71,13 +71,13 @@ def _faster() -> dict[str, str]:
     """Name the options that draw faster here than the defaults, and what they cost."""
     import torch
 
-    from diffumask_fast.kernels import winograd
+    from diffumask_fast.kernels import native
 
     found = {}
     if not torch.cuda.is_available() and has_bf16():
         found["--dtype bf16"] = "this processor multiplies it in hardware; images and masks differ by rounding"
     try:
-        winograd.library()
+        native.library()
         found["--engine compile"] = "for a thousand images and more: it first compiles for a minute"
     except DiffuMaskError:
         pass
@@ -118,10 +118,10 @@ def _torch_engine() -> None:
 def _compile_engine() -> None:
     import torch
 
-    from diffumask_fast.kernels import winograd
+    from diffumask_fast.kernels import native
 
     if not torch.cuda.is_available():
-        winograd.library()
+        native.library()
 
 
 def _onnx_export() -> None:

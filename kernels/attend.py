@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.kernels import attend_sdpa, reference, tuned
+from diffumask_fast.kernels import attend_cpp, attend_sdpa, reference, tuned
 from diffumask_fast.kernels.record import interpreted, note
 
-IMPLS = ("auto", "sdpa", "triton", "reference")
+IMPLS = ("auto", "sdpa", "triton", "cpp", "reference")
 MAX_KEYS = 128  # of the Triton kernel, which keeps a row of scores in registers
 
 
@@ -44,13 +44,14 @@ def attend(
         weight: factor of what is added.
         mask: bias added to the scores, broadcastable to [B, H, N, T].
         impl: "sdpa", where the extra columns have the precision of q and their sum over heads is fp32; "triton", where
-            maps are fp32 all through, for at most 128 keys on CUDA or in Triton's interpreter; "reference"; "auto" is
-            "triton" on CUDA where `tuned.json` says that it is the faster one for the layer, else and in exports
-            "sdpa". `kernels.ran` tells which it was.
+            maps are fp32 all through, for at most 128 keys on CUDA or in Triton's interpreter; "cpp", fp32 inside, for
+            fp32 and bf16 on the CPU, which needs a compiler; "reference"; "auto" is "triton" on CUDA where
+            `tuned.json` says that it is the faster one for the layer, else and in exports "sdpa". `kernels.ran` tells
+            which it was.
 
     Returns:
-        out [B, N, H*D] in the dtype of q, bit-equal on CPU to attention without columns for head sizes of 16 and more
-        that are multiples of 8; and maps, None without columns.
+        out [B, N, H*D] in the dtype of q, by "sdpa" on CPU bit-equal to attention without columns for head sizes of 16
+        and more that are multiples of 8; and maps, None without columns.
 
     Example:
         >>> q, k = torch.zeros(2, 4, 32), torch.zeros(2, 5, 32)
@@ -73,7 +74,7 @@ def attend(
     note("attend", impl)
     if impl == "triton":
         return _triton(q, k, v, columns, heads, scale, first_conditional, maps, weight, mask)
-    form = reference.attend if impl == "reference" else attend_sdpa.attend
+    form = {"reference": reference.attend, "cpp": _cpp}.get(impl, attend_sdpa.attend)
     out, added = form(q, k, v, columns, heads=heads, scale=scale, first_conditional=first_conditional, mask=mask)
     if added is None:
         return out, maps
@@ -156,6 +157,31 @@ def _faster(q: Tensor, k: Tensor, columns: Tensor | None, heads: int, mask: Tens
         return "sdpa"
     layer = {"heads": heads, "head_dim": q.shape[-1] // heads, "pixels": q.shape[1], "keys": keys}
     return "triton" if tuned.impl("attend", q.device, dtype=dtype, **layer) == "triton" else "sdpa"
+
+
+def cpp_takes(q: Tensor, mask: Tensor | None) -> bool:
+    """Tell whether impl "cpp" can attend."""
+    return mask is None and q.device.type == "cpu" and q.dtype in attend_cpp.DTYPES
+
+
+def _cpp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    columns: Tensor | None,
+    *,
+    heads: int,
+    scale: float,
+    first_conditional: int = 0,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    if not (cpp_takes(q, mask) and q.dtype == k.dtype == v.dtype):
+        raise DiffuMaskError(
+            f"impl 'cpp' takes q, k, v of one dtype, fp32 or bf16, on the CPU and no mask, not {q.dtype}, {k.dtype}, "
+            f"{v.dtype} on {q.device}: use 'sdpa'"
+        )
+    out, added = attend_cpp.attend(q, k, v, columns, heads, scale, first_conditional)
+    return out, None if columns is None else added
 
 
 def _triton(

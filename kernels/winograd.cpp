@@ -1,47 +1,15 @@
 // 3x3 convolutions by Winograd's minimal filtering F(4x4, 3x3): 36 products where a direct convolution has 144.
 // Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (CVPR 2016), with the points 0, +-A, +-B and
 // infinity, whose largest error is a quarter of that of 0, +-1, +-2. Images are channels_last, channels multiples of 16.
-#include <algorithm>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
+#include "native.h"
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 12;
-#define BLOCKS(R) R(1) R(2) R(3) R(4) R(5) R(6) R(7) R(8) R(9) R(10) R(11) R(12)
-#else
-constexpr int LANES = 8, ROWS = 6;
-#define BLOCKS(R) R(1) R(2) R(3) R(4) R(5) R(6)
-#endif
-constexpr int TILE = 4, WINDOW = 6, POINTS = WINDOW * WINDOW, PANEL = 2 * LANES;
+constexpr int TILE = 4, WINDOW = 6, POINTS = WINDOW * WINDOW;
 constexpr float A = 0.70710678f, B = 1.41421356f;
 constexpr int64_t CACHE = 640 << 10;  // bytes of transformed tiles at a time, to stay in a core's second-level cache
 constexpr int64_t APART = 16;         // keeps the planes of the points from falling on the same lines of that cache
 
-typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-struct BF16 { uint16_t bits; };
-
 // `doubled`: the image is one of twice the height and width, each pixel of the given one repeated
 struct Shape { int64_t rows, height, width, in, out, doubled; };
-
-static inline int64_t ceil_div(int64_t number, int64_t by) { return (number + by - 1) / by; }
-
-static inline Vec load(const float *from) { return *reinterpret_cast<const Vec *>(from); }
-static inline Vec load(const BF16 *from) {
-    return reinterpret_cast<Vec>(__builtin_convertvector(*reinterpret_cast<const Halves *>(from), Bits) << 16);
-}
-
-static inline void store(float *to, Vec value) { *reinterpret_cast<Vec *>(to) = value; }
-static inline void store(BF16 *to, Vec value) {
-    Bits bits = reinterpret_cast<Bits>(value);
-    Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    Bits quiet = bits >> 16 | 0x40;  // rounding could make an infinity of what is not a number
-    rounded = value == value ? rounded : quiet;
-    *reinterpret_cast<Halves *>(to) = __builtin_convertvector(rounded, Halves);
-}
 
 // B^T of six values, `step` apart
 static inline void transform_six(const Vec *v, int step, Vec *t) {
@@ -98,38 +66,6 @@ static void transform_tiles(const T *image, const T *zeros, const Shape &s, int6
     }
 }
 
-// R rows of a by one panel of b
-template <int R>
-static void block(const float *a, const float *b, int64_t depth, float *c, int64_t columns) {
-    Vec sum[R][2] = {};
-    for (int64_t k = 0; k < depth; k++, b += PANEL) {
-        Vec left = load(b), right = load(b + LANES);
-        for (int r = 0; r < R; r++) {
-            sum[r][0] += a[r * depth + k] * left;
-            sum[r][1] += a[r * depth + k] * right;
-        }
-    }
-    for (int r = 0; r < R; r++) {
-        store(c + r * columns, sum[r][0]);
-        store(c + r * columns + LANES, sum[r][1]);
-    }
-}
-
-// a [count, depth] by b [columns / PANEL, depth, PANEL] -> c [count, columns]
-static void multiply(const float *a, int64_t count, const float *b, int64_t depth, float *c, int64_t columns) {
-    int64_t blocks = ceil_div(count, ROWS);
-    for (int64_t n = 0; n < columns; n += PANEL, b += depth * PANEL)
-        for (int64_t i = 0; i < blocks; i++) {
-            int64_t row = count * i / blocks;
-            const float *from = a + row * depth;
-            float *to = c + row * columns + n;
-            switch (count * (i + 1) / blocks - row) {
-#define CASE(R) case R: block<R>(from, b, depth, to, columns); break;
-                BLOCKS(CASE)
-            }
-        }
-}
-
 // [POINTS, count, columns], the points `plane` apart -> tiles first .. first + count of the result
 template <typename T>
 static void finish_tiles(const float *products, int64_t plane, int64_t columns, const T *bias, const Shape &s,
@@ -154,17 +90,6 @@ static void finish_tiles(const float *products, int64_t plane, int64_t columns, 
     }
 }
 
-// Memory of this thread, kept for the next call
-static float *scratch(int64_t size) {
-    static thread_local std::unique_ptr<float, decltype(&std::free)> kept(nullptr, &std::free);
-    static thread_local int64_t most = 0;
-    if (size > most) {
-        kept.reset(static_cast<float *>(std::aligned_alloc(64, ceil_div(4 * size, 64) * 64)));
-        most = kept ? size : 0;
-    }
-    return kept.get();
-}
-
 template <typename T>
 static int convolve(const T *image, const float *weights, const T *bias, T *result, const Shape &s, int threads) {
     int64_t tiles = s.rows * ceil_div(s.height, TILE) * ceil_div(s.width, TILE);
@@ -185,8 +110,9 @@ static int convolve(const T *image, const float *weights, const T *bias, T *resu
             int64_t first = tiles * i / pieces, count = tiles * (i + 1) / pieces - first;
             transform_tiles(image, reinterpret_cast<const T *>(zeros), s, first, count, planes, plane);
             for (int p = 0; p < POINTS; p++)
-                multiply(planes + p * plane, count, weights + p * s.in * columns, s.in, products + p * products_plane,
-                         columns);
+                for (int64_t n = 0; n < columns; n += PANEL)
+                    multiply(planes + p * plane, s.in, 1, count, weights + (p * columns + n) * s.in, s.in,
+                             products + p * products_plane + n, columns);
             finish_tiles(products, products_plane, columns, bias, s, first, count, result);
         }
     }

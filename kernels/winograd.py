@@ -1,4 +1,4 @@
-"""3x3 convolutions on the CPU by Winograd's F(4x4, 3x3), in C++ that is compiled when it is first needed.
+"""3x3 convolutions on the CPU by Winograd's F(4x4, 3x3), in C++.
 
 For 4x4 pixels of a channel a direct convolution makes 144 products, this one 36, in fp32 whatever the image is, with
 about five times the rounding error of a direct one in fp32: 1e-6 of the result. It is for the compiled engine, which
@@ -12,55 +12,15 @@ Example:
 """
 
 import ctypes
-import functools
-import os
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.kernels.native import library
 
-SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 CHANNELS_MULTIPLE = 16
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-def compiler() -> str:
-    """Return the C++ compiler: CXX, g++ or clang++.
-
-    Raises:
-        DiffuMaskError: there is none.
-    """
-    names = (os.environ.get("CXX"), "g++", "clang++")
-    if found := next((name for name in names if name and shutil.which(name)), None):
-        return found
-    raise DiffuMaskError("--engine compile needs a C++ compiler on the CPU: install g++, or use --engine torch.")
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """Compile and load the C++, a second or two, once in a process.
-
-    Raises:
-        DiffuMaskError: there is no compiler, or it refuses the code.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder) / "winograd.so"
-        command = [compiler(), *FLAGS, str(SOURCE), "-o", str(built)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            said = next(iter(done.stderr.splitlines()), f"exit code {done.returncode}")
-            raise DiffuMaskError(f"{command[0]} cannot compile {SOURCE.name} ({said}): use --engine torch.")
-        loaded = ctypes.CDLL(str(built))
-    for function in (loaded.convolve_fp32, loaded.convolve_bf16):
-        function.argtypes = [*[ctypes.c_void_p] * 5, ctypes.c_int]
-    return loaded
 
 
 def pays(rows: int, height: int, width: int) -> bool:

@@ -35,13 +35,14 @@ def relative(value, truth):
     return ((value - truth).abs().max() / truth.abs().max()).item()
 
 
+@pytest.mark.parametrize("impl", ["sdpa", "cpp"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_attend_matches_reference(shape):
+def test_attend_matches_reference(shape, impl):
     q, k, v, columns, where = make(shape)
-    out, maps = attend(q, k, v, columns, **where)
+    out, maps = attend(q, k, v, columns, **where, impl=impl)
     true_out, true_maps = reference.attend(q, k, v, columns, **where)
     assert maps.shape == (shape[1], shape[7], shape[3]) and maps.dtype == torch.float32 and maps.is_contiguous()
-    assert relative(out, true_out) < 5e-6 and relative(maps, true_maps) < 1e-6
+    assert relative(out, true_out) < 5e-6 and relative(maps, true_maps) < (1e-6 if impl == "sdpa" else 2e-6)
     uniform = columns.mean(1)[..., None].expand_as(true_maps)
     assert relative(torch.zeros_like(maps), true_maps) > 0.1 and relative(uniform, true_maps) > 0.1
 
@@ -116,7 +117,7 @@ def test_attend_obeys_a_mask():
         assert relative(got, truth) < 5e-6
 
 
-@pytest.mark.parametrize("impl", ["auto", "sdpa", "reference"])
+@pytest.mark.parametrize("impl", ["auto", "sdpa", "cpp", "reference"])
 def test_cross_attention_maps_matches_reference(impl):
     q, k, v, select, where = make((4, 2, 2, 64, 77, 8, 40, 2))
     maps = torch.ones(2, 2, 64)
@@ -126,12 +127,13 @@ def test_cross_attention_maps_matches_reference(impl):
     assert relative(maps - 1, added / 2) < 1e-4
 
 
-def test_attend_is_repeatable_and_independent_of_the_batch():
+@pytest.mark.parametrize("impl", ["sdpa", "cpp"])
+def test_attend_is_repeatable_and_independent_of_the_batch(impl):
     q, k, v, columns, where = make((8, 8, 0, 256, 77, 4, 40, 2))
-    whole = attend(q, k, v, columns, **where)
-    assert torch.equal(whole[1], attend(q, k, v, columns, **where)[1])
+    whole = attend(q, k, v, columns, **where, impl=impl)
+    assert torch.equal(whole[1], attend(q, k, v, columns, **where, impl=impl)[1])
     for row in range(8):
-        alone = attend(*(x[row : row + 1] for x in (q, k, v, columns)), heads=4)
+        alone = attend(*(x[row : row + 1] for x in (q, k, v, columns)), heads=4, impl=impl)
         assert torch.equal(alone[0][0], whole[0][row]) and torch.equal(alone[1][0], whole[1][row])
 
 
@@ -145,7 +147,7 @@ def test_attend_refuses_what_it_cannot_do():
         attend(q, k, v, heads=3)
 
 
-@pytest.mark.parametrize("impl", ["sdpa", "triton", "reference"])
+@pytest.mark.parametrize("impl", ["sdpa", "triton", "cpp", "reference"])
 @pytest.mark.parametrize(
     ("change", "word"),
     [
@@ -176,7 +178,7 @@ def test_attend_refuses_what_a_kernel_would_read_or_write_beyond(change, word, i
         attend(*tensors, **{"heads": 2, "first_conditional": 1, "impl": impl, **given})
 
 
-@pytest.mark.parametrize("impl", ["sdpa", "triton", "reference"])
+@pytest.mark.parametrize("impl", ["sdpa", "triton", "cpp", "reference"])
 @pytest.mark.parametrize(("rows", "num", "pixels"), [(1, 0, 16), (0, 2, 16), (1, 2, 0)])
 def test_attend_with_nothing_to_add_draws_the_same(rows, num, pixels, impl):
     q, k, v = torch.randn(2, pixels, 32), torch.randn(2, 7, 32), torch.randn(2, 7, 32)

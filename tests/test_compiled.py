@@ -8,7 +8,7 @@ from diffumask_fast import compiled
 from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.compiled import CompiledDenoiser, compile_pipe
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.kernels import winograd
+from diffumask_fast.kernels import native
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 
@@ -46,8 +46,8 @@ def test_a_smaller_batch_is_decoded_by_the_same_code():
 
 
 def test_a_machine_without_a_compiler_is_told_before_anything_is_drawn(tiny_sd, monkeypatch):
-    monkeypatch.setattr(winograd.shutil, "which", lambda _: None)
-    winograd.library.cache_clear()
+    monkeypatch.setattr(native.shutil, "which", lambda _: None)
+    native.library.cache_clear()
     with pytest.raises(DiffuMaskError, match="needs a C\\+\\+ compiler.*--engine torch"):
         compile_pipe(tiny_sd)
 

@@ -4,7 +4,7 @@ import pytest
 
 from diffumask_fast import doctor, loading
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.kernels import winograd
+from diffumask_fast.kernels import native
 
 
 def test_the_report_names_versions_devices_and_what_works():
@@ -49,5 +49,5 @@ def test_what_would_be_faster_depends_on_the_processor_and_a_compiler(monkeypatc
     assert doctor.examine()["faster"].keys() == {"--dtype bf16", "--engine compile"}
     monkeypatch.setattr(doctor, "has_bf16", lambda: False)
     monkeypatch.setattr("shutil.which", lambda _: None)
-    winograd.library.cache_clear()
+    native.library.cache_clear()
     assert doctor.examine()["faster"] == {}

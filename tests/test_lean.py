@@ -187,7 +187,7 @@ def test_forwards_are_back_after_an_exception():
 def test_text_is_left_to_layers_with_a_processor_of_their_own():
     unet = make_unet()
     lean, states = LeanUNet(unet), torch.randn(2, 77, unet.config.cross_attention_dim)
-    assert lean.text(states)[0][0].shape[1] == 80
+    assert lean.text(states)[0][0].shape[1] == 77
     unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(AttnProcessor())
     assert lean.text(states) is None
 

@@ -1,15 +1,9 @@
-import platform
-
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative
 
-from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.kernels import winograd
 from diffumask_fast.kernels.winograd import convolve, pays, transform
-
-OLDER = ["-march=x86-64-v3", "-march=x86-64"] if platform.machine() == "x86_64" else []
 
 
 def make(rows, channels, out, height, width, dtype=torch.float32, biased=True):
@@ -60,17 +54,6 @@ def test_its_error_is_a_few_times_that_of_a_direct_one():
         for found in (F.conv2d(image, weight, bias, padding=1), convolve(image, transform(weight), bias, 64))
     )
     assert direct < own < 6 * direct < 2e-6
-
-
-@pytest.mark.parametrize("flag", OLDER)
-def test_processors_without_its_widest_vectors_get_the_same(flag, monkeypatch):
-    monkeypatch.setattr(winograd, "FLAGS", tuple(flag if "-march" in x else x for x in winograd.FLAGS))
-    monkeypatch.setattr(winograd, "library", winograd.library.__wrapped__)
-    assert winograd.library().panel() == 16
-    for dtype, limit in ((torch.float32, 5e-6), (torch.bfloat16, 2**-8)):
-        image, weight, bias = make(2, 32, 48, 5, 7, dtype)
-        found = convolve(image, transform(weight), bias, 48)
-        assert relative(found.double(), in_fp64(image, weight, bias)) < limit
 
 
 def test_any_layout_and_no_rows():
@@ -136,14 +119,3 @@ def test_it_is_an_operator_and_one_node_of_a_graph():
     program = torch.export.export(One(), given[:3])
     assert sum(node.target is op for node in program.graph.nodes) == 1
     assert torch.equal(program.module()(*given[:3]), convolve(image * 2, *given[1:]) + 1)
-
-
-def test_a_compiler_that_fails_is_one_sentence(monkeypatch):
-    monkeypatch.setenv("CXX", "false")
-    with pytest.raises(
-        DiffuMaskError, match=r"^false cannot compile winograd.cpp \(exit code 1\): use --engine torch.$"
-    ):
-        winograd.library.__wrapped__()
-    monkeypatch.setattr(winograd.shutil, "which", lambda _: None)
-    with pytest.raises(DiffuMaskError, match="needs a C\\+\\+ compiler.*--engine torch"):
-        winograd.library.__wrapped__()

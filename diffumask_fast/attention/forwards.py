@@ -38,6 +38,7 @@ def swapped(name: str, values: dict[nn.Module, Any]) -> Iterator[None]:
                 module.__dict__[name] = value
 
 
+@torch.compiler.assume_constant_result
 def has_amx() -> bool:
     """Tell whether the CPU multiplies matrices in bf16 by itself, many times as fast as in fp32."""
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_tile"))

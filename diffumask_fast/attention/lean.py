@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
@@ -13,10 +12,9 @@ from diffumask_fast.attention.forwards import cheaper_forwards, has_amx, swapped
 from diffumask_fast.attention.processor import MapProcessor, draws_like
 from diffumask_fast.attention.tap import Levels, Tap
 from diffumask_fast.attention.unet import UNetWithMaps
-from diffumask_fast.kernels import attend
+from diffumask_fast.kernels.attend import cpp_takes
 
 KeysValues = Sequence[tuple[Tensor, Tensor]]
-KEYS_MULTIPLE = 16  # of a CPU's vectors: 80 keys take two thirds of the time of 77
 
 
 class LeanUNet(UNetWithMaps):
@@ -25,7 +23,7 @@ class LeanUNet(UNetWithMaps):
     - Keys and values of the prompts are the caller's to make once, by `text`, instead of at each step.
     - Under classifier-free guidance both halves of the latents are the same up to the first cross-attention: the layers
       before it work on one half.
-    - On the CPU, layers run as `cheaper_forwards` has them, and bf16 attends in fp32, which is quicker without AMX.
+    - On the CPU, layers run as `cheaper_forwards` has them, and attention in C++ where nothing speaks against it.
     """
 
     def __init__(self, unet: nn.Module, impl: str = "auto") -> None:
@@ -39,17 +37,14 @@ class LeanUNet(UNetWithMaps):
             encoder_hidden_states: [B, T, E].
 
         Returns:
-            k and v [B, T', H*D] for each layer, T' the T padded with zeros to KEYS_MULTIPLE on the CPU; None where the
-            UNet makes something else of the states first (IP-Adapter), or a layer has a processor of its own or an
-            adapter (LoRA), which may change from step to step.
+            k and v [B, T, H*D] for each layer; None where the UNet makes something else of the states first, as for
+            IP-Adapter, or a layer has a processor of its own or an adapter (LoRA), which may change from step to step.
         """
         layers = self._cross()
         own = all(draws_like(attn) and type(attn.to_k) is type(attn.to_v) is nn.Linear for attn in layers)
         if getattr(self.unet, "encoder_hid_proj", None) is not None or not own:
             return None
-        states, multiple = encoder_hidden_states, 1 if encoder_hidden_states.is_cuda else KEYS_MULTIPLE
-        pad = (0, 0, 0, -states.shape[1] % multiple)
-        return [(F.pad(attn.to_k(states), pad), F.pad(attn.to_v(states), pad)) for attn in layers]
+        return [(attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)) for attn in layers]
 
     def forward(
         self,
@@ -76,15 +71,10 @@ class LeanUNet(UNetWithMaps):
                 text, are the same.
             weights: what TransformedWeights has of the UNet; on the CPU only.
         """
-        if text is not None:
-            select = F.pad(select, (0, 0, 0, text[0][0].shape[1] - select.shape[1]))
         first = latents.shape[0] - select.shape[0] if first_conditional is None else first_conditional
         tap = _LeanTap(self.places, select, prior or {}, first)
         if text is not None:
             tap.text = dict(zip(self._cross(), text, strict=True))
-            if padding := select.shape[1] - encoder_hidden_states.shape[1]:
-                zeros = latents.new_zeros(1, 1, 1, encoder_hidden_states.shape[1])
-                tap.bias = F.pad(zeros, (0, padding), value=-torch.inf)
         forwards = cheaper_forwards(self.unet, weights) if latents.device.type == "cpu" else {}
         if twins:
             forwards |= {module: _once(module, tap) for module in _before_text(self.unet)}
@@ -96,10 +86,9 @@ class LeanUNet(UNetWithMaps):
 
 
 class _LeanTap(Tap):
-    """A tap that brings keys and values, and a bias [1, 1, 1, T'] where some of them are padding."""
+    """A tap that brings keys and values."""
 
     text: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-    bias: Tensor | None = None
 
     def alone(self) -> "_LeanTap":
         """Return the tap for a call of the conditional rows alone."""
@@ -109,26 +98,14 @@ class _LeanTap(Tap):
 
 
 class _LeanProcessor(MapProcessor):
-    def __init__(self, impl: str = "auto") -> None:
-        super().__init__(impl)
-        self.widens = not has_amx()
-
     def project(self, attn, hidden_states, context, attention_mask, tap):
         if attn not in tap.text:
-            q, k, v, mask = super().project(attn, hidden_states, context, attention_mask, tap)
-        else:
-            q, (k, v), mask = attn.to_q(hidden_states), tap.text[attn], tap.bias
-        if self.widens and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-            q, k, v, mask = (x if x is None else x.float() for x in (q, k, v, mask))
-        return q, k, v, mask
+            return super().project(attn, hidden_states, context, attention_mask, tap)
+        return attn.to_q(hidden_states), *tap.text[attn], None
 
-    def product(self, attn, q, k, v, mask, tap):
-        first, whole = tap.first, mask is None or mask.shape[0] == 1
-        if q.device.type != "cpu" or tap.columns(attn) is None or not (first and whole):
-            return super().product(attn, q, k, v, mask, tap)
-        # the rows with columns, here always the last ones, are padded for them; the others need not be
-        plain = attend(q[:first], k[:first], v[:first], heads=attn.heads, mask=mask, impl=self.impl)[0]
-        return torch.cat([plain, super().product(attn, q[first:], k[first:], v[first:], mask, tap.alone())])
+    def impl_for(self, q, mask):
+        own = self.impl == "auto" and cpp_takes(q, mask) and not (q.dtype == torch.bfloat16 and has_amx())
+        return "cpp" if own else self.impl
 
 
 def _before_text(unet: nn.Module) -> list[nn.Module]:

@@ -40,9 +40,9 @@ class MapProcessor:
 
     def product(self, attn: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tap: Tap | None) -> Tensor:
         """Return the output [B, N, H*D], and let the tap have the maps."""
-        columns = None if tap is None else tap.columns(attn)
+        columns, impl = None if tap is None else tap.columns(attn), self.impl_for(q, mask)
         if columns is None:
-            return attend(q, k, v, heads=attn.heads, mask=mask, impl=self.impl)[0]
+            return attend(q, k, v, heads=attn.heads, mask=mask, impl=impl)[0]
         maps, weight = tap.target(attn)
         out, maps = attend(
             q,
@@ -54,10 +54,14 @@ class MapProcessor:
             maps=maps,
             weight=weight,
             mask=mask,
-            impl=self.impl,
+            impl=impl,
         )
         tap.put(attn, maps)
         return out
+
+    def impl_for(self, q: Tensor, mask: Tensor | None) -> str:
+        """Return the form of `attend` for a layer's queries."""
+        return self.impl
 
 
 def draws_like(attn: Attention) -> bool:
