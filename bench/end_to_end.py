@@ -11,7 +11,7 @@ import torch
 
 from diffumask_fast.bench import baselines, memory
 from diffumask_fast.bench.geometries import check_geometry, check_memory, open_geometry
-from diffumask_fast.bench.harness import Race, compare, environment, race, row
+from diffumask_fast.bench.harness import Race, Workload, environment, race, row
 from diffumask_fast.bench.sides import LIKE_THE_REFERENCE, Sides, mask_iou
 from diffumask_fast.compiled import compile_pipe
 from diffumask_fast.errors import DiffuMaskError
@@ -126,10 +126,8 @@ class _Job:
 
     def rows(self, names: Sequence[str]) -> Iterator[dict]:
         """Measure in groups that share their rounds."""
-        if {"maps_overhead", "propagation_overhead"} & set(names):
-            yield from self._denoising(names)
-        if "masks_overhead" in names:
-            yield self._masks()
+        if set(OVERHEADS) & set(names):
+            yield from self._overheads(names)
         if set(SPEEDUPS) & set(names):
             yield from self._speedups(names)
         if "peak_memory_vs_reference" in names:
@@ -140,25 +138,26 @@ class _Job:
             config = {**self.config, "batch": 1, "steps": [few[0], many[0]], "peak_bytes": [few[1], many[1]]}
             yield row(SUITE, "memory_vs_steps", many[1] / few[1], config=config)
 
-    def _denoising(self, names: Sequence[str]) -> Iterator[dict]:
-        sides = Sides(self.pipe, self.batch, self.steps)
+    def _overheads(self, names: Sequence[str]) -> Iterator[dict]:
+        sides, whole = Sides(self.pipe, self.batch, self.steps), Sides(self.pipe, self.batch, self.mask_steps)
         kinds = {"maps_overhead": "none", "propagation_overhead": self.pipe.mask_options(None).propagate}
         kinds = {name: propagate for name, propagate in kinds.items() if name in names}
-        calls = {name: sides.mapped(propagate) for name, propagate in kinds.items()}
-        if self.where.type == "cuda" and importlib.util.find_spec("xformers"):
+        calls: dict[str, Workload] = {}
+        if kinds:
+            calls |= {"plain": sides.plain(), **{name: sides.mapped(propagate) for name, propagate in kinds.items()}}
+        if kinds and self.where.type == "cuda" and importlib.util.find_spec("xformers"):
             calls["plain_xformers"] = sides.plain_with("xformers")
-        done = race({"plain": sides.plain(), **calls}, control="plain", pairs=self.pairs, device=str(self.where))
+        if "masks_overhead" in names:
+            calls |= {"images": whole.seeded(False), "masks_overhead": whole.seeded(True)}
+        done = race(calls, control=next(iter(calls)), pairs=self.pairs, device=str(self.where))
         if "plain_xformers" in calls:
             yield row(SUITE, "plain_xformers", done.ratio("plain_xformers", "plain"), config=self._settings(sides))
         for name, propagate in kinds.items():
             config = {**self._settings(sides), "output": "latent", "propagate": propagate}
             yield row(SUITE, name, done.ratio(name, "plain"), config=config)
-
-    def _masks(self) -> dict:
-        sides = Sides(self.pipe, self.batch, self.mask_steps)
-        ratio = compare(sides.seeded(True), sides.seeded(False), pairs=self.pairs, device=str(self.where))
-        config = {**self._settings(sides), "output": "pil", "mask": dict(vars(self.pipe.mask_options(None)))}
-        return row(SUITE, "masks_overhead", ratio, config=config)
+        if "masks_overhead" in names:
+            config = {**self._settings(whole), "output": "pil", "mask": dict(vars(self.pipe.mask_options(None)))}
+            yield row(SUITE, "masks_overhead", done.ratio("masks_overhead", "images"), config=config)
 
     def _speedups(self, names: Sequence[str]) -> Iterator[dict]:
         sides = Sides(self.pipe, self.batch, self.speedup_steps)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffumask_fast.kernels import attend, bilateral_norm, guided_filter, mean_field
+from diffumask_fast.kernels import attend, bilateral_norm, guided_filter, mean_field, winograd
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # batch, query pixels, heads, head size: each level of the embedded model and of Stable Diffusion
@@ -17,12 +17,20 @@ SHAPES = {
     "sd21": ((2, 9216, 5, 64), (2, 2304, 10, 64), (2, 576, 20, 64), (2, 144, 20, 64)),
     "sdxl": ((2, 4096, 10, 64), (2, 1024, 20, 64)),
 }
+# batch, channels in and out, side of the image: 3x3 convolutions of UNets, and the last ones of the embedded decoder
+CONVOLUTIONS = {
+    "mini": ((16, 64, 64, 16), (16, 128, 128, 8), (16, 160, 160, 4), (2, 32, 32, 128)),
+    "sd15": ((2, 320, 320, 64), (2, 640, 640, 32)),
+    "sd21": ((2, 320, 320, 96), (2, 640, 640, 48)),
+    "sdxl": ((2, 320, 320, 128), (2, 640, 640, 64)),
+}
 SIZES = {"mini": 128, "sd15": 512, "sd21": 768, "sdxl": 1024}
 TOKENS, CLASSES = 77, 2
 SETTINGS = json.loads(os.environ.get("DIFFUMASK_FAST_KERNELS", '{"geometry": "mini", "device": "cpu"}'))
 DEVICE = SETTINGS["device"]
 TYPES = ("fp32", "bf16") if DEVICE == "cpu" else ("fp16", "bf16", "fp32")
-IMPLS = ("sdpa",) if DEVICE == "cpu" else ("sdpa", "triton")
+IMPLS = ("sdpa", "cpp") if DEVICE == "cpu" else ("sdpa", "triton")
+WAYS = ("direct", "winograd") if DEVICE == "cpu" else ("direct",)
 FORMS = ("torch",) if DEVICE == "cpu" else ("torch", "triton")
 WINDOW, CANDIDATES = 11, 8
 
@@ -44,6 +52,34 @@ def test_cross_attention_maps(benchmark: Any, impl: str, dtype: str, shape: tupl
     flops = 4 * size_b * pixels * TOKENS * heads * width + 2 * half * heads * pixels * TOKENS * CLASSES
     settings = {"heads": heads, "first_conditional": half, "maps": maps, "impl": impl}
     _run(benchmark, moved, flops, dtype, lambda: attend(q, k, v, select, **settings))
+
+
+@pytest.mark.parametrize("shape", CONVOLUTIONS[SETTINGS["geometry"]], ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("impl", WAYS)
+def test_convolution(benchmark: Any, impl: str, dtype: str, shape: tuple[int, ...]) -> None:
+    rows, channels, out, side = shape
+    rng = torch.Generator().manual_seed(0)
+    image = torch.randn(rows, channels, side, side, generator=rng).to(DEVICE, DTYPES[dtype])
+    weight = torch.randn(out, channels, 3, 3, generator=rng).to(DEVICE, DTYPES[dtype]) / (9 * channels) ** 0.5
+    image, weight = (x.contiguous(memory_format=torch.channels_last) for x in (image, weight))
+    bias = torch.zeros(out, device=DEVICE, dtype=DTYPES[dtype])
+    pixels, item = rows * side**2, DTYPES[dtype].itemsize
+    moved = pixels * (channels + out) * item
+    if impl == "direct":
+        moved, products = moved + weight.nbytes, 9 * pixels
+
+        def call() -> Any:
+            return torch.conv2d(image, weight, bias, padding=1)
+    else:
+        weights = winograd.transform(weight)
+        moved, products = moved + weights.nbytes, 36 * rows * (-(-side // 4)) ** 2
+
+        def call() -> Any:
+            return winograd.convolve(image, weights, bias, out)
+
+    # the products of Winograd's are in fp32 whatever the image is
+    _run(benchmark, moved, 2 * products * channels * out, dtype if impl == "direct" else "fp32", call)
 
 
 @pytest.mark.parametrize("size", (SIZES[SETTINGS["geometry"]],))

@@ -38,9 +38,15 @@ def library() -> ctypes.CDLL:
         command = [compiler(), *FLAGS, *map(str, SOURCES), "-o", str(built)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            said = next(iter(done.stderr.splitlines()), f"exit code {done.returncode}")
+            errors = (line for line in done.stderr.splitlines() if "error" in line)
+            said = next(errors, f"exit code {done.returncode}")
             raise DiffuMaskError(f"{command[0]} cannot compile the kernels ({said}): use --engine torch.")
-        loaded = ctypes.CDLL(str(built))
+        try:
+            loaded = ctypes.CDLL(str(built))
+        except OSError as error:  # such as a folder on a file system from which nothing may be executed
+            raise DiffuMaskError(
+                f"The kernels cannot be loaded ({error}): set TMPDIR, or use --engine torch."
+            ) from error
     for name, pointers in (("convolve", 5), ("attend", 7)):
         rest = [ctypes.c_int] if name == "convolve" else [ctypes.c_float, ctypes.c_int]
         for dtype in ("fp32", "bf16"):

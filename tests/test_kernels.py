@@ -10,14 +10,14 @@ import torch
 from diffumask_fast import DiffuMaskError
 from diffumask_fast.bench import kernels
 from diffumask_fast.bench.geometries import cross_layers, unet_config
-from diffumask_fast.bench.kernel_cases import SHAPES
+from diffumask_fast.bench.kernel_cases import CONVOLUTIONS, SHAPES
 
 
 def test_a_row_for_each_case_with_bytes_flops_and_the_share_of_the_ceiling():
     rows = list(kernels.run("mini", "cpu", seconds=0.02))
     names = [row["name"] for row in rows]
-    assert names.count("cross_attention_maps") == 2 * len(SHAPES["mini"]) and names.count("guided_filter") == 1
-    assert names.count("mean_field") == 1
+    assert names.count("cross_attention_maps") == 4 * len(SHAPES["mini"]) and names.count("guided_filter") == 1
+    assert names.count("mean_field") == 1 and names.count("convolution") == 4 * len(CONVOLUTIONS["mini"])
     for row in rows:
         assert (row["suite"], row["unit"]) == ("kernels", "ms") and 0 < row["low"] <= row["value"] <= row["high"]
         assert row["config"]["bytes"] > 0 and 0 < row["config"]["fraction"] < 1.5
@@ -25,6 +25,8 @@ def test_a_row_for_each_case_with_bytes_flops_and_the_share_of_the_ceiling():
     assert ceilings == pytest.approx([1] * 3)
     (largest,) = [row for row in rows if row["config"]["case"] == "sdpa-fp32-16x256x4x16"]
     assert largest["config"]["flops"] == 4 * 16 * 256 * 77 * 64 + 2 * 8 * 4 * 256 * 77 * 2
+    flops = {row["config"]["case"]: row["config"]["flops"] for row in rows if row["name"] == "convolution"}
+    assert flops["direct-fp32-16x64x64x16"] == 4 * flops["winograd-fp32-16x64x64x16"] == 2 * 16 * 256 * 9 * 64 * 64
     assert largest["config"]["bytes"] == 4 * 16 * 64 * (2 * 256 + 2 * 77) + 8 * 8 * 2 * 256 + 4 * 8 * 77 * 2
 
 
