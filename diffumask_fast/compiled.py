@@ -70,7 +70,7 @@ def _compile_decoder(decoder: torch.nn.Module, scale: int) -> None:
             piece = min(most, max(1, PIECE_BYTES // image))
         padded = F.pad(latents, [0, 0] * (latents.ndim - 1) + [0, -rows % piece])
         parts = padded.contiguous(memory_format=torch.channels_last).split(piece)
-        transformed = weights.now()
+        transformed = {} if torch.is_grad_enabled() else weights.now()  # the C++ has no gradient
         return torch.cat([compiled(transformed, part, *args, **kwargs) for part in parts])[:rows]
 
     decoder.forward = decode
@@ -141,7 +141,7 @@ class CompiledDenoiser:
             **tree_map(padded, unet_kwargs),
         }
         self._look_at(encoder_hidden_states, inputs["encoder_hidden_states"])
-        inputs["weights"] = self._weights
+        inputs["weights"] = {} if torch.is_grad_enabled() else self._weights  # the C++ has no gradient
         if not unet_kwargs:
             inputs["text"] = self._text
             inputs["twins"] = halves == 2 and added is None and self._are_twins(latents)
@@ -157,10 +157,11 @@ class CompiledDenoiser:
 
     def _look_at(self, states: Tensor, padded: Tensor) -> None:
         """Make anew what is kept between steps, for other states or another number of rows."""
-        seen = (padded.shape[0], None if states.is_inference() else states._version)
+        version = None if states.is_inference() else states._version
+        seen = (padded.shape[0], version, self._transformed.version())
         if not self._seen or self._seen[0] is not states or self._seen[1:] != seen:
-            self._text, self._seen = self.model.text(padded), (states, *seen)
-            self._weights = self._transformed.now()
+            self._text, self._weights = self.model.text(padded), self._transformed.now()
+            self._seen = (states, *seen[:2], self._transformed.version())
 
     def _run(self, inputs: dict[str, Any]) -> tuple[Tensor, Levels, Levels]:
         if not inputs["latents"].is_cuda:

@@ -1,9 +1,13 @@
-// Attention on short sequences, with the columns' part made from the same probabilities while they are in the cache:
-// a head's scores exist for one panel of queries at a time, keys down and queries across, so that the softmax over the
-// keys is a matter of whole vectors.
+// Attention whose columns' part is made from the same probabilities. A head's scores exist for one panel of queries at
+// a time, keys down and queries across, so that the softmax over the keys is a matter of whole vectors.
+//
+// q, out [rows, queries, heads * dim], k, v [rows, keys, heads * dim], columns [conditional, keys, columns],
+// maps [conditional, columns, queries], to which the mean over heads is added; they belong to the rows from `first` on.
 #include "native.h"
 
 constexpr float LOG2E = 1.44269504f;
+
+namespace {
 
 struct Shape { int64_t rows, queries, keys, heads, dim, columns, first, conditional; };
 
@@ -47,18 +51,19 @@ static void gather(const T *from, int64_t apart, int64_t count, int64_t dim, flo
         for (int64_t d = 0; d < dim; d++) to[d] = to_float(from[d]);
 }
 
-// Queries first .. first + count of one row of the batch, all heads
+// Queries begin .. begin + count of one row of the batch, all heads; columns and maps are null where it owns none.
+// memory: keys and values [keys, dim] of a head, scores [keys, PANEL], queries and result [dim (+ columns), PANEL]
 template <typename T>
 static void attend_piece(const T *q, const T *k, const T *v, const float *columns, T *out, float *maps, const Shape &s,
-                         float scale, int64_t first, int64_t count, float *memory) {
-    int64_t width = s.heads * s.dim, kept = columns ? s.columns : 0;
+                         float scale, int64_t begin, int64_t count, float *memory) {
+    int64_t width = s.heads * s.dim, num_columns = columns ? s.columns : 0;
     float *keys = memory, *values = keys + s.keys * s.dim, *scores = values + s.keys * s.dim;
     float *queries = scores + s.keys * PANEL, *result = queries + s.dim * PANEL;
     for (int64_t h = 0; h < s.heads; h++) {
         gather(k + h * s.dim, width, s.keys, s.dim, keys);
         gather(v + h * s.dim, width, s.keys, s.dim, values);
-        for (int64_t i = first; i < first + count; i += PANEL) {
-            int64_t num = std::min<int64_t>(PANEL, first + count - i);
+        for (int64_t i = begin; i < begin + count; i += PANEL) {
+            int64_t num = std::min<int64_t>(PANEL, begin + count - i);
             const T *from = q + i * width + h * s.dim;
             for (int64_t j = 0; j < PANEL; j++)
                 for (int64_t d = 0; d < s.dim; d++)
@@ -67,15 +72,16 @@ static void attend_piece(const T *q, const T *k, const T *v, const float *column
             Vec sum[2];
             softmax(scores, s.keys, sum);
             multiply(values, 1, s.dim, s.dim, scores, s.keys, result, PANEL);
-            multiply(columns, 1, s.columns, kept, scores, s.keys, result + s.dim * PANEL, PANEL);
-            float whole[PANEL];
-            store(whole, 1 / sum[0]), store(whole + LANES, 1 / sum[1]);
+            multiply(columns, 1, s.columns, num_columns, scores, s.keys, result + s.dim * PANEL, PANEL);
+            float inverse[PANEL];
+            store(inverse, 1 / sum[0]), store(inverse + LANES, 1 / sum[1]);
             T *to = out + i * width + h * s.dim;
             for (int64_t j = 0; j < num; j++)
-                for (int64_t d = 0; d < s.dim; d++) to[j * width + d] = from_float<T>(result[d * PANEL + j] * whole[j]);
-            for (int64_t n = 0; n < kept; n++)
+                for (int64_t d = 0; d < s.dim; d++)
+                    to[j * width + d] = from_float<T>(result[d * PANEL + j] * inverse[j]);
+            for (int64_t n = 0; n < num_columns; n++)
                 for (int64_t j = 0; j < num; j++)
-                    maps[n * s.queries + i + j] += result[(s.dim + n) * PANEL + j] * whole[j] / s.heads;
+                    maps[n * s.queries + i + j] += result[(s.dim + n) * PANEL + j] * inverse[j] / s.heads;
         }
     }
 }
@@ -83,8 +89,8 @@ static void attend_piece(const T *q, const T *k, const T *v, const float *column
 template <typename T>
 static int attend(const T *q, const T *k, const T *v, const float *columns, T *out, float *maps, const Shape &s,
                   float scale, int threads) {
-    int64_t cuts = std::min(ceil_div(threads, s.rows), ceil_div(s.queries, PANEL));
-    int64_t cut = ceil_div(ceil_div(s.queries, cuts), PANEL) * PANEL, width = s.heads * s.dim;
+    int64_t parts = std::min(ceil_div(threads, s.rows), ceil_div(s.queries, PANEL));  // of a row
+    int64_t part = ceil_div(ceil_div(s.queries, parts), PANEL) * PANEL, width = s.heads * s.dim;
     int64_t size = 2 * s.keys * s.dim + (s.keys + 2 * s.dim + s.columns) * PANEL;
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
@@ -92,19 +98,21 @@ static int attend(const T *q, const T *k, const T *v, const float *columns, T *o
         float *memory = scratch(size);
         failed = memory == nullptr;
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < s.rows * cuts; i++) {
-            int64_t row = i / cuts, first = i % cuts * cut, own = row - s.first;
-            if (failed || first >= s.queries) continue;
+        for (int64_t i = 0; i < s.rows * parts; i++) {
+            int64_t row = i / parts, begin = i % parts * part, own = row - s.first;
+            if (failed || begin >= s.queries) continue;
             bool conditional = own >= 0 && own < s.conditional;
             const float *its_columns = conditional ? columns + own * s.keys * s.columns : nullptr;
             float *its_maps = conditional ? maps + own * s.columns * s.queries : nullptr;
             attend_piece(q + row * s.queries * width, k + row * s.keys * width, v + row * s.keys * width, its_columns,
-                         out + row * s.queries * width, its_maps, s, scale, first, std::min(cut, s.queries - first),
+                         out + row * s.queries * width, its_maps, s, scale, begin, std::min(part, s.queries - begin),
                          memory);
         }
     }
     return failed;
 }
+
+}  // namespace
 
 extern "C" {
 int attend_fp32(const float *q, const float *k, const float *v, const float *columns, float *out, float *maps,

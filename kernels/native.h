@@ -6,6 +6,8 @@
 #include <cstring>
 #include <memory>
 
+// LANES: fp32 numbers of a vector. ROWS: the most rows of a block, whose sums, two vectors a row, fill the registers.
+// PANEL: columns of a block. BLOCKS: does something for each number of rows.
 #if defined(__AVX512F__)
 constexpr int LANES = 16, ROWS = 12;
 #define BLOCKS(R) R(1) R(2) R(3) R(4) R(5) R(6) R(7) R(8) R(9) R(10) R(11) R(12)

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -14,14 +15,14 @@ SOURCES = tuple(Path(__file__).with_name(name) for name in ("attend.cpp", "winog
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 
 
-def compiler() -> str:
-    """Return the C++ compiler: CXX, g++ or clang++.
+def compiler() -> list[str]:
+    """Return the command of the C++ compiler: CXX, g++ or clang++.
 
     Raises:
         DiffuMaskError: there is none.
     """
-    names = (os.environ.get("CXX"), "g++", "clang++")
-    if found := next((name for name in names if name and shutil.which(name)), None):
+    commands = (shlex.split(os.environ.get("CXX", "")), ["g++"], ["clang++"])
+    if found := next((command for command in commands if command and shutil.which(command[0])), None):
         return found
     raise DiffuMaskError("--engine compile needs a C++ compiler on the CPU: install g++, or use --engine torch.")
 
@@ -31,22 +32,24 @@ def library() -> ctypes.CDLL:
     """Compile and load the kernels, in a second or two, once in a process.
 
     Raises:
-        DiffuMaskError: there is no compiler, or it refuses the code.
+        DiffuMaskError: there is no compiler, it fails, or what it makes cannot be loaded.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder) / "kernels.so"
-        command = [compiler(), *FLAGS, *map(str, SOURCES), "-o", str(built)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            errors = (line for line in done.stderr.splitlines() if "error" in line)
-            said = next(errors, f"exit code {done.returncode}")
-            raise DiffuMaskError(f"{command[0]} cannot compile the kernels ({said}): use --engine torch.")
-        try:
+    command = [*compiler(), *FLAGS, *map(str, SOURCES)]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            built = Path(folder) / "kernels.so"
+            done = subprocess.run(
+                [*command, "-o", built], capture_output=True, text=True, errors="replace", check=False
+            )
+            if done.returncode:
+                errors = (line for line in done.stderr.splitlines() if "error" in line)
+                raise OSError(next(errors, f"exit code {done.returncode}"))
             loaded = ctypes.CDLL(str(built))
-        except OSError as error:  # such as a folder on a file system from which nothing may be executed
-            raise DiffuMaskError(
-                f"The kernels cannot be loaded ({error}): set TMPDIR, or use --engine torch."
-            ) from error
+    except OSError as error:  # the compiler's, a temporary folder's that takes or runs nothing, the loader's
+        raise DiffuMaskError(
+            f"{command[0]} gives no kernels that can be used ({error}): see to the compiler (CXX) and the folder for "
+            "temporary files (TMPDIR), or use --engine torch."
+        ) from error
     for name, pointers in (("convolve", 5), ("attend", 7)):
         rest = [ctypes.c_int] if name == "convolve" else [ctypes.c_float, ctypes.c_int]
         for dtype in ("fp32", "bf16"):

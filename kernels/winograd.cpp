@@ -1,6 +1,9 @@
 // 3x3 convolutions by Winograd's minimal filtering F(4x4, 3x3): 36 products where a direct convolution has 144.
 // Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (CVPR 2016), with the points 0, +-A, +-B and
-// infinity, whose largest error is a quarter of that of 0, +-1, +-2. Images are channels_last, channels multiples of 16.
+// infinity, whose errors are less than half of those of 0, +-1, +-2.
+//
+// image [rows, height, width, in], weights [36, panels, in, PANEL] (`transform` in winograd.py), bias [out],
+// result [rows, height, width, out]; in and out are multiples of 16.
 #include "native.h"
 
 constexpr int TILE = 4, WINDOW = 6, POINTS = WINDOW * WINDOW;
@@ -8,7 +11,9 @@ constexpr float A = 0.70710678f, B = 1.41421356f;
 constexpr int64_t CACHE = 640 << 10;  // bytes of transformed tiles at a time, to stay in a core's second-level cache
 constexpr int64_t APART = 16;         // keeps the planes of the points from falling on the same lines of that cache
 
-// `doubled`: the image is one of twice the height and width, each pixel of the given one repeated
+namespace {
+
+// Height and width are those of the result. `doubled`: each pixel of an image of half the height and width is repeated.
 struct Shape { int64_t rows, height, width, in, out, doubled; };
 
 // B^T of six values, `step` apart
@@ -46,14 +51,14 @@ struct Place {
 template <typename T>
 static void transform_tiles(const T *image, const T *zeros, const Shape &s, int64_t first, int64_t count, float *out,
                             int64_t plane) {
-    int64_t height = s.height >> s.doubled, width = s.width >> s.doubled;
+    int64_t own_height = s.height >> s.doubled, own_width = s.width >> s.doubled;  // of the image in memory
     for (int64_t i = 0; i < count; i++, out += s.in) {
         Place place(s, first + i);
         const T *pixels[POINTS];
         for (int p = 0; p < POINTS; p++) {
             int64_t y = place.y - 1 + p / WINDOW, x = place.x - 1 + p % WINDOW;
             bool inside = y >= 0 && y < s.height && x >= 0 && x < s.width;
-            int64_t pixel = (place.row * height + (y >> s.doubled)) * width + (x >> s.doubled);
+            int64_t pixel = (place.row * own_height + (y >> s.doubled)) * own_width + (x >> s.doubled);
             pixels[p] = inside ? image + pixel * s.in : zeros;
         }
         for (int64_t c = 0; c < s.in; c += LANES) {
@@ -93,9 +98,10 @@ static void finish_tiles(const float *products, int64_t plane, int64_t columns, 
 template <typename T>
 static int convolve(const T *image, const float *weights, const T *bias, T *result, const Shape &s, int threads) {
     int64_t tiles = s.rows * ceil_div(s.height, TILE) * ceil_div(s.width, TILE);
+    if (!tiles) return 0;
     int64_t columns = ceil_div(s.out, PANEL) * PANEL;
     int64_t fitting = std::max<int64_t>(ROWS, CACHE / (4 * POINTS * (s.in + columns)) / ROWS * ROWS);
-    int64_t pieces = std::max(ceil_div(tiles, fitting), std::min<int64_t>(threads, tiles));
+    int64_t pieces = std::min(ceil_div(ceil_div(tiles, fitting), threads) * threads, tiles);  // as many for each thread
     int64_t piece = ceil_div(tiles, pieces), plane = piece * s.in + APART, products_plane = piece * columns + APART;
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
@@ -118,6 +124,8 @@ static int convolve(const T *image, const float *weights, const T *bias, T *resu
     }
     return failed;
 }
+
+}  // namespace
 
 extern "C" {
 int panel() { return PANEL; }

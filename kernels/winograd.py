@@ -1,8 +1,9 @@
 """3x3 convolutions on the CPU by Winograd's F(4x4, 3x3), in C++.
 
-For 4x4 pixels of a channel a direct convolution makes 144 products, this one 36, in fp32 whatever the image is, with
-about five times the rounding error of a direct one in fp32: 1e-6 of the result. It is for the compiled engine, which
-needs a compiler anyway.
+For 4x4 pixels of a channel a direct convolution makes 144 products, this one 36, in fp32 whatever the image is. Its
+errors are about five times those of a direct one in fp32: 1e-6 of the largest value around, which may be more of a
+small one beside it. An infinity becomes NaN in all its tile. There is no gradient. It is for the compiled engine,
+which needs a compiler anyway.
 
 Example:
     >>> image, weight = torch.rand(1, 16, 8, 8), torch.rand(32, 16, 3, 3)

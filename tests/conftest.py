@@ -93,8 +93,8 @@ def make_unet(**changes) -> UNet2DConditionModel:
     return UNet2DConditionModel(**{**config, **changes}).eval()
 
 
-def make_vae() -> AutoencoderTiny:
-    wide = dict(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+def make_vae(channels: int = 8) -> AutoencoderTiny:
+    wide = dict(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(channels,) * 4)
     return AutoencoderTiny(**wide, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4).eval()
 
 

@@ -77,7 +77,7 @@ def test_what_it_does_not_take_is_refused():
     ):
         with pytest.raises(ValueError, match="do not fit each other"):
             OP(*wrong, 2, 1.0, 0)
-    for heads, first in ((5, 0), (2, 2), (2, -1)):
+    for heads, first in ((5, 0), (2, 2), (2, -1), (0, 0), (-2, 0)):
         with pytest.raises(ValueError, match="do not fit each other"):
             OP(q, k, v, columns, heads, 1.0, first)
 

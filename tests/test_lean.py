@@ -6,16 +6,16 @@ import torch.nn.functional as F
 from conftest import make_unet, make_vae, relative
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.models.autoencoders.vae import DecoderTiny
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffumask_fast import compiled
-from diffumask_fast.attention import UNetWithMaps, forwards
+from diffumask_fast.attention import UNetWithMaps, forwards, lean
 from diffumask_fast.attention.forwards import TransformedWeights, cheaper_forwards, swapped
 from diffumask_fast.attention.lean import LeanUNet
 from diffumask_fast.compiled import CompiledDenoiser
+from diffumask_fast.kernels import ran
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -29,18 +29,6 @@ def inputs(unet, images=2, twins=True, size=8):
         select=torch.rand(images, 77, 3),
         prior={"0": torch.rand(images, 3, size**2), "1": torch.rand(images, 3, size**2 // 4)},
     )  # fmt: skip
-
-
-def make_decoder():
-    return DecoderTiny(
-        4,
-        3,
-        num_blocks=(1,) * 4,
-        block_out_channels=(32,) * 4,
-        upsampling_scaling_factor=2,
-        act_fn="relu",
-        upsample_fn="nearest",
-    )
 
 
 @pytest.fixture
@@ -112,7 +100,7 @@ def test_a_feed_forward_in_pieces_is_the_whole(monkeypatch):
 
 @torch.no_grad()
 def test_a_decoder_is_the_same(convolved):
-    decoder = make_decoder()
+    decoder = make_vae(32).decoder
     latents = torch.randn(2, 4, 5, 7)
     truth, weights = decoder(latents), TransformedWeights(decoder).now()
     assert len(weights) == 4 * 3 + 3  # all but the first and the last
@@ -155,6 +143,7 @@ def test_transformed_weights_follow_the_models():
 def test_an_image_of_another_dtype_or_too_small_keeps_the_layers_forward(convolved):
     conv = nn.Conv2d(32, 32, 3, padding=1)
     with swapped("forward", cheaper_forwards(conv, TransformedWeights(conv).now())):
+        assert conv(torch.randn(32, 8, 8)).shape == (32, 8, 8)
         with torch.autocast("cpu", torch.bfloat16):
             assert conv(torch.randn(2, 32, 8, 8).bfloat16()).dtype == torch.bfloat16
         conv(torch.randn(2, 32, 2, 2))
@@ -176,6 +165,96 @@ def test_which_convolutions_are_transformed(monkeypatch):
     assert taken(32, 64, 3) and not taken(32, 64, 3, dtype=torch.bfloat16)
 
 
+@torch.no_grad()
+def test_a_doubling_sequence_under_autocast_and_with_shared_or_hooked_layers(convolved):
+    def relative_of(sequence, calls):
+        image = torch.randn(2, 32, 8, 8)
+        truth, weights = sequence(image), TransformedWeights(sequence).now()
+        with swapped("forward", cheaper_forwards(sequence, weights)):
+            convolved.clear()
+            assert relative(sequence(image), truth) < 1e-5 and len(convolved) == calls
+            with torch.autocast("cpu", torch.bfloat16):
+                assert relative(sequence(image.bfloat16()).float(), truth) < 0.05
+
+    conv, double = nn.Conv2d(32, 32, 3, padding=1), nn.Upsample(scale_factor=2)
+    relative_of(nn.Sequential(double, conv, nn.ReLU(), conv), 2)
+    relative_of(nn.Sequential(double, nn.Conv2d(32, 8, 3, padding=1)), 0)
+    relative_of(nn.Sequential(nn.Sequential(double, conv), double, nn.Conv2d(32, 8, 3, padding=1)), 1)
+    relative_of(nn.Sequential(nn.Upsample(scale_factor=3), conv), 1)
+    seen = []
+    double.register_forward_hook(lambda *given: seen.append(given[2].shape[2]))
+    relative_of(nn.Sequential(double, conv), 1)
+    assert seen == [16, 16, 16]
+
+
+@torch.no_grad()
+def test_what_changes_after_the_weights_were_made_keeps_its_own_forward(convolved):
+    class Adapter(nn.Module):
+        def __init__(self, base_layer):
+            super().__init__()
+            self.base_layer = base_layer
+
+        def forward(self, image):
+            return self.base_layer(image) + 1
+
+    model, image = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1)), torch.randn(2, 32, 8, 8)
+    weights, truth = TransformedWeights(model).now(), model(image)
+    conv, model[0] = model[0], Adapter(model[0])
+    adapted = TransformedWeights(model).now()
+    for given in (weights, adapted):
+        with swapped("forward", cheaper_forwards(model, given)):
+            assert relative(model(image), truth + 1) < 1e-5
+    model[0] = conv
+    with swapped("forward", cheaper_forwards(model, adapted)):
+        assert torch.equal(model(image), truth)
+    convolved.clear()
+    for change in (
+        lambda: conv.register_forward_pre_hook(lambda *_: None),
+        lambda: setattr(conv, "_conv_forward", nn.Conv2d._conv_forward.__get__(conv)),
+        lambda: setattr(conv, "padding_mode", "circular"),
+    ):
+        change()
+        with swapped("forward", cheaper_forwards(model, weights)):
+            model(image)
+        conv._forward_pre_hooks.clear()
+        vars(conv).pop("_conv_forward", None)
+    assert convolved == []
+
+
+@torch.no_grad()
+def test_any_layout_of_weights_is_compared():
+    model = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1)).to(memory_format=torch.channels_last)
+    weights = TransformedWeights(model)
+    (first,) = weights.now().values()
+    model[0].weight.data.mul_(2)
+    (second,) = weights.now().values()
+    assert relative(second, 2 * first) < 1e-6
+    flat = torch.randn(32 * 32 * 9 + 1)
+    model[0].weight.data = flat[1:].view(32, 3, 3, 32).permute(0, 3, 1, 2)
+    assert not torch.equal(weights.now()["0"], second)
+    version = weights.version()
+    model[0].weight.mul_(2)
+    assert weights.version() > version
+
+
+def test_which_attention_is_in_cpp(monkeypatch):
+    def used(dtype=torch.float32, **given):
+        unet = make_unet().to(dtype)
+        call = {
+            name: x.to(dtype) if name in ("latents", "encoder_hidden_states") else x for name, x in inputs(unet).items()
+        }
+        with ran() as forms:
+            LeanUNet(unet)(**call, **given)
+        return {form for kernel, form in forms if kernel == "attend"}
+
+    assert used() == {"sdpa"}  # gradients are wanted
+    with torch.no_grad():
+        assert used() == used(torch.bfloat16) == {"cpp"}
+        assert used(encoder_attention_mask=torch.ones(4, 77, dtype=torch.bool)) == {"cpp", "sdpa"}
+        monkeypatch.setattr(lean, "has_amx", lambda: True)
+        assert used(torch.bfloat16) == {"sdpa"} and used() == {"cpp"}
+
+
 def test_forwards_are_back_after_an_exception():
     layer = nn.Linear(2, 2)
     own = layer.forward
@@ -190,6 +269,51 @@ def test_text_is_left_to_layers_with_a_processor_of_their_own():
     assert lean.text(states)[0][0].shape[1] == 77
     unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(AttnProcessor())
     assert lean.text(states) is None
+
+
+def uncompiled(monkeypatch):
+    """Return the engine's denoiser and torch's, the engine's decoder and torch's; they run what would be compiled."""
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
+    unet, decoder = make_unet(), make_vae(32).decoder.eval()
+    found = CompiledDenoiser(unet)
+    monkeypatch.setattr(found, "model", LeanUNet(unet))
+    eager = decoder.forward
+    compiled._compile_decoder(decoder, 8)
+    return found, UNetWithMaps(unet), decoder, eager
+
+
+@torch.no_grad()
+def test_the_engine_uses_the_kernels_and_follows_the_weights(monkeypatch, convolved):
+    found, truth, decoder, eager = uncompiled(monkeypatch)
+    conv, last = found.model.unet.up_blocks[0].resnets[0].conv1, decoder.layers[-2].conv[0]
+    for change in (lambda: None, lambda: None, conv.weight.data.zero_):
+        change()
+        call = inputs(found.model.unet)
+        same(found(**call), truth(**call))
+    conv.weight.normal_()  # noticed among the steps of a run too
+    same(found(**call), truth(**call))
+    assert len(convolved) >= 4 * 10
+    convolved.clear()
+    latents = torch.randn(2, 4, 8, 8)
+    for change in (lambda: None, lambda: last.weight.data.mul_(2)):
+        change()
+        assert relative(decoder(latents), eager(latents)) < 1e-5
+    assert len(convolved) == 2 * 15
+
+
+def test_the_engine_has_gradients(monkeypatch):
+    found, truth, decoder, eager = uncompiled(monkeypatch)
+    call = inputs(found.model.unet)
+    one, other = (torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in "ab")
+    for forward, latents in ((decoder, one), (eager, other)):
+        forward(latents).square().mean().backward()
+    assert relative(one.grad, other.grad) < 1e-4
+    grads = []
+    for denoise in (found, truth):
+        denoise(**call)[0].square().mean().backward()
+        grads.append(truth.unet.conv_in.weight.grad.clone())
+        truth.unet.zero_grad()
+    assert relative(*grads) < 1e-4
 
 
 @torch.no_grad()

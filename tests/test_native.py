@@ -30,11 +30,34 @@ def test_processors_without_the_widest_vectors_get_the_same(flag, monkeypatch):
         assert relative(found[0].double(), truth[0]) < limit and relative(found[1], truth[1]) < 5e-6
 
 
-def test_a_compiler_that_fails_is_one_sentence(monkeypatch):
-    monkeypatch.setenv("CXX", "false")
+def script(folder, name, text):
+    path = folder / name
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("text, said", [
+    ("#!/bin/sh\nexit 3\n", r"\(exit code 3\)"),
+    ("#!/bin/sh\necho note >&2; printf 'error: no \\377' >&2; exit 1\n", r"\(error: no .\)"),
+    ("\x01", "Exec format error"),
+    ("#!/bin/sh\n", "cannot open shared object file"),
+])  # fmt: skip
+def test_a_compiler_that_fails_is_one_sentence(text, said, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", f"{script(tmp_path, 'cxx', text)} -m64")
     with pytest.raises(
-        DiffuMaskError, match=r"^false cannot compile the kernels \(exit code 1\): use --engine torch.$"
+        DiffuMaskError, match=f"cxx gives no kernels that can be used .*{said}.*: see to the compiler .CXX"
     ):
+        native.library.__wrapped__()
+
+
+def test_without_a_compiler_or_a_temporary_folder(monkeypatch):
+    monkeypatch.setenv("CXX", "g++ -m64")
+    assert native.compiler() == ["g++", "-m64"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert native.compiler() == ["g++"]
+    monkeypatch.setattr(native.tempfile, "TemporaryDirectory", lambda: open("/no/such/folder"))
+    with pytest.raises(DiffuMaskError, match="No such file.*TMPDIR.*--engine torch"):
         native.library.__wrapped__()
     monkeypatch.setattr(native.shutil, "which", lambda _: None)
     with pytest.raises(DiffuMaskError, match="needs a C\\+\\+ compiler.*--engine torch"):

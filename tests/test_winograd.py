@@ -74,12 +74,13 @@ def test_what_is_not_a_number_stays_so_and_stays_there(dtype):
     assert found[0, :, 1, 1].isnan().all() and found[1].isfinite().all() and found[0, :, 4:, 4:].isfinite().all()
 
 
-def test_bf16_is_rounded_to_nearest():
+@pytest.mark.parametrize("added", [2**-12, 2**-8 + 2**-12], ids=["down", "up"])
+def test_bf16_is_rounded_to_the_nearest(added):
     weight = torch.zeros(32, 32, 3, 3)
     weight[range(32), range(32), 1, 1] = 1.0
-    image = (1 + torch.arange(256) / 128).view(1, 1, 16, 16).expand(1, 32, 16, 16).bfloat16()
-    bias = torch.full((32,), 2**-12).bfloat16()
-    assert torch.equal(convolve(image, transform(weight), bias, 32), image)
+    image = (1 + torch.arange(128) / 128).view(1, 1, 8, 16).expand(1, 32, 8, 16).bfloat16()  # one digit is 2 ** -7
+    found = convolve(image, transform(weight), torch.full((32,), added).bfloat16(), 32)
+    assert torch.equal(found, (image.double() + added).bfloat16())
 
 
 def test_where_it_pays():

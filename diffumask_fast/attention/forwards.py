@@ -56,19 +56,24 @@ class TransformedWeights:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._kept: dict[str, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def version(self) -> int:
+        """Return a number that grows with each change in place; those through .data only `now` sees."""
+        return sum(weight._version for weight, _, _ in self._kept.values() if not weight.is_inference())
 
     def now(self) -> dict[str, Tensor]:
         """Return them by the names of their modules; none for a model on a GPU."""
         kept, self._kept = self._kept, {}
         for name, module in self.model.named_modules():
             if _is_plain(module) and _is_cheaper(module.weight):
-                before, bits = kept.get(name), _bits(module.weight)
+                _, seen, transformed = kept.get(name, (None, None, None))
+                bits = _bits(module.weight)
                 # a count of changes would miss those through .data, which is how adapters are fused
-                if before is None or not torch.equal(before[0], bits):
-                    before = bits.clone(), winograd.transform(module.weight)
-                self._kept[name] = before
-        return {name: transformed for name, (_, transformed) in self._kept.items()}
+                if seen is None or not torch.equal(seen, bits):
+                    seen, transformed = bits.clone(), winograd.transform(module.weight)
+                self._kept[name] = module.weight, seen, transformed
+        return {name: transformed for name, (_, _, transformed) in self._kept.items()}
 
 
 def cheaper_forwards(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> Forwards:
@@ -79,35 +84,45 @@ def cheaper_forwards(model: nn.Module, weights: Mapping[str, Tensor] | None = No
 
     Args:
         model: on the CPU.
-        weights: what TransformedWeights has of it; what is not there keeps its forward.
+        weights: what TransformedWeights has of it; what is not there keeps its forward. They have no gradient.
     """
     found: Forwards = {}
-    transformed = {model.get_submodule(name): weight for name, weight in (weights or {}).items()}
-    for module in model.modules():
+    modules = dict(model.named_modules())
+    # what was a plain convolution when the weights were made may have got an adapter or a hook since
+    convs = {modules[name]: weight for name, weight in (weights or {}).items() if _is_plain(modules.get(name))}
+    for module in modules.values():
         if isinstance(module, FeedForward):
             found[module] = _in_pieces(module)
-        elif module in transformed:
-            found[module] = _by_winograd(module, transformed[module])
-    for module in model.modules():
-        if isinstance(module, Upsample2D):
+        elif module in convs:
+            found[module] = _by_winograd(module, convs[module])
+        elif type(module) is Upsample2D and _is_untouched(module):
             own = module.use_conv and module.interpolate and module.norm is None
-            if own and (conv := getattr(module, "conv", None)) in transformed:
-                found[module] = _doubled(module, conv, transformed[conv])
-        elif isinstance(module, nn.Sequential):
-            for doubling, conv in pairwise(module):
-                nearest = type(doubling) is nn.Upsample and (doubling.mode, doubling.scale_factor) == ("nearest", 2)
-                if nearest and conv in transformed:
-                    found |= {doubling: lambda image: image, conv: _doubled(conv, conv, transformed[conv])}
+            if own and getattr(module, "conv", None) in convs:
+                found[module] = _doubled(module.forward, module.conv, convs[module.conv])
+        elif type(module) is nn.Sequential and _is_untouched(module):
+            if any(_doubles(one) and other in convs for one, other in pairwise(module)):
+                found[module] = _without_doubling(module, convs)
     return found
 
 
-def _is_plain(conv: nn.Module) -> bool:
-    """Tell whether a module is a 3x3 convolution and nothing else, with nothing hooked into it or put over it."""
-    if type(conv) is not nn.Conv2d or {"forward", "_conv_forward"} & vars(conv).keys():
+def _is_untouched(module: nn.Module) -> bool:
+    """Tell whether nothing is hooked into a module or put over its forward."""
+    return not ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
+
+
+def _is_plain(conv: nn.Module | None) -> bool:
+    """Tell whether a module is a 3x3 convolution and nothing else."""
+    if type(conv) is not nn.Conv2d or not _is_untouched(conv) or "_conv_forward" in vars(conv):
         return False
-    if conv._forward_hooks or conv._forward_pre_hooks or conv.padding_mode != "zeros" or conv.groups != 1:
+    if conv.padding_mode != "zeros" or conv.groups != 1:
         return False
     return (conv.kernel_size, conv.padding, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
+
+
+def _doubles(module: nn.Module) -> bool:
+    """Tell whether a module repeats each pixel in both directions, and nothing else."""
+    nearest = type(module) is nn.Upsample and (module.mode, module.scale_factor) == ("nearest", 2)
+    return nearest and module.size is None and _is_untouched(module)
 
 
 def _is_cheaper(weight: Tensor) -> bool:
@@ -122,28 +137,59 @@ def _is_cheaper(weight: Tensor) -> bool:
 
 def _bits(weight: Tensor) -> Tensor:
     """Return what is compared to see a change: the same bytes, eight at a time."""
-    return weight.detach().permute(0, 2, 3, 1).contiguous().view(torch.int64)
+    numbers = weight.detach().permute(0, 2, 3, 1).contiguous()
+    if numbers.storage_offset() * numbers.element_size() % 8:
+        numbers = numbers.clone()
+    return numbers.view(torch.int64)
+
+
+def _fits(image: Tensor, conv: nn.Conv2d) -> bool:
+    """Tell whether the C++ takes an image, which autocast may have in another dtype than the layer's."""
+    return image.ndim == 4 and image.dtype == conv.weight.dtype
 
 
 def _by_winograd(conv: nn.Conv2d, weights: Tensor) -> Callable:
     forward = conv.forward
 
     def call(image: Tensor) -> Tensor:
-        if image.dtype != conv.weight.dtype or not winograd.pays(image.shape[0], *image.shape[2:]):
+        if not (_fits(image, conv) and winograd.pays(image.shape[0], *image.shape[2:])):
             return forward(image)
         return winograd.convolve(image, weights, conv.bias, conv.out_channels)
 
     return call
 
 
-def _doubled(module: nn.Module, conv: nn.Conv2d, weights: Tensor) -> Callable:
-    forward = module.forward
+def _doubled(own: Callable, conv: nn.Conv2d, weights: Tensor) -> Callable:
+    """Convolve an image as if it were doubled; `own` is what doubles it, where that will not do."""
 
     def call(image: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         other = output_size is not None and tuple(output_size) != (2 * image.shape[2], 2 * image.shape[3])
-        if other or image.dtype != conv.weight.dtype:
-            return forward(image, output_size, *args, **kwargs)
+        if other:
+            return own(image, output_size, *args, **kwargs)
+        if not _fits(image, conv):
+            return own(image)
         return winograd.convolve(image, weights, conv.bias, conv.out_channels, True)
+
+    return call
+
+
+def _without_doubling(sequence: nn.Sequential, convs: Mapping[nn.Module, Tensor]) -> Callable:
+    steps: list[Callable] = []
+    before = None
+    for module in sequence:
+        if before is not None and _doubles(before) and module in convs:
+            steps[-1] = _doubled(_chain(before, module), module, convs[module])
+        else:
+            steps.append(module)
+        before = module
+    return _chain(*steps)
+
+
+def _chain(*steps: Callable) -> Callable:
+    def call(image: Tensor) -> Tensor:
+        for step in steps:
+            image = step(image)
+        return image
 
     return call
 

@@ -23,7 +23,8 @@ class LeanUNet(UNetWithMaps):
     - Keys and values of the prompts are the caller's to make once, by `text`, instead of at each step.
     - Under classifier-free guidance both halves of the latents are the same up to the first cross-attention: the layers
       before it work on one half.
-    - On the CPU, layers run as `cheaper_forwards` has them, and attention in C++ where nothing speaks against it.
+    - On the CPU, layers run as `cheaper_forwards` has them, and attention in C++, but where scores are masked, where
+      gradients are wanted, and in bf16 on a processor that has AMX for it.
     """
 
     def __init__(self, unet: nn.Module, impl: str = "auto") -> None:
@@ -104,8 +105,9 @@ class _LeanProcessor(MapProcessor):
         return attn.to_q(hidden_states), *tap.text[attn], None
 
     def impl_for(self, q, mask):
-        own = self.impl == "auto" and cpp_takes(q, mask) and not (q.dtype == torch.bfloat16 and has_amx())
-        return "cpp" if own else self.impl
+        if self.impl != "auto" or not cpp_takes(q, mask) or torch.is_grad_enabled():
+            return self.impl
+        return "auto" if q.dtype == torch.bfloat16 and has_amx() else "cpp"
 
 
 def _before_text(unet: nn.Module) -> list[nn.Module]:
