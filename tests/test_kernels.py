@@ -20,7 +20,9 @@ def test_a_row_for_each_case_with_bytes_flops_and_the_share_of_the_ceiling():
     assert names.count("mean_field") == 1 and names.count("convolution") == 4 * len(CONVOLUTIONS["mini"])
     for row in rows:
         assert (row["suite"], row["unit"]) == ("kernels", "ms") and 0 < row["low"] <= row["value"] <= row["high"]
-        assert row["config"]["bytes"] > 0 and 0 < row["config"]["fraction"] < 1.5
+        # where a library's matrix product is slow, its convolution may do more than that "ceiling"
+        most = 3 if row["name"] == "convolution" else 1.5
+        assert row["config"]["bytes"] > 0 and 0 < row["config"]["fraction"] < most
     ceilings = [row["config"]["fraction"] for row in rows if row["name"].startswith("ceiling")]
     assert ceilings == pytest.approx([1] * 3)
     (largest,) = [row for row in rows if row["config"]["case"] == "sdpa-fp32-16x256x4x16"]
