@@ -124,6 +124,7 @@ def test_wheel_holds_the_tree_and_runs(tmp_path: Path) -> None:
         f"import sys; sys.path += {shared.split(os.pathsep)!r}\n"
         "import diffumask_fast, diffumask_fast.kernels, diffumask_fast.bench.harness, diffumask_fast.mini as mini\n"
         "print(diffumask_fast.__file__, mini.folder())\n"
+        "from diffumask_fast.kernels import native\nnative.library()\n"
         "from diffumask_fast.cli import main\nsys.argv = ['diffumask-fast', '--help']\nmain()"
     )
     done = subprocess.run([str(fresh), "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
