@@ -78,7 +78,7 @@ def _faster() -> dict[str, str]:
         found["--dtype bf16"] = "this processor multiplies it in hardware; images and masks differ by rounding"
     try:
         native.library()
-        found["--engine compile"] = "for a thousand images and more: it first compiles for a minute"
+        found["--engine compile"] = "for a few hundred images and more: it first compiles for a minute"
     except DiffuMaskError:
         pass
     return found
