@@ -70,7 +70,7 @@ def _compile_decoder(decoder: torch.nn.Module, scale: int) -> None:
             piece = min(most, max(1, PIECE_BYTES // image))
         padded = F.pad(latents, [0, 0] * (latents.ndim - 1) + [0, -rows % piece])
         parts = padded.contiguous(memory_format=torch.channels_last).split(piece)
-        transformed = {} if torch.is_grad_enabled() else weights.now()  # the C++ has no gradient
+        transformed = weights.now()
         return torch.cat([compiled(transformed, part, *args, **kwargs) for part in parts])[:rows]
 
     decoder.forward = decode
@@ -141,7 +141,7 @@ class CompiledDenoiser:
             **tree_map(padded, unet_kwargs),
         }
         self._look_at(encoder_hidden_states, inputs["encoder_hidden_states"])
-        inputs["weights"] = {} if torch.is_grad_enabled() else self._weights  # the C++ has no gradient
+        inputs["weights"] = self._weights
         if not unet_kwargs:
             inputs["text"] = self._text
             inputs["twins"] = halves == 2 and added is None and self._are_twins(latents)

@@ -156,6 +156,7 @@ def test_which_convolutions_are_transformed(monkeypatch):
     def taken(*args, dtype=torch.float32, **kwargs):
         return bool(TransformedWeights(nn.Conv2d(*args, **{"padding": 1, **kwargs}).to(dtype)).now())
 
+    monkeypatch.setattr(forwards, "has_amx", lambda: False)
     assert taken(32, 64, 3) and taken(32, 48, 3, bias=False) and taken(32, 32, 3, dtype=torch.bfloat16)
     assert not any(taken(*sizes, 3) for sizes in ((16, 64), (64, 16), (40, 64), (64, 40), (640, 656)))
     others = ({"stride": 2}, {"dilation": 2}, {"groups": 2}, {"padding": 0}, {"padding_mode": "circular"})
@@ -247,6 +248,7 @@ def test_which_attention_is_in_cpp(monkeypatch):
             LeanUNet(unet)(**call, **given)
         return {form for kernel, form in forms if kernel == "attend"}
 
+    monkeypatch.setattr(lean, "has_amx", lambda: False)
     assert used() == {"sdpa"}  # gradients are wanted
     with torch.no_grad():
         assert used() == used(torch.bfloat16) == {"cpp"}

@@ -84,7 +84,8 @@ def cheaper_forwards(model: nn.Module, weights: Mapping[str, Tensor] | None = No
 
     Args:
         model: on the CPU.
-        weights: what TransformedWeights has of it; what is not there keeps its forward. They have no gradient.
+        weights: what TransformedWeights has of it; what is not there, and all where gradients are wanted, keeps its
+            forward.
     """
     found: Forwards = {}
     modules = dict(model.named_modules())
@@ -144,8 +145,8 @@ def _bits(weight: Tensor) -> Tensor:
 
 
 def _fits(image: Tensor, conv: nn.Conv2d) -> bool:
-    """Tell whether the C++ takes an image, which autocast may have in another dtype than the layer's."""
-    return image.ndim == 4 and image.dtype == conv.weight.dtype
+    """Tell whether the C++, which has no gradient, takes an image; autocast may have it in another dtype."""
+    return image.ndim == 4 and image.dtype == conv.weight.dtype and not torch.is_grad_enabled()
 
 
 def _by_winograd(conv: nn.Conv2d, weights: Tensor) -> Callable:
