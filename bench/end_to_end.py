@@ -11,7 +11,8 @@ import torch
 
 from diffumask_fast.bench import baselines, memory
 from diffumask_fast.bench.geometries import check_geometry, check_memory, open_geometry
-from diffumask_fast.bench.harness import Race, Workload, environment, race, row
+from diffumask_fast.bench.harness import Race, Workload, race
+from diffumask_fast.bench.rows import environment, row
 from diffumask_fast.bench.sides import LIKE_THE_REFERENCE, Sides, mask_iou
 from diffumask_fast.compiled import compile_pipe
 from diffumask_fast.errors import DiffuMaskError
@@ -42,6 +43,7 @@ def run(
     mask_steps: int | None = None,
     pairs: int | None = None,
     engines: Sequence[str] = ("torch", "compile"),
+    pipe: DiffuMaskPipeline | None = None,
 ) -> Iterator[dict]:
     """Measure whole runs; what cannot be measured is said before anything long starts.
 
@@ -60,6 +62,7 @@ def run(
         mask_steps: denoising steps of `masks_overhead`; None is 5 on the CPU and the model's own elsewhere.
         pairs: rounds of a comparison; None is the harness' number for the device.
         engines: candidates for our best: "torch", "compile" (torch.compile), "onnx".
+        pipe: the geometry, where it is open already.
 
     Returns:
         One row per name, as each is finished.
@@ -78,7 +81,7 @@ def run(
     config = {"geometry": geometry, "model": str(model) if model else geometry}
     if unrepeated:
         return _once(names, geometry, model, steps or 2, config)
-    job = _Job(geometry, where, model, batch, steps, mask_steps, pairs, tuple(engines), config)
+    job = _Job(geometry, where, model, batch, steps, mask_steps, pairs, tuple(engines), config, pipe)
     return job.rows(names)
 
 
@@ -116,11 +119,11 @@ def _once(names, geometry, model, steps, config) -> Iterator[dict]:
 class _Job:
     """The rows of one geometry on one device; what several rows share is made once."""
 
-    def __init__(self, geometry, where, model, batch, steps, mask_steps, pairs, engines, config) -> None:
+    def __init__(self, geometry, where, model, batch, steps, mask_steps, pairs, engines, config, pipe) -> None:
         self.geometry, self.where, self.model = geometry, where, model
         self.batch, self.pairs, self.engines = batch, pairs, engines
         self.config = {**config, **environment(str(where))}
-        self.pipe = open_geometry(geometry, str(where), model=model)
+        self.pipe = pipe or open_geometry(geometry, str(where), model=model)
         self.steps, self.speedup_steps = steps or 3, steps or 8
         self.mask_steps = mask_steps or steps or (5 if where.type == "cpu" else self.pipe.info.num_inference_steps)
 

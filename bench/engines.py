@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from diffumask_fast.attention.forwards import swapped
-from diffumask_fast.bench.harness import compare, environment, row
+from diffumask_fast.bench.harness import compare
+from diffumask_fast.bench.rows import environment, row
 from diffumask_fast.bench.sides import Sides
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.loading import resolve_device

@@ -81,7 +81,7 @@ def open_geometry(
         pipe = DiffuMaskPipeline.from_pretrained(model or "mini", device=where, dtype=dtype)
     else:
         with quietly():
-            built = _build(geometry).to(where, resolve_dtype(dtype, where))
+            built = _build(geometry, where, resolve_dtype(dtype, where))
         pipe = DiffuMaskPipeline(built, ModelInfo(geometry))
     pipe.pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -196,12 +196,13 @@ def _tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(mini.folder() / "tokenizer")
 
 
-def _build(geometry: str) -> DiffusionPipeline:
+def _build(geometry: str, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+    """Build a geometry where it is to run: the weights of a device are the same every time, another's are others."""
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    with torch.random.fork_rng(devices=()):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.type == "cuda" else ()), device:
         torch.manual_seed(0)
-        unet, vae, *texts = _modules(geometry)
+        unet, vae, *texts = (module.to(dtype) for module in _modules(geometry))
     if geometry == "sdxl":
         return StableDiffusionXLPipeline(
             vae=vae, unet=unet, text_encoder=texts[0], text_encoder_2=texts[1], tokenizer=_tokenizer(),

@@ -1,25 +1,35 @@
 """The rows that the GPU goals are judged by: kernels and torch's own, maps on and off, whole runs and diffusers'."""
 
+import copy
+import functools
+import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
+from diffusers import DiffusionPipeline
 
-from diffumask_fast.bench import end_to_end
+from diffumask_fast.bench import end_to_end, sdpa
 from diffumask_fast.bench.geometries import check_geometry, cross_layers, open_geometry, unet_config
-from diffumask_fast.bench.harness import Race, compare, environment, race, row
+from diffumask_fast.bench.harness import GRAPH_CALLS, Race, compare, race
+from diffumask_fast.bench.rows import environment, row
 from diffumask_fast.bench.sides import Sides
 from diffumask_fast.compiled import compile_pipe
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels import attend, bilateral_norm, guided_filter, mean_field
 from diffumask_fast.loading import resolve_device
+from diffumask_fast.masks.make import make_masks
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.masks.threshold import otsu
+from diffumask_fast.pipeline import DiffuMaskPipeline
 
 SUITE = "goals"
-PARTS = ("attention", "refinement", "denoising", "stock")
+PARTS = ("sdpa", "attention", "refinement", "denoising", "stock")
 BATCHES = (8, 32)  # of the denoising
 TOKENS, PHRASES = 77, 2
+REFINEMENT_CALLS = 4  # in a graph: their temporaries are large
+PLAIN = "sdpa_without_maps"
 CRF = {"window": 11, "bilateral": (10.0, 80.0, 13.0), "gaussian": (3.0, 3.0)}
 
 
@@ -47,10 +57,12 @@ def run(
         engines: one, "compile" or "torch": what draws our side of the whole runs.
 
     Returns:
-        Rows as they are finished. `attend_over_sdpa_without_maps` and `attend_over_sdpa_with_columns` for each layer,
-        the first also summed over all layers; `attend_copy_share`; `guided_filter_and_otsu` and `mean_field` in
-        milliseconds for an image; the `end_to_end` rows `maps_overhead` and `propagation_overhead` (maps on, as by
-        default) at each batch; `speedup_over_stock`, diffusers' images without maps over ours with masks.
+        Rows as they are finished. On CUDA, `sdpa`, microseconds of each backend at each width (`bench.sdpa`). For each
+        layer and for all of them, over SDPA without maps: `attend_over_...` (the fused kernel), `sdpa_maps_over_...`
+        (SDPA and the maps-only kernel), `columns_over_...` (SDPA with the columns in the values); `attend_copy_share`.
+        `guided_filter_and_otsu`, `mean_field` and `make_masks` in milliseconds for an image; the `end_to_end` rows
+        `maps_overhead` and `propagation_overhead` (maps on, as by default) at each batch; `speedup_over_stock`,
+        diffusers' images without maps over ours with masks.
 
     Raises:
         DiffuMaskError: an unknown geometry, part or engine.
@@ -67,15 +79,18 @@ def run(
 
 def _rows(geometry, where, parts, batch, batches, steps, pairs, engine) -> Iterator[dict]:
     shared = {"geometry": geometry, **environment(str(where))}
+    opened = functools.cache(functools.partial(open_geometry, geometry, str(where)))
+    if "sdpa" in parts and where.type == "cuda":
+        yield from sdpa.rows(SUITE, geometry, where, batch, pairs, shared)
     if "attention" in parts:
         yield from _attention(geometry, where, batch, pairs, shared)
     if "refinement" in parts:
         yield from _refinement(geometry, where, batch, pairs, shared)
     for size in batches if "denoising" in parts else ():
-        names = ("maps_overhead", "propagation_overhead")
-        yield from end_to_end.run(geometry, str(where), names=names, batch=size, steps=steps, pairs=pairs)
+        names, pipe = ("maps_overhead", "propagation_overhead"), opened()
+        yield from end_to_end.run(geometry, str(where), names=names, batch=size, steps=steps, pairs=pairs, pipe=pipe)
     if "stock" in parts:
-        yield _stock(geometry, where, max(1, batch // 2), steps or 20, pairs, engine, shared)
+        yield _stock(opened(), where, max(1, batch // 2), steps or 20, pairs, engine, shared)
 
 
 def forms(where: torch.device) -> tuple[str, ...]:
@@ -86,21 +101,22 @@ def forms(where: torch.device) -> tuple[str, ...]:
 def _attention(geometry, where, batch, pairs, shared) -> Iterator[dict]:
     dtype = torch.float16 if where.type == "cuda" else torch.float32
     bandwidth = _copy_bandwidth(where, pairs)
-    kernel = plain = 0.0
-    config = {**shared, "batch": batch, "impl": "triton" if where.type == "cuda" else "sdpa", "phrases": PHRASES}
+    plain, totals = 0.0, Counter()
+    config = {**shared, "batch": batch, "phrases": PHRASES, "dtype": str(dtype).removeprefix("torch.")}
     for (pixels, heads, head_dim), count in cross_layers(geometry).items():
         calls, moved = _layer(where, dtype, batch, pixels, heads, head_dim)
-        done = race(calls, control="sdpa_without_maps", pairs=pairs, device=str(where), warmup=3)
-        config |= {"case": f"{pixels}x{heads}x{head_dim}", "layers": count, "dtype": str(dtype).removeprefix("torch.")}
-        for name in ("sdpa_without_maps", "sdpa_with_columns"):
-            if name in calls:
-                yield row(SUITE, f"attend_over_{name}", done.ratio("attend", name), config=config)
+        device, graph_calls = str(where), GRAPH_CALLS
+        done = race(calls, control=PLAIN, pairs=pairs, device=device, warmup=3, graph_calls=graph_calls)
+        config |= {"case": f"{pixels}x{heads}x{head_dim}", "layers": count}
+        for name in calls.keys() - {PLAIN}:
+            yield row(SUITE, f"{name}_over_{PLAIN}", done.ratio(name, PLAIN), config=config)
+            totals[name] += count * done.seconds(name)
+        plain += count * done.seconds(PLAIN)
         share = moved / done.seconds("attend") / bandwidth
         yield row(SUITE, "attend_copy_share", share, config={**config, "bytes": moved, "gb_per_s": bandwidth / 1e9})
-        kernel += count * done.seconds("attend")
-        plain += count * done.seconds("sdpa_without_maps")
-    config |= {"case": "all layers", "layers": sum(cross_layers(geometry).values())}
-    yield row(SUITE, "attend_over_sdpa_without_maps", kernel / plain, config={**config, "baseline_s": plain})
+    config |= {"case": "all layers", "layers": sum(cross_layers(geometry).values()), "baseline_s": plain}
+    for name, total in totals.items():
+        yield row(SUITE, f"{name}_over_{PLAIN}", total / plain, config=config)
 
 
 def _layer(where, dtype, batch, pixels, heads, head_dim) -> tuple[dict[str, Callable[[], object]], int]:
@@ -117,9 +133,9 @@ def _layer(where, dtype, batch, pixels, heads, head_dim) -> tuple[dict[str, Call
     def mapped(impl: str) -> Callable[[], object]:
         return lambda: attend(q, k, v, select, **settings, impl=impl)
 
-    calls = {"sdpa_without_maps": lambda: F.scaled_dot_product_attention(*split)}
+    calls = {PLAIN: lambda: F.scaled_dot_product_attention(*split)}
     if where.type == "cuda":
-        calls |= {"attend": mapped("triton"), "sdpa_with_columns": mapped("sdpa")}
+        calls |= {"attend": mapped("triton"), "sdpa_maps": mapped("sdpa+maps"), "columns": mapped("sdpa")}
     else:
         calls |= {"attend": mapped("sdpa")}
     return calls, 2 * q.nbytes + k.nbytes + v.nbytes + 2 * maps.nbytes + select.nbytes
@@ -151,9 +167,14 @@ def _refinement(geometry, where, batch, pairs, shared) -> Iterator[dict]:
 
     config = {**shared, "pixels": size, "dtype": "float32"}
     for name, make, images in (("guided_filter_and_otsu", filtering, batch), ("mean_field", stepping, few)):
-        done = race({form: make(form) for form in forms(where)}, pairs=pairs, device=str(where), warmup=2)
+        calls = {form: make(form) for form in forms(where)}
+        done = race(calls, pairs=pairs, device=str(where), warmup=2, graph_calls=REFINEMENT_CALLS)
         for form in forms(where):
             yield _per_image(name, done, form, images, {**config, "batch": images, "case": form})
+    cells, pictures = torch.rand(batch, 1, latent, latent, generator=rng).to(where), (255 * guide).byte().movedim(1, 3)
+    ids = torch.ones(batch, 1, dtype=torch.long, device=where)
+    done = race({"auto": lambda: make_masks(cells, pictures, options, ids)}, pairs=pairs, device=str(where), warmup=2)
+    yield _per_image("make_masks", done, "auto", batch, {**config, "batch": batch, "mask": dict(vars(options))})
 
 
 def _per_image(name: str, done: Race, form: str, images: int, config: dict) -> dict:
@@ -163,14 +184,21 @@ def _per_image(name: str, done: Race, form: str, images: int, config: dict) -> d
     return row(SUITE, name, value, unit="ms/image", low=times[0], high=times[-1], n=len(times), config=config)
 
 
-def _stock(geometry, where, batch, steps, pairs, engine, shared) -> dict:
+def _stock(pipe, where, batch, steps, pairs, engine, shared) -> dict:
     """Compare diffusers' images without maps with our images and masks, both in the device's usual precision."""
-    stock, ours = open_geometry(geometry, str(where)), open_geometry(geometry, str(where))
+    parts = {**pipe.pipe.components, "unet": copy.deepcopy(pipe.pipe.unet), "vae": copy.deepcopy(pipe.pipe.vae)}
+    ours = DiffuMaskPipeline(type(pipe.pipe)(**parts, **_optional(pipe.pipe)), pipe.info)
+    ours.pipe.set_progress_bar_config(disable=True)
     if engine == "compile":
         compile_pipe(ours.pipe)
-    sides = Sides(stock, batch, steps)
-    drawn = sides.ours(ours, batch, ours.mask_options(None))
-    ratio = compare(sides.plain("pil"), drawn, pairs=pairs, device=str(where))
+    sides, mask = Sides(pipe, batch, steps), ours.mask_options(None)
+    ratio = compare(sides.plain("pil"), sides.ours(ours, batch, mask), pairs=pairs, device=str(where))
     config = {**shared, "batch": batch, **sides.settings, "engine": engine, "case": "images and masks"}
-    config |= {"dtype": str(stock.pipe.unet.dtype).removeprefix("torch."), "mask": dict(vars(ours.mask_options(None)))}
+    config |= {"dtype": str(pipe.pipe.unet.dtype).removeprefix("torch."), "mask": dict(vars(mask))}
     return row(SUITE, "speedup_over_stock", ratio, config=config)
+
+
+def _optional(pipe: DiffusionPipeline) -> dict[str, object]:
+    """Return what a pipeline was made with beside its components."""
+    named = inspect.signature(type(pipe).__init__).parameters.keys() - pipe.components.keys()
+    return {name: pipe.config[name] for name in named if name in pipe.config}

@@ -1,22 +1,14 @@
-"""How this project measures: interleaved timings with a control, live tensor bytes, and the rows they become."""
+"""How this project measures: interleaved timings with a control, and live tensor bytes."""
 
 import functools
 import gc
-import itertools
-import json
-import os
-import platform
 import random
-import re
 import statistics
-import subprocess
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 CPU_PAIRS = 14
 CUDA_PAIRS = 10
-# what a row is printed with
-BESIDE = ("case", "batch", "engine", "dtype", "mask_iou", "crf_s", "peak_gib", "reference_peak_gib")
+CPU_CLOCK, CUDA_CLOCK, GRAPH_CLOCK = "process CPU time", "CUDA events", "CUDA events, graph replays"
+GRAPH_CALLS = 20
 Workload = Callable[[], object]
 Statistic = Callable[[Sequence[float]], float]
 
@@ -92,11 +84,11 @@ def compare(
 class Race:
     """The times of several workloads in the same rounds, and what any two of them are to each other."""
 
-    def __init__(self, times: dict[str, list[float]], control: str | None, cuda: bool) -> None:
+    def __init__(self, times: dict[str, list[float]], control: str | None, clock: str) -> None:
         self.times = times
         self.control = control
-        self.statistic = statistics.median if cuda else third_smallest
-        self.clock = "CUDA events" if cuda else "process CPU time"
+        self.statistic = third_smallest if clock == CPU_CLOCK else statistics.median
+        self.clock = clock
 
     def seconds(self, name: str) -> float:
         """Return a workload's time: the statistic over its rounds."""
@@ -131,12 +123,15 @@ def race(
     device: str = "cpu",
     threads: int = 1,
     warmup: int = 1,
+    graph_calls: int = 0,
 ) -> Race:
     """Time several workloads in the same rounds, each early as often as late; arguments as for `compare`.
 
     Args:
         workloads: by name.
         control: which of them runs twice in each round, against itself; None leaves the control out.
+        graph_calls: on CUDA, time replays of a graph of so many calls, for kernels shorter than their launch; 0 times
+            a call with the host's part in it.
 
     Example:
         >>> done = race({"a": lambda: sum(range(40_000)), "b": lambda: sum(range(10_000))}, pairs=3)
@@ -147,12 +142,35 @@ def race(
     rounds = pairs or (CUDA_PAIRS if cuda else CPU_PAIRS)
     if rounds < 1:
         raise ValueError(f"pairs is {pairs}: at least one round is needed")
-    timed = workloads | ({"control": workloads[control]} if control else {})
+    calls = graph_calls if cuda else 0
     with _torch_threads(threads):
         for workload in tuple(workloads.values()) * warmup:
             workload()
+        if calls:
+            workloads = {name: graphed(workload, calls) for name, workload in workloads.items()}
+        timed = workloads | ({"control": workloads[control]} if control else {})
         times = _time_rounds(timed, rounds, _cuda_seconds if cuda else _cpu_seconds)
-    return Race(times, control, cuda)
+    times = {name: [seconds / max(1, calls) for seconds in found] for name, found in times.items()}
+    return Race(times, control, GRAPH_CLOCK if calls else CUDA_CLOCK if cuda else CPU_CLOCK)
+
+
+def graphed(workload: Workload, calls: int = GRAPH_CALLS) -> Workload:
+    """Capture calls of a workload in one CUDA graph and return its replay: no time of the host is in it.
+
+    Args:
+        workload: what it launches must be the same each time, and must not wait for the GPU.
+        calls: in the graph.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        workload()  # lets libraries allocate what a capture cannot
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            workload()
+    return graph.replay
 
 
 def third_smallest(times: Sequence[float]) -> float:
@@ -281,111 +299,3 @@ class live_tensor_bytes(TorchDispatchMode):
 def _storages(tree: object) -> list[torch.UntypedStorage]:
     tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
     return [tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided and not tensor.is_meta]
-
-
-def row(
-    suite: str,
-    name: str,
-    value: float | Ratio,
-    *,
-    unit: str = "ratio",
-    low: float | None = None,
-    high: float | None = None,
-    n: int = 1,
-    config: dict | None = None,
-) -> dict:
-    """Make one result row: `{"suite", "name", "value", "unit", "low", "high", "n", "config"}`.
-
-    Args:
-        value: a number, or a `Ratio`, which also fills low, high, n and, in config, how it was measured.
-        low, high: bounds of the value; the value itself when None.
-        config: what the number depends on beside `environment()`, which the caller adds.
-    """
-    config = dict(config or {})
-    if isinstance(value, Ratio):
-        config |= {"raw": round(value.raw, 5), "control_deviation": round(value.deviation, 5)}
-        config |= {"baseline_s": round(value.baseline_s, 5), "clock": value.clock}
-        value, low, high, n = value.value, value.low, value.high, value.n
-    low, high = value if low is None else low, value if high is None else high
-    numbers = {key: round(float(number), 5) for key, number in (("value", value), ("low", low), ("high", high))}
-    return {
-        "suite": suite,
-        "name": name,
-        "value": numbers["value"],
-        "unit": unit,
-        "low": numbers["low"],
-        "high": numbers["high"],
-        "n": n,
-        "config": config,
-    }
-
-
-def append_rows(path: str | os.PathLike, rows: Sequence[dict]) -> None:
-    """Append rows to a JSON lines file, made with its folder when it is not there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(one) + "\n" for one in rows)
-
-
-def results_file(device: str = "cpu") -> Path | None:
-    """Return where rows of this machine are kept in a checkout, `<processor or GPU>-<cores>.jsonl`; None elsewhere."""
-    checkout = Path(__file__).resolve().parents[1]
-    if not (checkout / ".git").exists():
-        return None
-    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _cpu_name()
-    slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
-    return checkout / "bench" / "results" / f"{slug}-{os.cpu_count()}.jsonl"
-
-
-def describe(one: dict) -> str:
-    """Return a row as one line of text, with its control where it has one."""
-    text = f"{one['name']:<32} {one['value']:8.3f} {one['unit']} ({one['low']:.3f} to {one['high']:.3f}, n {one['n']}"
-    deviation = one["config"].get("control_deviation")
-    text += f"; control {1 + deviation:.3f}, subtracted)" if deviation is not None else ")"
-    beside = {key: one["config"][key] for key in BESIDE if key in one["config"]}
-    return text + "".join(f", {key} {value}" for key, value in beside.items())
-
-
-def environment(device: str = "cpu", threads: int = 1) -> dict:
-    """Say what a timing depends on: versions, processor or GPU, threads and, in a checkout, the commit."""
-    facts = {"device": torch.device(device).type, "threads": threads, "python": platform.python_version()}
-    facts |= {name: _version(name) for name in ("torch", "diffusers", "diffumask-fast")}
-    facts["cpu"] = _cpu_name()
-    if facts["device"] == "cuda":
-        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "driver": _output(query)}
-        facts["triton"] = _version("triton")
-    facts["commit"] = _commit()
-    return facts
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(itertools.chain(named, [platform.processor() or platform.machine()]))
-
-
-def _commit() -> str | None:
-    checkout = Path(__file__).resolve().parents[1]
-    if not (checkout / ".git").exists():
-        return None
-    return _output(("git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"))
-
-
-def _output(command: Sequence[str]) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip().partition("\n")[0] or None

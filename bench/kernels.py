@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from diffumask_fast.bench.geometries import check_geometry
-from diffumask_fast.bench.harness import environment, row
+from diffumask_fast.bench.rows import environment, row
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.loading import resolve_device
 

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from diffumask_fast.bench.geometries import check_geometry, unet_config
-from diffumask_fast.bench.harness import environment, race, row
+from diffumask_fast.bench.harness import race
+from diffumask_fast.bench.rows import environment, row
 from diffumask_fast.kernels.guided_filter import guided_filter
 from diffumask_fast.loading import resolve_device
 from diffumask_fast.masks.make import make_masks

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffumask_fast.bench.harness import environment, row
+from diffumask_fast.bench.rows import environment, row
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.learning.evaluation import boundary, overlap
 from diffumask_fast.masks.crf import LABELS, PRESETS, SIDE, STEPS, crf

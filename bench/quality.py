@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffumask_fast.attention.collect import collect_maps
-from diffumask_fast.bench.harness import environment, row
+from diffumask_fast.bench.rows import environment, row
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.learning.evaluation import boundary, look, overlap
 from diffumask_fast.loading import resolve_device

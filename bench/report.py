@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffumask_fast.bench import SUITES
-from diffumask_fast.bench.harness import append_rows, describe, environment, results_file
+from diffumask_fast.bench.rows import append_rows, describe, environment, results_file
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.loading import resolve_device
 

@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from diffumask_fast.bench.geometries import check_geometry, check_memory, open_geometry
-from diffumask_fast.bench.harness import environment, race, row
+from diffumask_fast.bench.harness import race
 from diffumask_fast.bench.memory import GIB, over_steps, peak_bytes
+from diffumask_fast.bench.rows import environment, row
 from diffumask_fast.bench.sides import Sides
 from diffumask_fast.loading import resolve_device
 

@@ -266,12 +266,18 @@ def bench_compare(
 @app.command()
 def tune(
     out: Annotated[Path | None, typer.Option(help="Table to write; the installed one when left out.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="fp16 and the likely configurations alone: a minute.")] = False,
+    only_this_device: Annotated[
+        bool, typer.Option("--only-this-device", help="Keep it for this GPU's name, not for its architecture.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Time the kernels' launch configurations on this GPU, and keep the best."""
+    """Time the kernels' launch configurations on this GPU, and keep the best; what is finished is kept at once."""
     from diffumask_fast.kernels.tune import tune as measure
 
-    entries = measure(out, progress=lambda sentence: print(sentence, file=sys.stderr))
+    entries = measure(
+        out, lambda sentence: print(sentence, file=sys.stderr), quick=quick, only_this_device=only_this_device
+    )
     if as_json:
         print(json.dumps(entries))
 

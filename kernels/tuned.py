@@ -1,37 +1,47 @@
 """Launch configurations as data: `tuned.json`, read here, written by `diffumask-fast tune`.
 
-The file maps a device name, "*" for every other, to kernels, and a kernel to entries in order:
+The file maps a device's name, an architecture ("sm_90") or "*" to kernels, and a kernel to entries in order:
 `{"when": {"head_dim": 64, "keys": [1, 96]}, "launch": {"block": 64, ...}, "impl": "triton"}`. The first entry whose
-conditions all hold is taken; a pair of numbers means from .. to. "impl" is what was measured to be the faster form on
-that device; where none says so, it is the torch form.
+conditions all hold is taken, those of the device's own name before its architecture's, "*" last; a pair of numbers
+means from .. to. "impl" is the form that was measured to be the fastest; where none says so, it is the torch form.
 """
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 FILE = Path(__file__).with_name("tuned.json")
+Table = dict[str, dict[str, list[dict[str, Any]]]]
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @functools.cache
-def table() -> dict[str, dict[str, list[dict[str, Any]]]]:
+def table() -> Table:
     """Return what `tuned.json` holds, read once."""
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
-def find(entries: dict[str, dict[str, list[dict[str, Any]]]], kernel: str, device: str, facts: dict[str, Any]) -> dict:
-    """Return the first entry for a kernel on a device whose conditions hold, those of the device before those of "*".
+def find(table: Table, kernel: str, names: Sequence[str], facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the first entry for a kernel whose conditions hold, those of the first name first, those of "*" last.
 
     Example:
-        >>> find({"*": {"f": [{"when": {"n": [1, 8]}, "launch": {"block": 16}}]}}, "f", "GPU", {"n": 4})["launch"]
+        >>> find({"*": {"f": [{"when": {"n": [1, 8]}, "launch": {"block": 16}}]}}, "f", ["sm_90"], {"n": 4})["launch"]
         {'block': 16}
     """
-    candidates = entries.get(device, {}).get(kernel, []) + entries["*"][kernel]
+    candidates = (entry for name in (*names, "*") for entry in table.get(name, {}).get(kernel, ()))
     return next(entry for entry in candidates if _holds(entry["when"], facts))
+
+
+def names(device: torch.device) -> tuple[str, ...]:
+    """Return what the table may call a device: a GPU's name and its architecture, as "sm_90"."""
+    if device.type != "cuda":
+        return (device.type,)
+    major, minor = torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_name(device), f"sm_{major}{minor}"
 
 
 def _holds(when: dict[str, Any], facts: dict[str, Any]) -> bool:
@@ -49,8 +59,7 @@ def _entry(kernel: str, device: torch.device, facts: dict[str, Any]) -> dict[str
 
 @functools.cache
 def _cached_entry(kernel: str, device: torch.device, facts: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return find(table(), kernel, name, dict(facts))
+    return find(table(), kernel, names(device), dict(facts))
 
 
 def launch(kernel: str, device: torch.device, **facts: Any) -> dict[str, int]:
@@ -60,5 +69,5 @@ def launch(kernel: str, device: torch.device, **facts: Any) -> dict[str, int]:
 
 @torch.compiler.assume_constant_result
 def impl(kernel: str, device: torch.device, **facts: Any) -> str:
-    """Return the form that was measured to be the faster one on this device, "triton" or else "torch"."""
+    """Return the form that was measured to be the fastest on this device: "triton", "sdpa+maps" or else "torch"."""
     return _entry(kernel, device, facts).get("impl", "torch")

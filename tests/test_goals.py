@@ -6,7 +6,7 @@ import torch
 from diffumask_fast import DiffuMaskError
 from diffumask_fast.bench import goals, tables
 from diffumask_fast.bench.geometries import cross_layers
-from diffumask_fast.bench.harness import append_rows
+from diffumask_fast.bench.rows import append_rows
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from diffumask_fast.bench import goals
-from diffumask_fast.bench.harness import append_rows
+from diffumask_fast.bench.rows import append_rows
 from diffumask_fast.kernels.account import MODELS
 
 pytestmark = pytest.mark.gpu

@@ -1,22 +1,12 @@
 import gc
 import itertools
-import json
-from pathlib import Path
 
 import pytest
 import torch
+from cuda_stand_in import stand_in
 
 from diffumask_fast.bench import harness
-from diffumask_fast.bench.harness import (
-    Ratio,
-    append_rows,
-    compare,
-    describe,
-    environment,
-    live_tensor_bytes,
-    orders,
-    row,
-)
+from diffumask_fast.bench.harness import compare, graphed, live_tensor_bytes, orders, race
 
 NAMES = ["candidate", "baseline", "control"]
 
@@ -134,47 +124,6 @@ def test_warmup_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compare(clock, clock, pairs=3, warmup=2).value == pytest.approx(1.5)
 
 
-def test_a_row_of_a_ratio_keeps_how_it_was_measured() -> None:
-    ratio = Ratio(1.04, 1.03, 1.06, 14, raw=1.05, deviation=0.01, baseline_s=2.0, clock="process CPU time")
-    made = row("end_to_end", "maps_overhead", ratio, config={"batch": 8})
-    assert list(made) == ["suite", "name", "value", "unit", "low", "high", "n", "config"]
-    assert (made["value"], made["low"], made["high"], made["n"], made["unit"]) == (1.04, 1.03, 1.06, 14, "ratio")
-    assert made["config"] == {
-        "batch": 8, "raw": 1.05, "control_deviation": 0.01, "baseline_s": 2.0, "clock": "process CPU time",
-    }  # fmt: skip
-
-
-def test_a_row_of_a_number_is_its_own_bounds() -> None:
-    made = row("masks", "guided_filter", 0.25, unit="ms")
-    assert (made["value"], made["low"], made["high"], made["n"], made["config"]) == (0.25, 0.25, 0.25, 1, {})
-
-
-def test_a_row_is_described_with_its_control() -> None:
-    ratio = Ratio(1.04, 1.03, 1.06, 14, raw=1.05, deviation=0.01, baseline_s=2.0, clock="process CPU time")
-    text = describe(row("end_to_end", "maps_overhead", ratio))
-    assert text == "maps_overhead                       1.040 ratio (1.030 to 1.060, n 14; control 1.010, subtracted)"
-    assert (
-        describe(row("s", "x", 2.0, unit="ms")) == "x                                   2.000 ms (2.000 to 2.000, n 1)"
-    )
-
-
-def test_rows_are_appended_as_json_lines(tmp_path: Path) -> None:
-    path = tmp_path / "results" / "end_to_end.jsonl"
-    first, second = row("s", "a", 1.0, unit="s"), row("s", "b", 2.0, unit="s", config=environment())
-    append_rows(path, [first])
-    append_rows(path, [second])
-    assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == [first, second]
-
-
-def test_environment_says_what_a_timing_depends_on() -> None:
-    facts = environment("cpu", threads=1)
-    assert facts["torch"] == torch.__version__
-    assert (facts["device"], facts["threads"]) == ("cpu", 1)
-    assert facts["diffusers"] and facts["cpu"]
-    assert "commit" in facts
-    json.dumps(facts)
-
-
 def test_live_bytes_count_what_lives() -> None:
     outside = torch.ones(1000)
     with live_tensor_bytes() as live:
@@ -235,4 +184,29 @@ def test_a_known_ratio_is_measured_by_events() -> None:
     ratio = compare(lambda: once(30), lambda: once(10), device="cuda", warmup=3)
     assert ratio.value == pytest.approx(3, rel=0.1), ratio
     assert (ratio.n, ratio.clock) == (10, "CUDA events")
-    assert environment("cuda")["gpu"]
+    small = torch.randn(64, 64, device="cuda")  # shorter than its launch: by calls, one and three look alike
+    workloads = {"one": lambda: small @ small, "three": lambda: small @ small @ small @ small}
+    done = race(workloads, device="cuda", warmup=3, graph_calls=20)
+    assert done.ratio("three", "one").value == pytest.approx(3, rel=0.25)
+
+
+def test_on_cuda_replays_of_a_graph_are_timed_and_divided_by_its_calls() -> None:
+    calls = {"a": [], "b": []}
+    with stand_in():
+        x = torch.zeros(4, device="cuda")
+
+        def work(name: str) -> None:
+            calls[name].append(None)
+            x.add_(1)
+
+        workloads = {name: lambda name=name: work(name) for name in calls}
+        done = race(workloads, control="a", pairs=3, device="cuda", warmup=2, graph_calls=5)
+        assert [len(found) for found in calls.values()] == [2 + 1 + 5] * 2  # no call after the captures
+        assert x.tolist() == [2 * 8.0 + 3 * 3 * 5] * 4  # three rounds of a, b and the control
+        assert done.clock == "CUDA events, graph replays"
+        graphed(workloads["a"], calls=2)()
+        assert x[0].item() == 61 + 3 + 2
+
+
+def test_on_the_cpu_there_are_no_graphs() -> None:
+    assert race({"a": dict}, pairs=1, graph_calls=5).clock == "process CPU time"

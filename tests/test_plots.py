@@ -3,7 +3,7 @@ from PIL import Image
 
 from diffumask_fast import DiffuMaskError
 from diffumask_fast.bench import plots
-from diffumask_fast.bench.harness import row
+from diffumask_fast.bench.rows import row
 
 ROWS = [
     *(row("scaling", "images_per_s", 1.0 + b, config={"batch": b, "stages_s": {"denoise": 1.0}}) for b in (1, 2, 4)),

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from diffumask_fast import DiffuMaskError
-from diffumask_fast.bench.harness import append_rows, row
 from diffumask_fast.bench.regressions import compare_rows, read_rows
+from diffumask_fast.bench.rows import append_rows, row
 
 PROGRAM = str(Path(sys.executable).with_name("diffumask-fast"))
 BEFORE = [

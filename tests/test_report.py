@@ -10,7 +10,7 @@ import pytest
 
 from diffumask_fast import DiffuMaskError
 from diffumask_fast.bench import report, scaling
-from diffumask_fast.bench.harness import results_file, row
+from diffumask_fast.bench.rows import results_file, row
 
 PROGRAM = str(Path(sys.executable).with_name("diffumask-fast"))
 ROW = row("scaling", "images_per_s", 2.0, unit="images/s", config={"batch": 1})

@@ -7,7 +7,7 @@ from PIL import Image
 
 from diffumask_fast import DiffuMaskError
 from diffumask_fast.bench import tables
-from diffumask_fast.bench.harness import append_rows, row
+from diffumask_fast.bench.rows import append_rows, row
 from diffumask_fast.bench.tables import BEGIN, END, PLOT, digest, latest_rows, table, with_tables
 
 ROOT = Path(__file__).resolve().parents[1]
