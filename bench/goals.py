@@ -174,7 +174,8 @@ def _refinement(geometry, where, batch, pairs, shared) -> Iterator[dict]:
     cells, pictures = torch.rand(batch, 1, latent, latent, generator=rng).to(where), (255 * guide).byte().movedim(1, 3)
     ids = torch.ones(batch, 1, dtype=torch.long, device=where)
     done = race({"auto": lambda: make_masks(cells, pictures, options, ids)}, pairs=pairs, device=str(where), warmup=2)
-    yield _per_image("make_masks", done, "auto", batch, {**config, "batch": batch, "mask": dict(vars(options))})
+    config |= {"batch": batch, "case": "auto", "mask": dict(vars(options))}
+    yield _per_image("make_masks", done, "auto", batch, config)
 
 
 def _per_image(name: str, done: Race, form: str, images: int, config: dict) -> dict:

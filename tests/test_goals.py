@@ -43,9 +43,11 @@ def test_maps_on_and_off_at_each_batch_and_whole_runs_against_diffusers(rows):
 
 
 def test_refinement_is_timed_for_an_image_in_each_form_that_runs_here(rows):
-    for name, images in (("guided_filter_and_otsu", 2), ("mean_field", 1)):
+    for name, images, case in (
+        ("guided_filter_and_otsu", 2, "torch"), ("mean_field", 1, "torch"), ("make_masks", 2, "auto"),
+    ):  # fmt: skip
         (row,) = named(rows, name)
-        assert (row["unit"], row["config"]["case"], row["config"]["batch"]) == ("ms/image", "torch", images)
+        assert (row["unit"], row["config"]["case"], row["config"]["batch"]) == ("ms/image", case, images)
         assert 0 < row["low"] <= row["value"] <= row["high"]
     assert goals.forms(torch.device("cuda")) == ("torch", "triton")
 

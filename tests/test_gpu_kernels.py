@@ -1,4 +1,4 @@
-"""Every kernel on a GPU: right against float64 at the sizes of Stable Diffusion; test_gpu_timings.py times them."""
+"""Every kernel on a GPU: right against float64 at the sizes of Stable Diffusion."""
 
 import pytest
 import torch

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+from cuda_stand_in import stand_in
 from test_cli import refused
 from triton.runtime.errors import OutOfResources
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels import tune, tuned
-from diffumask_fast.kernels.tune import Case, as_text, best, cases, write
+from diffumask_fast.kernels.tune import Case, Form, as_text, best, cases, write
 
 CPU = torch.device("cpu")
 CONFIGS = [{"block": block} for block in (32, 64, 128)]
@@ -27,29 +28,48 @@ def timed(times):
     return milliseconds
 
 
+def case_of(**more):
+    """A case whose forms say which configuration they were called with."""
+    forms = {"triton": Form("attend", CONFIGS, lambda config: ("triton", config["block"]))}
+    forms |= {name: Form(name, CONFIGS[:2], lambda config, name=name: (name, config["block"])) for name in more}
+    return Case({"pixels": 64}, forms, lambda: "torch")
+
+
 @pytest.mark.parametrize(
     ("times", "block", "impl", "us"),
     [
-        ({32: 0.3, 64: 0.1, 128: 0.2, None: 0.15}, 64, "triton", [100.0, 150.0]),
-        ({32: 0.3, 64: 0.2, 128: 0.2, None: 0.2}, 64, "torch", [200.0, 200.0]),
-        ({32: 0.3, 64: None, 128: None, None: 0.4}, 32, "triton", [300.0, 400.0]),
-        ({32: None, 64: None, 128: None, None: 0.4}, 32, "torch", [None, 400.0]),
+        ((0.3, 0.1, 0.2, 0.15), 64, "triton", {"triton": 100.0, "torch": 150.0}),
+        ((0.3, 0.2, 0.2, 0.2), 64, "torch", {"triton": 200.0, "torch": 200.0}),
+        ((0.3, None, None, 0.4), 32, "triton", {"triton": 300.0, "torch": 400.0}),
+        ((None, None, None, 0.4), 32, "torch", {"torch": 400.0}),
     ],
     ids=["fastest", "torch in a tie", "those that fit", "none fits"],
 )
 def test_the_fastest_configuration_that_fits_is_kept(times, block, impl, us):
-    case = Case("attend", {"pixels": 64}, CONFIGS, lambda config: config["block"], lambda: None)
-    assert best(case, timed(times)) == {"when": {"pixels": 64}, "launch": {"block": block}, "impl": impl, "us": us}
+    keys = [("triton", 32), ("triton", 64), ("triton", 128), "torch"]
+    found = best(case_of(), timed(dict(zip(keys, times, strict=True))))
+    assert found == {"attend": {"when": {"pixels": 64}, "launch": {"block": block}, "impl": impl, "us": us}}
 
 
-def test_a_devices_entries_replace_its_old_ones_alone(tmp_path):
+def test_each_kernel_of_a_case_gets_its_launch_and_the_first_the_choice():
+    times = {("triton", block): 0.3 for block in (32, 64, 128)} | {("maps", 32): 0.2, ("maps", 64): 0.1, "torch": 0.2}
+    found = best(case_of(maps=True), timed(times))
+    assert found["maps"] == {"when": {"pixels": 64}, "launch": {"block": 64}}
+    assert found["attend"]["impl"] == "maps" and found["attend"]["us"]["maps"] == 100.0
+
+
+def test_new_entries_come_before_the_older_ones_and_replace_those_of_the_same_facts(tmp_path):
     file = tmp_path / "table.json"
-    write(file, "GPU A", {"attend": [{"when": {}, "launch": {"block": 1}}]})
-    write(file, "GPU B", {"attend": [{"when": {}, "launch": {"block": 2}}]})
-    write(file, "GPU A", {"attend": [{"when": {}, "launch": {"block": 3}}]})
+
+    def entry(n, block):
+        return {"when": {"n": n}, "launch": {"block": block}}
+
+    write(file, "sm_90", {"attend": [entry(1, 1), entry(2, 2)], "mean_field": [entry(0, 7)]})
+    write(file, "GPU B", {"attend": [entry(1, 4)]})
+    write(file, "sm_90", {"attend": [entry(2, 3)]})
     table = json.loads(file.read_text())
-    assert table.pop("GPU A")["attend"][0]["launch"] == {"block": 3}
-    assert table.pop("GPU B")["attend"][0]["launch"] == {"block": 2}
+    assert table.pop("sm_90") == {"attend": [entry(2, 3), entry(1, 1)], "mean_field": [entry(0, 7)]}
+    assert table.pop("GPU B") == {"attend": [entry(1, 4)]}
     assert table == json.loads(tuned.FILE.read_text())
     assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
 
@@ -73,35 +93,50 @@ def test_the_committed_table_is_as_tune_would_write_it():
     assert as_text(json.loads(text)) == text
 
 
-def test_each_case_runs_and_its_facts_find_its_entry(monkeypatch):
-    monkeypatch.setattr(tune, "LAYERS", ((16, 2, 16),))
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(tune, "LAYERS", [(16, 2, 16)])
     monkeypatch.setattr(tune, "IMAGES", 1)
-    found = []
-    for case in cases(CPU):
-        if case.kernel != "attend":
-            break
-        case.run(case.configs[0])
-        case.plain()
-        entry = best(case, lambda workload: 1.0)
-        table = {"GPU": {"attend": [entry]}, "*": {"attend": []}}
-        assert tuned.find(table, "attend", "GPU", case.when) is entry
-        assert set(entry["launch"]) == set(tuned.launch("attend", CPU, **case.when))
-        found.append(case.when["dtype"])
-    assert found == ["fp16", "bf16"]
+    monkeypatch.setattr(tune, "SIDE", 16)
+    monkeypatch.setattr(tune, "RADII", {2: [1, 16]})
 
 
-def test_the_other_configurations_have_what_their_kernels_take(monkeypatch):
-    plain = torch.rand
-    monkeypatch.setattr(torch, "rand", lambda *size, **k: plain(*(min(one, 6) for one in size), **k))
-    ones = torch.ones
-    monkeypatch.setattr(torch, "ones", lambda *size, **k: ones(*(min(one, 6) for one in size), **k))
-    monkeypatch.setattr(tune, "LAYERS", ())
-    monkeypatch.setattr(tune, "IMAGES", 1)
-    facts = {"guided_filter": {"height": 512, "width": 512}, "mean_field": {"window": 11}}
+def test_every_case_runs_and_its_facts_find_its_entries(small):
+    kernels = []
     for case in cases(CPU):
-        assert set(case.configs[0]) == set(tuned.launch(case.kernel, CPU, **facts[case.kernel]))
-        case.run(case.configs[-1])
+        facts = {"radius": 2, "window": 11} | case.when if case.when.get("dtype") else {"radius": 2, "window": 11}
+        for form in case.forms.values():
+            form.run(form.configs[-1])
+            assert set(form.configs[0]) == set(tuned.launch(form.kernel, CPU, **facts)) - {"widest"}
         case.plain()
+        for kernel, entry in best(case, lambda workload: 1.0).items():
+            table = {"GPU": {kernel: [entry]}, "*": {kernel: []}}
+            assert tuned.find(table, kernel, ["GPU"], facts) is entry
+            kernels.append((kernel, case.when.get("dtype")))
+    attention = [(kernel, dtype) for dtype in ("fp16", "bf16") for kernel in ("attend", "attend_maps")]
+    assert kernels == [*attention, ("guided_filter", None), ("mean_field", None)]
+
+
+@pytest.mark.parametrize("only_this_device", [False, True])
+def test_what_is_finished_is_written_for_the_architecture_or_the_device(small, tmp_path, monkeypatch, only_this_device):
+    file, written = tmp_path / "table.json", []
+    plain = tune.write
+    monkeypatch.setattr(tune, "write", lambda *given: (plain(*given), written.append(file.read_bytes())))
+    with stand_in():
+        key = tuned.names(torch.device("cuda"))[not only_this_device]
+        found = tune.tune(file, quick=True, only_this_device=only_this_device)
+    assert list(found) == ["attend", "attend_maps", "guided_filter"]
+    assert json.loads(file.read_text())[key] == found and ("sm_90" == key) != only_this_device
+    assert len(written) == 2 and b"guided_filter" not in written[0].split(key.encode())[1].split(b'"*"')[0]
+
+
+def test_several_processes_share_the_configurations(small, monkeypatch):
+    launched = []
+    form = Form("attend", [{"block": block} for block in range(7)], lambda config: launched.append(config["block"]))
+    monkeypatch.setattr(tune, "cases", lambda device, quick: [Case({}, {"triton": form}, dict)])
+    for part in range(3):
+        tune.warm(part, 3)
+    assert launched == [0, 3, 6, 1, 4, 2, 5]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

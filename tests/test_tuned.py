@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from cuda_stand_in import stand_in
 
 from diffumask_fast.kernels import attend, guided_filter, ran, tuned
 
@@ -42,14 +43,22 @@ def test_every_default_ends_with_an_entry_for_all():
         assert all(entries[-1]["when"] == {} for entries in kernels.values())
 
 
-def test_a_device_comes_before_the_others_and_the_first_that_holds_is_taken():
+def test_a_device_comes_before_its_architecture_and_that_before_all_others():
     table = {
         "*": {"f": [{"when": {}, "launch": {"block": 1}}]},
         "H": {"f": [{"when": {"n": [2, 4]}, "launch": {"block": 2}}, {"when": {"n": 5}, "launch": {"block": 3}}]},
+        "sm_90": {"f": [{"when": {"n": [4, 6]}, "launch": {"block": 4}}]},
     }
-    found = {n: tuned.find(table, "f", "H", {"n": n})["launch"]["block"] for n in range(1, 7)}
-    assert found == {1: 1, 2: 2, 3: 2, 4: 2, 5: 3, 6: 1}
-    assert tuned.find(table, "f", "other", {"n": 2})["launch"]["block"] == 1
+    found = {n: tuned.find(table, "f", ("H", "sm_90"), {"n": n})["launch"]["block"] for n in range(1, 8)}
+    assert found == {1: 1, 2: 2, 3: 2, 4: 2, 5: 3, 6: 4, 7: 1}
+    assert tuned.find(table, "f", ("other", "sm_90"), {"n": 5})["launch"]["block"] == 4
+    assert tuned.find(table, "f", ("other", "sm_80"), {"n": 5})["launch"]["block"] == 1
+
+
+def test_a_gpu_has_a_name_and_an_architecture():
+    with stand_in():
+        assert tuned.names(torch.device("cuda")) == ("stand-in", "sm_90")
+    assert tuned.names(CPU) == ("cpu",)
 
 
 def test_a_configuration_is_the_callers_own():

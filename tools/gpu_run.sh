@@ -75,7 +75,8 @@ part_a() {
     cp "$state/triton.json" "$table"
     setsid "${python[@]}" tools/gpu_steps.py compile >"$state/compile.log" 2>&1 &
     echo $! >"$state/compile.pid"
-    step warm 40 bash -c 'for i in 0 1 2 3; do "$@" tools/gpu_steps.py warm $i 4 & done; wait' warm "${python[@]}"
+    step warm 40 bash -c 'for i in 0 1 2 3; do "$@" tools/gpu_steps.py warm $i 4 & jobs+=($!); done
+        for job in "${jobs[@]}"; do wait "$job" || failed=1; done; exit ${failed:-0}' warm "${python[@]}"
     tests kernels 90 $(grep -l 'mark\.gpu' tests/test_*.py | grep -v -e gpu_stream -e gpu_engines -e tensorrt)
     only=${only:+torch} tests stream 15 "tests/test_gpu_stream.py::test_a_stream_gives_what_calls_give[torch]"
     background STOP

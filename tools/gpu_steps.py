@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 import traceback
+from collections import Counter
 from pathlib import Path
 
 import torch
 
-from diffumask_fast.bench import goals
+from diffumask_fast.bench import goals, sdpa
 from diffumask_fast.bench.geometries import open_geometry
 from diffumask_fast.bench.rows import append_rows, describe
 from diffumask_fast.bench.rows import environment as facts
@@ -26,7 +27,8 @@ BATCH, STEPS = (1, 3) if DRY else (8, 20)
 
 def smallest() -> dict:
     """Return the arguments of the suite for a dry run, and make everything else as small as it can be."""
-    goals.GRAPH_CALLS = goals.REFINEMENT_CALLS = 1
+    goals.GRAPH_CALLS = goals.REFINEMENT_CALLS = sdpa.GRAPH_CALLS = 1
+    goals.cross_layers = sdpa.cross_layers = lambda geometry: Counter({(16, 2, 16): 1})
     goals.unet_config = lambda geometry: {"sample_size": 4}
     tuning.LAYERS, tuning.IMAGES, tuning.SIDE, tuning.RADII = [(16, 2, 16)], 1, 16, {2: [1, 16]}
     return {"batch": 2, "batches": (1,), "steps": STEPS, "pairs": 1}
@@ -73,7 +75,7 @@ def rows(out: str, kind: str, case: str = "") -> None:
         "graphs": [(SD15, ("graphs",))],
         "maps": [(SD15, ("denoising",))],
     }
-    done = [keep(Path(out, "rows.jsonl"), geometry, names, case) for geometry, names in parts[kind]]
+    done = [keep(Path(out, "rows.jsonl"), geometry, names, case) for geometry, names in dict.fromkeys(parts[kind])]
     if not all(done):
         sys.exit(1)
 
@@ -81,9 +83,10 @@ def rows(out: str, kind: str, case: str = "") -> None:
 def keep(file: Path, geometry: str, names: tuple[str, ...], case: str) -> bool:
     """Measure parts of the suite and append each row with the version that it is of; tell whether all came."""
     extra = {"commit": os.environ.get("COMMIT") or None} | ({"case": case} if case else {})
+    torch.cuda.reset_peak_memory_stats()
     try:
         for row in goals.run(geometry, "cuda", names=names, **SIZES):
-            row["config"] |= extra
+            row["config"] |= {**extra, "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
             append_rows(file, [row])
             print(describe(row))
     except Exception:  # what comes next is measured all the same
