@@ -59,6 +59,7 @@ def generate(
     min_quality: QualityFlag = 0.0,
     engine: Annotated[str, typer.Option(help="torch, compile, onnx or tensorrt.")] = "torch",
     engine_path: Annotated[Path | None, typer.Option(help="Folder that export wrote.")] = None,
+    attention: Annotated[str, typer.Option(help="Where no maps are wanted: sdpa, or on CUDA xformers.")] = "sdpa",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     allow_drift: Annotated[bool, typer.Option("--allow-drift", help="Go on in a changed environment.")] = False,
     log: Annotated[Path | None, typer.Option(help="Append a log to this file.")] = None,
@@ -76,8 +77,8 @@ def generate(
     options = GenerateOptions(
         out=out, model=model, revision=revision, classes=classes, classes_per_image=classes_per_image, num=num,
         seed=seed, batch_size=batch_size, shard_size=shard_size, steps=steps, guidance_scale=guidance_scale,
-        scheduler=scheduler, size=size, dtype=dtype, mask=mask, engine=engine, engine_path=engine_path, device=device,
-        allow_drift=allow_drift,
+        scheduler=scheduler, size=size, dtype=dtype, mask=mask, engine=engine, engine_path=engine_path,
+        attention=attention, device=device, allow_drift=allow_drift,
     )  # fmt: skip
     try:
         summary = run_generate(options, progress=_progress)

@@ -11,13 +11,14 @@ from diffumask_fast.errors import DiffuMaskError
 
 PACKAGES = (
     "diffumask-fast", "torch", "diffusers", "transformers", "triton", "safetensors", "numpy", "pillow", "pyarrow",
-    "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13-libs",
+    "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "xformers", "tensorrt", "tensorrt-rtx-cu13-libs",
 )  # fmt: skip
 
 
 def examine() -> dict[str, dict[str, Any]]:
-    """Return versions, devices, for each thing the program does "works" or why not, and what would be faster here."""
-    return {"versions": _versions(), "devices": _devices(), "works": _works(), "faster": _faster()}
+    """Return versions, devices, for each thing the program does "works" or why not, what would be faster, conflicts."""
+    sections = {"versions": _versions, "devices": _devices, "works": _works, "faster": _faster, "conflicts": _conflicts}
+    return {name: section() for name, section in sections.items()}
 
 
 def _versions() -> dict[str, str]:
@@ -49,6 +50,7 @@ def _works() -> dict[str, str]:
         "embedded model": _embedded_model,
         "maps in attention": _maps,
         "torch engine": _torch_engine,
+        "xformers": _xformers,
         "compile engine": _compile_engine,
         "export to onnx": _onnx_export,
         "onnx engine": _onnx_engine,
@@ -84,6 +86,31 @@ def _faster() -> dict[str, str]:
     return found
 
 
+def _conflicts() -> dict[str, str]:
+    """Name the packages that are installed together and should not be, and say what to do."""
+    from diffumask_fast.export.session import PACKAGES, REMOVE, installed
+
+    found = {}
+    if len(installed()) == len(PACKAGES):
+        found[" and ".join(PACKAGES)] = (
+            f"both fill one module, of which either may have written any file: {REMOVE}, then install one of them "
+            "again, onnxruntime-gpu for CUDA"
+        )
+    versions = _versions()
+    if _at_least(versions["numpy"], 2, 4) and not _at_least(versions["triton"], 3, 7):
+        found["numpy and triton"] = (
+            f"the interpreter of Triton {versions['triton']}, which only tests need, fails with numpy "
+            f"{versions['numpy']}: pip install 'triton>=3.7', or 'numpy<2.4'"
+        )
+    return found
+
+
+def _at_least(version: str, *least: int) -> bool:
+    """Compare the first two numbers of a version; what is not installed counts as later than all."""
+    numbers = version.split(".")[:2]
+    return not all(number.isdecimal() for number in numbers) or tuple(map(int, numbers)) >= least
+
+
 def has_bf16() -> bool:
     """Tell whether the processor multiplies bf16 in hardware (AVX-512 BF16, AMX)."""
     import torch
@@ -115,6 +142,16 @@ def _torch_engine() -> None:
         importlib.import_module("diffusers").StableDiffusionPipeline  # noqa: B018 - a lazy import that can fail
 
 
+def _xformers() -> None:
+    import torch
+
+    from diffumask_fast.attention.choice import check_attention
+
+    check_attention("xformers", "torch", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    q = torch.randn(1, 16, 2, 64, device="cuda", dtype=torch.float16)
+    importlib.import_module("xformers.ops").memory_efficient_attention(q, q, q)
+
+
 def _compile_engine() -> None:
     import torch
 
@@ -133,11 +170,11 @@ def _onnx_export() -> None:
 def _onnx_engine() -> None:
     import torch
 
-    from diffumask_fast.export.session import runtime
+    from diffumask_fast.export.session import REMOVE, runtime
 
     providers = runtime().get_available_providers()
     if torch.cuda.is_available() and "CUDAExecutionProvider" not in providers:
-        raise DiffuMaskError("on the CPU only: pip uninstall onnxruntime, then pip install onnxruntime-gpu for CUDA")
+        raise DiffuMaskError(f"on the CPU only: {REMOVE}, then pip install 'diffumask-fast[gpu]' for CUDA")
 
 
 def _rtx_export() -> None:

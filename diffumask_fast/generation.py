@@ -18,6 +18,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from diffumask_fast import __version__
+from diffumask_fast.attention.choice import attention_of
 from diffumask_fast.attention.phrases import PhraseNotFound, phrase_columns
 from diffumask_fast.dataset.background import Background
 from diffumask_fast.dataset.preview import write_preview
@@ -55,6 +56,7 @@ class GenerateOptions:
     mask: MaskOptions = MaskOptions()
     engine: str = "torch"
     engine_path: Path | None = None
+    attention: str = "sdpa"
     device: str = "auto"
     allow_drift: bool = False
 
@@ -78,7 +80,7 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Any]) -> di
         library.set_verbosity_error()
     pipe = DiffuMaskPipeline.from_pretrained(
         options.model, engine=options.engine, engine_path=options.engine_path, dtype=options.dtype,
-        device=options.device, revision=options.revision,
+        device=options.device, revision=options.revision, attention=options.attention,
     )  # fmt: skip
     if options.scheduler:
         set_scheduler(pipe.pipe, options.scheduler)
@@ -204,7 +206,8 @@ def _resolve(
         "classes_per_image": options.classes_per_image, "num": options.num, "seed": options.seed,
         "batch_size": batch_size, "steps": options.steps or pipe.info.num_inference_steps, "guidance_scale": guidance,
         "scheduler": type(pipe.pipe.scheduler).__name__, "size": "x".join(map(str, pipe.size(*size))),
-        "dtype": str(pipe.pipe.unet.dtype).removeprefix("torch."), **engine, **vars(mask),
+        "dtype": str(pipe.pipe.unet.dtype).removeprefix("torch."), **engine,
+        "attention": options.attention, **vars(mask),
     }  # fmt: skip
     return resolved, batch_size
 
@@ -217,6 +220,8 @@ def environment(pipe: DiffuMaskPipeline) -> dict[str, Any]:
     versions = {library: metadata.version(library) for library in libraries}
     if pipe.engine is not None:
         versions |= pipe.engine.libraries
+    elif attention_of(pipe.pipe.unet) == "xformers":
+        versions["xformers"] = metadata.version("xformers")
     return {
         "device": name, "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability(),
         "diffumask_fast": __version__, **versions,

@@ -18,6 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from diffumask_fast.attention.choice import check_attention, set_attention
 from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.compiled import compile_pipe
 from diffumask_fast.decoding import decode, decodes_later, timed_decoding
@@ -74,6 +75,7 @@ class DiffuMaskPipeline:
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         revision: str | None = None,
+        attention: str = "sdpa",
     ) -> DiffuMaskPipeline:
         """Load the embedded model ("mini"), a diffusers folder or a hub id; safetensors only.
 
@@ -85,10 +87,14 @@ class DiffuMaskPipeline:
             dtype: "fp32", "fp16", "bf16" or a torch dtype; None is fp32 on the CPU and fp16 on CUDA, or the engine's.
             device: None is CUDA where there is one.
             revision: of a hub id.
+            attention: what draws the UNet's attention where no maps are wanted: "sdpa", or with engine "torch" on CUDA
+                "xformers".
 
         Raises:
-            DiffuMaskError: no such model, half-written or pickled weights, no such device, engine or dtype.
+            DiffuMaskError: no such model, half-written or pickled weights, no such device, engine, dtype or attention.
         """
+        if attention != "sdpa":
+            check_attention(attention, engine, resolve_device(device))
         if engine not in ("torch", "compile"):
             from diffumask_fast.export.load import load_engine
 
@@ -103,6 +109,7 @@ class DiffuMaskPipeline:
             pipe.vae.to(torch.float32)
         if engine == "compile":
             compile_pipe(pipe)
+        set_attention(pipe.unet, attention)
         return cls(pipe, info)
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,12 @@ TYPES = {
 }  # fmt: skip
 
 
+# both fill the module onnxruntime, and removing one of them breaks the other
+PACKAGES = ("onnxruntime", "onnxruntime-gpu")
+REMOVE = f"pip uninstall -y {' '.join(PACKAGES)}"
+INSTALL = "pip install 'diffumask-fast[onnx]', for CUDA 'diffumask-fast[gpu]'"
+
+
 def runtime() -> Any:
     """Return the module onnxruntime.
 
@@ -27,12 +34,17 @@ def runtime() -> Any:
         DiffuMaskError: it is not installed, or broken.
     """
     try:
-        return importlib.import_module("onnxruntime")
-    except ImportError as error:
-        raise DiffuMaskError(
-            f"ONNX Runtime cannot be imported ({error}): pip install 'diffumask-fast[onnx]', or onnxruntime-gpu for "
-            "CUDA."
-        ) from error
+        module = importlib.import_module("onnxruntime")
+        module.InferenceSession  # noqa: B018, for a package that was half removed can be imported
+        return module
+    except (ImportError, AttributeError) as error:
+        advice = f"{REMOVE}, then {INSTALL}" if installed() else INSTALL
+        raise DiffuMaskError(f"ONNX Runtime cannot be imported ({error}): {advice}.") from error
+
+
+def installed() -> list[str]:
+    """Return which of PACKAGES are installed; two are one too many."""
+    return [name for name in PACKAGES if any(metadata.distributions(name=name))]
 
 
 class Runs(Protocol):
@@ -71,7 +83,8 @@ class Session:
             self._session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             cause = " ".join(str(error).split())[:200]
-            raise DiffuMaskError(f"ONNX Runtime cannot run {path} on {device} ({cause}): export it again.") from error
+            advice = "export it again" if len(installed()) < 2 else f"{REMOVE}, then {INSTALL}"
+            raise DiffuMaskError(f"ONNX Runtime cannot run {path} on {device} ({cause}): {advice}.") from error
         if device.type == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
             raise DiffuMaskError(
                 "ONNX Runtime cannot load the CUDA libraries that it was built for, and would draw on the CPU: install "
@@ -85,8 +98,8 @@ class Session:
             return ["CPUExecutionProvider"]
         if "CUDAExecutionProvider" not in ort.get_available_providers():
             raise DiffuMaskError(
-                "The onnxruntime that is installed has no CUDA: pip uninstall onnxruntime, then pip install "
-                "onnxruntime-gpu, or use --device cpu."
+                f"The onnxruntime that is installed has no CUDA: {REMOVE}, then pip install 'diffumask-fast[gpu]', or "
+                "use --device cpu."
             )
         ort.preload_dlls()
         # not the current one: ONNX Runtime takes the default stream, 0, for none and makes one that nothing waits for

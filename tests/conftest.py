@@ -9,8 +9,10 @@ if not torch.cuda.is_available():
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 import json  # noqa: E402
+import sys  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
 from pathlib import Path  # noqa: E402
+from types import ModuleType  # noqa: E402
 
 import pytest  # noqa: E402
 from diffusers import (  # noqa: E402
@@ -20,6 +22,7 @@ from diffusers import (  # noqa: E402
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models import attention_processor  # noqa: E402
 from diffusers.models.attention_processor import AttnProcessor2_0  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: E402
 
@@ -241,3 +244,22 @@ def recording():
             unet.set_attn_processor(kept)
 
     return record
+
+
+@pytest.fixture
+def xformers(monkeypatch):
+    """Put a stand-in for xformers in place, its operator an explicit softmax; give the list of its calls' arguments."""
+    calls = []
+
+    def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None):
+        calls.append({"query": query, "key": key, "op": op})
+        scores = query @ key.transpose(1, 2) * scale
+        return torch.softmax(scores if attn_bias is None else scores + attn_bias, -1) @ value
+
+    library = ModuleType("xformers")
+    library.ops = ModuleType("xformers.ops")
+    library.ops.memory_efficient_attention = memory_efficient_attention
+    for module in (library, library.ops):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(attention_processor, "xformers", library)
+    return calls

@@ -12,7 +12,8 @@ def test_the_report_names_versions_devices_and_what_works():
     assert {"python", "torch", "diffusers", "pyarrow"} <= set(report["versions"])
     assert "threads" in report["devices"]["cpu"]
     reasons = {name: reason for name, reason in report["works"].items() if reason != "works"}
-    assert len(report["works"]) == 10 and {name.split()[-1] for name in reasons} <= {"engine", "tensorrt"}
+    assert len(report["works"]) == 11 and {name.split()[-1] for name in reasons} <= {"engine", "tensorrt", "xformers"}
+    assert report["conflicts"] == {}
 
 
 def test_engines_for_a_gpu_say_what_is_missing(monkeypatch):
@@ -24,6 +25,32 @@ def test_engines_for_a_gpu_say_what_is_missing(monkeypatch):
     assert works["tensorrt-rtx engine"] == "does not work: torch sees no NVIDIA GPU here"
     for name in ("export to tensorrt", "tensorrt engine"):
         assert "pip install 'diffumask-fast[onnx,tensorrt]'" in works[name]
+
+
+def test_both_packages_of_onnx_runtime_are_a_conflict(monkeypatch, tmp_path):
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        folder = tmp_path / f"{name.replace('-', '_')}-1.31.1.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.31.1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    report = doctor.examine()
+    assert report["versions"]["onnxruntime-gpu"] == "1.31.1"
+    (sentence,) = report["conflicts"].values()
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu, then install one of them again" in sentence
+
+
+@pytest.mark.parametrize(
+    "triton, numpy, named",
+    [("3.6.0", "2.4.6", True), ("3.6.0", "2.3.5", False), ("3.7.1", "2.5.5", False), ("not installed", "2.4.6", False)],
+)
+def test_an_interpreter_that_fails_with_the_numpy_here_is_a_conflict(monkeypatch, triton, numpy, named):
+    monkeypatch.setattr(doctor, "_versions", lambda: {"triton": triton, "numpy": numpy})
+    assert ("numpy and triton" in doctor.examine()["conflicts"]) == named
+
+
+def test_xformers_says_why_it_does_not_draw(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "the device is cpu: use --attention sdpa" in doctor.examine()["works"]["xformers"]
 
 
 def test_what_does_not_work_has_its_reason(monkeypatch):

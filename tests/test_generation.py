@@ -28,9 +28,20 @@ def test_the_record_holds_resolved_options_and_no_paths(tiny_folder, tmp_path):
     record = json.loads(text)
     assert record["options"]["size"] == "64x64" and record["options"]["classes"] == "dog,cat"
     assert record["options"]["propagate"] == 1 and record["options"]["batch_size"] == 2
+    assert record["options"]["attention"] == "sdpa" and "xformers" not in record["environment"]
     assert record["model"]["id"] == tiny_folder.name and len(record["model"]["weights"]) == 64
     assert record["environment"]["threads"] == torch.get_num_threads()
     assert str(tmp_path) not in text and str(tiny_folder.parent) not in text and "auto" not in text
+
+
+def test_a_run_begun_before_attention_was_an_option_is_finished(tiny_folder, tmp_path):
+    run_generate(options(tmp_path / "out", tiny_folder), silent)
+    file, shard = tmp_path / "out" / "dataset.json", tmp_path / "out" / "data" / "shard-00001.parquet"
+    drawn, older = shard.read_bytes(), file.read_text().replace('    "attention": "sdpa",\n', "")
+    file.write_text(older)
+    shard.unlink()
+    assert run_generate(options(tmp_path / "out", tiny_folder), silent)["drawn"] == 2
+    assert file.read_text() == older and "attention" not in older and shard.read_bytes() == drawn
 
 
 def test_equal_options_spelt_otherwise_are_the_same_run(tiny_folder, tmp_path, monkeypatch):
@@ -68,6 +79,7 @@ def test_only_the_first_shard_is_judged(tiny_folder, tmp_path, monkeypatch):
         (dict(guidance_scale=float("nan")), "--guidance-scale nan"),
         (dict(device="gpu"), "no device gpu"),
         (dict(device="mps"), "not supported"),
+        (dict(attention="xformers"), "xformers draws on CUDA alone.*use --attention sdpa"),
         (dict(size="64"), "HxW"),
         (dict(size="0x64"), "multiple of 8"),
         (dict(classes="../dog"), "cannot"),

@@ -10,8 +10,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import diffumask_fast
+from diffumask_fast.export.session import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -97,6 +99,24 @@ def test_constraints_pin_every_dependency_once() -> None:
     names = {requirement.split(";")[0].split(">")[0].split("[")[0].strip() for requirement in wanted}
     assert names <= set(pins)
     assert not [line for line in lines if "+" in line.partition("#")[0]], "a build suffix is for one index only"
+
+
+def names_of(extra: str) -> set[str]:
+    return {Requirement(line).name for line in PROJECT["project"]["optional-dependencies"][extra]}
+
+
+def test_no_extra_brings_both_libraries_of_one_module() -> None:
+    runtimes = {extra: names_of(extra) & set(PACKAGES) for extra in PROJECT["project"]["optional-dependencies"]}
+    assert runtimes.pop("gpu") == {"onnxruntime-gpu"} and runtimes.pop("onnx") == {"onnxruntime"}
+    assert not set().union(*runtimes.values())
+    assert names_of("gpu") - names_of("onnx") == {"onnxruntime-gpu", "xformers"}
+
+
+def test_the_tests_ask_for_an_interpreter_that_takes_any_numpy_admitted() -> None:
+    core = {one.name: one for one in map(Requirement, PROJECT["project"]["dependencies"])}
+    tested = {one.name: one for one in map(Requirement, PROJECT["project"]["optional-dependencies"]["test"])}
+    assert "2.4.0" in core["numpy"].specifier and "3.6.0" in core["triton"].specifier  # as torch 2.11 pins it
+    assert "3.6.0" not in tested["triton"].specifier and "3.7.0" in tested["triton"].specifier
 
 
 @pytest.mark.slow

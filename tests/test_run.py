@@ -115,6 +115,7 @@ def change(**changes):
         (change(classes="dog"), "--classes was null and is dog now"),
         (change(mask={"threshold": 0.45}), "--mask.threshold was otsu and is 0.45 now"),
         (change(size="128x128"), "--size was not set and is 128x128 now"),
+        (change(attention="xformers"), "--attention was sdpa and is xformers now"),
         (change(num=8, seed=2), "--num was 7 and is 8 now, --seed was 0 and is 2 now"),
         ({"shard_size": 4}, "--shard-size was 3 and is 4 now"),
         ({"model": {**MODEL, "id": "other"}}, "--model was mini and is other now"),
@@ -129,6 +130,11 @@ def test_a_change_is_refused_by_name(tmp_path, changes, words):
         begin(tmp_path, **changes)
     assert "\n" not in str(caught.value)
     assert tree(tmp_path) == before
+
+
+def test_an_option_that_older_runs_have_not_recorded_is_the_default_there(tmp_path):
+    before = finish(tmp_path, shards=1)["dataset.json"]
+    assert finish(tmp_path, options={**OPTIONS, "attention": "sdpa"})["dataset.json"] == before
 
 
 def test_drift_is_recorded_once_and_only_where_something_is_drawn(tmp_path):

@@ -1,10 +1,11 @@
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.export import session
 from diffumask_fast.export.session import Session, runtime
 
 CPU = torch.device("cpu")
@@ -14,6 +15,19 @@ def test_a_missing_library_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(DiffuMaskError, match=r"pip install 'diffumask-fast\[onnx\]'"):
         runtime()
+
+
+def test_a_library_that_was_half_removed_says_how_to_mend_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", ModuleType("onnxruntime"))
+    with pytest.raises(DiffuMaskError, match=r"InferenceSession.*pip uninstall -y onnxruntime onnxruntime-gpu, then"):
+        runtime()
+
+
+def test_a_graph_that_two_libraries_in_one_module_cannot_run_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "installed", lambda: list(session.PACKAGES))
+    (tmp_path / "unet.onnx").write_bytes(b"nonsense")
+    with pytest.raises(DiffuMaskError, match=r"cannot run .*: pip uninstall -y onnxruntime onnxruntime-gpu, then"):
+        Session(tmp_path / "unet.onnx", CPU)
 
 
 def test_threads_are_those_of_torch_or_as_told(static_engine):
@@ -58,5 +72,5 @@ def test_on_cuda_it_runs_on_a_stream_of_its_own(monkeypatch):
 @pytest.mark.skipif("CUDAExecutionProvider" in pytest.importorskip("onnxruntime").get_available_providers(),
                     reason="this onnxruntime has CUDA")  # fmt: skip
 def test_cuda_without_a_cuda_build_is_refused(static_engine):
-    with pytest.raises(DiffuMaskError, match="has no CUDA.*onnxruntime-gpu"):
+    with pytest.raises(DiffuMaskError, match=r"has no CUDA: pip uninstall -y .*diffumask-fast\[gpu\]"):
         Session(static_engine / "vae.onnx", torch.device("cuda"))

@@ -64,10 +64,42 @@ class MapProcessor:
         return self.impl
 
 
-def draws_like(attn: Attention) -> bool:
-    """Tell whether MapProcessor gives what the layer's own processor gives, bit for bit on CPU."""
+class XFormersMapProcessor(MapProcessor):
+    """MapProcessor for a layer that a user gave to xformers, which goes on drawing where no maps are wanted.
+
+    Where they are, one product gives output and maps, as in any other layer.
+
+    Args:
+        processor: the layer's own, with the operator that the user chose.
+        impl: of our product.
+    """
+
+    def __init__(self, processor: Any, impl: str = "auto") -> None:
+        super().__init__(impl)
+        self.processor = processor
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        tap: Tap | None = None,
+    ) -> Tensor:
+        given = (attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        if tap is None or tap.columns(attn) is None:
+            return self.processor(*given)
+        return super().__call__(*given, tap)
+
+
+def draws_like(attn: Attention, kind: type = AttnProcessor2_0) -> bool:
+    """Tell whether a processor of this kind is the layer's, and MapProcessor gives what it gives.
+
+    For AttnProcessor2_0 that is bit for bit on CPU, for XFormersAttnProcessor up to rounding.
+    """
     return (
-        type(attn.processor) is AttnProcessor2_0
+        type(attn.processor) is kind
         and attn.spatial_norm is attn.group_norm is attn.norm_q is attn.norm_k is None
         and not attn.norm_cross
         and not attn.residual_connection
@@ -76,7 +108,7 @@ def draws_like(attn: Attention) -> bool:
 
 
 def beside(processor: Any, impl: str = "auto") -> Any:
-    """Wrap a foreign processor (IP-Adapter, xformers, a user's own): it draws, maps come from a second product.
+    """Wrap a foreign processor (IP-Adapter, a user's own): it draws, maps come from a second product.
 
     Args:
         processor: what the layer has; it is called with what it would be called with without maps.

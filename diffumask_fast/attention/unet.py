@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import XFormersAttnProcessor
 from torch import Tensor, nn
 
 from diffumask_fast.attention.forwards import swapped
-from diffumask_fast.attention.processor import MapProcessor, beside, draws_like
+from diffumask_fast.attention.processor import MapProcessor, XFormersMapProcessor, beside, draws_like
 from diffumask_fast.attention.tap import Levels, Place, Tap
 from diffumask_fast.errors import DiffuMaskError
 
@@ -94,7 +95,10 @@ class UNetWithMaps(nn.Module):
 
     def _processor(self, attn: nn.Module) -> Any:
         """Return what works for the tap in a layer."""
-        return self.processor if draws_like(attn) else beside(attn.processor, self.processor.impl)
+        by_xformers = draws_like(attn, XFormersAttnProcessor)
+        if draws_like(attn) or (by_xformers and torch.compiler.is_compiling()):  # which cannot look into xformers
+            return self.processor
+        return (XFormersMapProcessor if by_xformers else beside)(attn.processor, self.processor.impl)
 
 
 def attention_places(unet: nn.Module) -> dict[nn.Module, Place]:

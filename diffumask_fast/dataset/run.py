@@ -25,6 +25,9 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import Vocabulary
 
+# options that older runs have not recorded, and what they were drawn with
+UNRECORDED = {"attention": "sdpa"}
+
 
 def open_run(
     folder: str | Path,
@@ -192,9 +195,8 @@ def _compare(there: dict, now: dict, folder: Path) -> None:
         ("--model" if name == "id" else f"the model's {name}", old, new)
         for name, old, new in _differences(there["model"], now["model"])
     ]
-    changes += [
-        (f"--{name.replace('_', '-')}", old, new) for name, old, new in _differences(there["options"], now["options"])
-    ]
+    options = {name: value for name, value in UNRECORDED.items() if name in now["options"]} | there["options"]
+    changes += [(f"--{name.replace('_', '-')}", old, new) for name, old, new in _differences(options, now["options"])]
     if changes:
         raise DiffuMaskError(
             f"{folder} was begun with other options: {_list(changes)}; give the old ones to finish it, or use another "
