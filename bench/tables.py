@@ -1,4 +1,4 @@
-"""Write the README's tables and plot from committed rows; what `make tables` runs."""
+"""Write the tables of README.md and docs/costs.md, and the plot, from committed rows; what `make tables` runs."""
 
 import hashlib
 import json
@@ -11,6 +11,8 @@ from diffumask_fast.errors import DiffuMaskError
 
 BEGIN, END = "<!-- bench: made by `make tables` -->", "<!-- bench: end -->"
 PLOT = "docs/bench.png"
+# the few of mini that README.md shows
+SUMMARY = ("maps_overhead", "masks_overhead", "speedup_vs_reference_best", "speedup_vs_daam", "memory_vs_steps")
 SAYS = {
     "maps_overhead": "maps alone, denoising only, over plain diffusers",
     "propagation_overhead": "maps and propagation, denoising only, over plain diffusers",
@@ -88,16 +90,28 @@ def digest(rows: Sequence[dict]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
-def with_tables(text: str, rows: Sequence[dict]) -> str:
+def summary(rows: Sequence[dict]) -> str:
+    """Return the Markdown table of the rows of mini that SUMMARY names."""
+    return table([one for one in rows if one["name"] in SUMMARY and one["config"]["geometry"] == "mini"])
+
+
+def all_tables(rows: Sequence[dict]) -> str:
+    """Return every table, one below the other."""
+    return "\n\n".join(filter(None, [table(rows), engines_table(rows)]))
+
+
+PAGES = {"README.md": summary, "docs/costs.md": all_tables}
+
+
+def between_markers(text: str, tables: str) -> str:
     """Replace what stands between the markers.
 
     Raises:
         DiffuMaskError: the text has not exactly one pair of markers.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise DiffuMaskError(f"README.md must have the lines {BEGIN} and {END}, once and in this order.")
+        raise DiffuMaskError(f"A page must have the lines {BEGIN} and {END}, once and in this order.")
     before, rest = text.split(BEGIN)
-    tables = "\n\n".join(filter(None, [table(rows), engines_table(rows)]))
     return f"{before}{BEGIN}\n\n{tables}\n\n{END}{rest.split(END)[1]}"
 
 
@@ -112,12 +126,13 @@ def _line(one: dict) -> str:
 
 
 def main(root: Path) -> None:
-    """Rewrite README.md and the plot of a checkout."""
+    """Rewrite the pages and the plot of a checkout."""
     from diffumask_fast.bench.plots import overview
 
     rows = latest_rows(root / "bench" / "results")
-    readme = root / "README.md"
-    readme.write_text(with_tables(readme.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    for name, tables in PAGES.items():
+        page = root / name
+        page.write_text(between_markers(page.read_text(encoding="utf-8"), tables(rows)), encoding="utf-8")
     overview(rows, root / PLOT, digest(rows))
 
 

@@ -1,4 +1,4 @@
-"""README.md and its plot are what `make tables` makes of the committed rows."""
+"""README.md, docs/costs.md and the plot are what `make tables` makes of the committed rows."""
 
 from pathlib import Path
 
@@ -8,16 +8,17 @@ from PIL import Image
 from diffumask_fast import DiffuMaskError
 from diffumask_fast.bench import tables
 from diffumask_fast.bench.rows import append_rows, row
-from diffumask_fast.bench.tables import BEGIN, END, PLOT, digest, latest_rows, table, with_tables
+from diffumask_fast.bench.tables import BEGIN, END, PAGES, PLOT, all_tables, between_markers, digest, latest_rows, table
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {"geometry": "mini", "device": "cpu", "cpu": "some processor", "threads": 1, "batch": 8}
 
 
-def test_the_readme_is_made_of_the_committed_rows():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", PAGES)
+def test_the_pages_are_made_of_the_committed_rows(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
     rows = latest_rows(ROOT / "bench" / "results")
-    assert with_tables(text, rows) == text, "run `make tables`"
+    assert between_markers(text, PAGES[page](rows)) == text, "run `make tables`"
 
 
 def test_the_readmes_plot_is_made_of_the_committed_rows():
@@ -38,16 +39,15 @@ def test_another_row_changes_the_table_and_the_digest(tmp_path):
 
 
 def test_the_text_around_the_markers_stays():
-    rows = [row("end_to_end", "maps_overhead", 1.01, config=CONFIG)]
-    text = with_tables(f"before\n{BEGIN}\nold\n{END}\nafter\n", rows)
-    assert text.startswith(f"before\n{BEGIN}\n\n|") and text.endswith(f"|\n\n{END}\nafter\n") and "old" not in text
-    assert with_tables(text, rows) == text
+    text = between_markers(f"before\n{BEGIN}\nold\n{END}\nafter\n", "| a |")
+    assert text == f"before\n{BEGIN}\n\n| a |\n\n{END}\nafter\n"
+    assert between_markers(text, "| a |") == text
 
 
 @pytest.mark.parametrize("text", ["", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
 def test_markers_that_are_not_there(text):
     with pytest.raises(DiffuMaskError, match="must have the lines"):
-        with_tables(text, [row("end_to_end", "maps_overhead", 1.01, config=CONFIG)])
+        between_markers(text, "| a |")
 
 
 def test_no_rows():
@@ -57,13 +57,15 @@ def test_no_rows():
 
 def test_a_checkout_is_rewritten(tmp_path):
     (tmp_path / "docs").mkdir()
-    (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}\n")
+    for page in PAGES:
+        (tmp_path / page).write_text(f"{BEGIN}\n{END}\n")
     rows = [
         row("end_to_end", name, 2.0, low=1.5, high=2.5, config=CONFIG) for name in ("speedup_vs_daam", "maps_overhead")
     ]
     append_rows(tmp_path / "bench" / "results" / "a.jsonl", rows)
     tables.main(tmp_path)
-    assert "speed-up over DAAM" in (tmp_path / "README.md").read_text()
+    for page in PAGES:
+        assert "speed-up over DAAM" in (tmp_path / page).read_text()
     with Image.open(tmp_path / PLOT) as image:
         assert image.text["rows"] == digest(rows) and min(image.size) > 200
 
@@ -79,5 +81,12 @@ def test_engines_have_a_line_for_each_engine_and_number_of_threads():
     assert lines[2] == "| compile bf16: `mini`, batch 8, some processor, 1 thread | 0.700 |  | 0.600 |"
     assert lines[3] == "| onnx: `mini`, batch 8, some processor, 2 threads |  | 0.900 |  |"
     assert tables.engines_table([]) == ""
-    text = f"{BEGIN}\n{END}"
-    assert lines[3] in with_tables(text, [*rows, row("end_to_end", "maps_overhead", 1.01, config=CONFIG)])
+    assert lines[3] in all_tables([*rows, row("end_to_end", "maps_overhead", 1.01, config=CONFIG)])
+
+
+def test_the_readme_shows_a_few_rows_of_mini():
+    rows = [row("end_to_end", name, 1.5, config=CONFIG) for name in ("maps_overhead", "propagation_overhead")]
+    rows.append(row("end_to_end", "maps_overhead", 1.1, config=CONFIG | {"geometry": "sd15"}))
+    assert tables.summary(rows).splitlines()[2:] == [
+        "| maps alone, denoising only, over plain diffusers | 1.500 | 1.500 to 1.500 | 1 |"
+    ]
