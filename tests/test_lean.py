@@ -73,6 +73,18 @@ def test_what_is_found_is_the_plain_units(size, twins):
     assert not any("forward" in vars(module) for module in unet.modules())
 
 
+@torch.no_grad()
+def test_nothing_selected_makes_no_maps():
+    unet = make_unet()
+    call, lean = inputs(unet) | {"select": None, "prior": None}, LeanUNet(unet)
+    truth = unet(call["latents"], call["timestep"], call["encoder_hidden_states"]).sample
+    for denoise in (lean, UNetWithMaps(unet)):
+        noise, *levels = denoise(**call)
+        assert relative(noise, truth) < 1e-5 and levels == [{}, {}]
+    twins = lean(**call, first_conditional=2, twins=True, text=lean.text(call["encoder_hidden_states"]))
+    assert relative(twins[0], truth) < 1e-5 and twins[1:] == ({}, {})
+
+
 def test_each_saving_takes_products_away():
     unet = make_unet()
     call, lean = inputs(unet), LeanUNet(unet)
