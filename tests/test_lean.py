@@ -336,8 +336,8 @@ def test_compiled_twins_and_text_are_found_by_looking(monkeypatch):
     found, truth, seen = CompiledDenoiser(unet), UNetWithMaps(unet), []
     monkeypatch.setattr(found, "model", LeanUNet(unet))  # what it asks for, not what a compiler makes of it
     monkeypatch.setattr(found.model, "text", lambda states: seen.append(states) or LeanUNet.text(found.model, states))
-    run = found._run
-    monkeypatch.setattr(found, "_run", lambda given: (asked.append(given["twins"]), run(given))[1])
+    run = found.model.forward
+    monkeypatch.setattr(found.model, "forward", lambda **given: (asked.append(given["twins"]), run(**given))[1])
     asked: list[bool] = []
     call = inputs(unet, images=3)
     for _ in range(2):
