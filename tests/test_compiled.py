@@ -221,11 +221,15 @@ def free_u(unet):
     unet.enable_freeu(0.5, 0.4, 1.5, 2)
 
 
+def attach(unet):
+    unet.conv_in.shift = torch.randn(3)
+
+
 def test_a_unet_that_has_changed_is_captured_again(graphed):
     found, truth, log = graphed
     call, unet = inputs(truth.unet), truth.unet
     found(**call)
-    changes = (adapt, change_scaling, move, replace_norm, replace_keys, free_u)
+    changes = (adapt, change_scaling, move, replace_norm, replace_keys, free_u, attach, attach)
     for change in changes:
         log.clear()
         change(unet)
