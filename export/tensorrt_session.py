@@ -148,7 +148,8 @@ class _Call:
         self._enqueue()  # the first call allocates, which cannot be captured
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
+        # a capture must not trip over what another thread does on a stream of its own
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._enqueue()
         self._graph = graph
 

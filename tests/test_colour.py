@@ -81,3 +81,17 @@ def test_the_last_two_runs_are_the_filter_alone(monkeypatch):
     for _ in range(2):
         inside = guided_filter(guide, ((inside - 0.5) * colour.STEEPEN).sigmoid(), 4, 1e-4).clamp(0, 1)
     assert torch.allclose(whole, inside, atol=1e-5)
+
+
+def test_the_order_of_the_pixels_changes_no_bit():
+    rng = torch.Generator().manual_seed(0)
+    inside, index = torch.rand(2, 3, 5000, generator=rng), torch.randint(0, 40, (2, 1, 5000), generator=rng)
+    pixels = index.new_zeros(2, 1, colour.BINS**3).scatter_add_(2, index, torch.ones_like(index))
+    index, blur = index.expand(-1, 3, -1), torch.eye(colour.BINS)
+    order = torch.randperm(5000, generator=rng)
+    mixed = colour._log_ratio(inside[..., order], index[..., order], pixels, blur)
+    found = colour._log_ratio(inside, index, pixels, blur)
+    assert torch.equal(mixed, found[..., order])
+    share = torch.zeros(2, 3, colour.BINS**3).scatter_add_(2, index, inside)
+    truth = [(x / x.sum(2, keepdim=True) + colour.FLOOR).double() for x in (share, pixels - share)]
+    assert torch.allclose(found.double(), (truth[0] / truth[1]).log().gather(2, index), atol=1e-5)

@@ -1,14 +1,23 @@
+import copy
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from conftest import make_unet, make_vae, relative
+from conftest import draw, make_unet, make_vae, relative
+from fake_cuda import WAITS, fake_cuda
+from test_lean import inputs, same
+from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffumask_fast import compiled
+from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.compiled import CompiledDenoiser, compile_pipe
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.kernels import native
+from diffumask_fast.kernels import native, source_hash
+from diffumask_fast.loading import cache_folder
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 
@@ -55,6 +64,224 @@ def test_a_machine_without_a_compiler_is_told_before_anything_is_drawn(tiny_sd, 
 def test_an_engine_path_is_for_other_engines(tmp_path):
     with pytest.raises(DiffuMaskError, match="--engine compile takes no --engine-path"):
         DiffuMaskPipeline.from_pretrained("mini", engine="compile", engine_path=tmp_path)
+
+
+def test_code_of_other_kernels_is_not_found_in_the_cache(tiny_sd, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    pipe = copy.deepcopy(tiny_sd)
+    compile_pipe(pipe)
+    assert compiled.os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache_folder() / "inductor" / source_hash())
+
+
+class ReadAfterWait(TorchDispatchMode):
+    """Refuse that the host reads what it has not waited for: that would wait for the whole stream."""
+
+    def __init__(self, log):
+        super().__init__()
+        self.log = log
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in WAITS or (self.log and self.log[-1][0] == "wait"), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def graphed():
+    """Draw by graphs, and give a denoiser, torch's, and what is asked of CUDA."""
+    with torch.no_grad(), fake_cuda() as log:
+        unet = make_unet()
+        yield CompiledDenoiser(unet), UNetWithMaps(unet), log
+
+
+def asked(log, *names):
+    return [entry[0] for entry in log if entry[0] in names]
+
+
+def later(unet, call):
+    """Return the arguments of the next call: the same prompts and phrases, other latents and priors."""
+    return inputs(unet, len(call["select"])) | {key: call[key] for key in ("encoder_hidden_states", "select")}
+
+
+def test_a_graph_for_each_set_of_shapes_gives_what_torch_gives(graphed):
+    found, truth, log = graphed
+    call = inputs(truth.unet, images=3)
+    kept = []
+    for step in range(4):
+        call = later(truth.unet, call) | ({} if step > 1 else {"prior": {}})
+        kept.append((found(**call), truth(**call)))
+    call = inputs(truth.unet, images=2)  # a last batch, with prompts of its own
+    kept.append((found(**call), truth(**call)))
+    for results in kept:  # also those of earlier calls: they are not in the graphs' memory
+        same(*results)
+    captures = [entry for entry in log if entry[0] == "capture"]
+    assert len(captures) == 2 and len(asked(log, "replay")) == 5
+    pools, streams, modes = ({entry[i] for entry in captures} for i in (2, 3, 4))
+    assert len(pools) == len(streams) == 1 and modes == {"thread_local"}
+    here = call["latents"].device
+    assert [stream.device for stream in streams] == [here]
+    assert all(entry[-1] == here for entry in log if entry[0] in ("capture", "replay"))
+
+
+def test_keys_and_values_are_copied_where_the_prompts_are_others(graphed):
+    found, truth, _ = graphed
+    call, copies = inputs(truth.unet), []
+    for others in (False, False, False, True, True):
+        call = inputs(truth.unet) if others else later(truth.unet, call)
+        same(found(**call), truth(**call))
+        copies.append([x._version for pair in found._text for x in pair])
+    first = len(found._text) * 2 * [0]
+    assert copies == [first, first, first, [1] * len(first), [2] * len(first)]
+    with_more_tokens = call | {"encoder_hidden_states": torch.randn(4, 154, 32), "select": torch.rand(2, 154, 3)}
+    for given in (with_more_tokens, call):
+        same(found(**given), truth(**given))
+
+
+def test_the_host_waits_for_the_answer_about_twins_after_the_replay_alone(graphed):
+    found, truth, log = graphed
+    call = inputs(truth.unet)
+    found(**call)
+    for _ in range(3):
+        call = later(truth.unet, call)
+        log.clear()
+        with ReadAfterWait(log):
+            results = found(**call)
+        assert asked(log, "record", "replay", "wait", "synchronize") == ["record", "replay", "wait"]
+        same(results, truth(**call))
+
+
+def test_a_wrong_guess_about_twins_is_drawn_again(graphed):
+    found, truth, log = graphed
+    call = inputs(truth.unet)
+    replays = []
+    for twins in (True, True, False, False, True, True):
+        other = inputs(truth.unet, twins=twins)["latents"]
+        log.clear()
+        same(found(**call | {"latents": other}), truth(**call | {"latents": other}))
+        replays.append([graph for name, graph, *_ in log if name == "replay"])
+    twice, plain = replays[0][0], replays[3][0]
+    assert twice is not plain
+    assert replays == [[twice], [twice], [twice, plain], [plain], [plain], [twice]]
+
+
+def test_halves_are_twins_by_their_bits():
+    half = torch.randn(2, 4, 8, 8)
+    half[0, 0, 0, 0] = torch.nan
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        one = half.to(dtype).to(memory_format=torch.channels_last)
+        other = one.clone()
+        assert compiled._same_halves(torch.cat([one, other]))
+        other[1, 3, 7, 7] += 0.5
+        assert not compiled._same_halves(torch.cat([one, other]))
+
+
+def test_no_map_is_made_where_nothing_is_selected(graphed):
+    found, truth, log = graphed
+    call = inputs(truth.unet) | {"select": None, "prior": None, "first_conditional": 2}
+    for _ in range(2):
+        noise, *levels = found(**call)
+        plain = truth.unet(call["latents"], call["timestep"], call["encoder_hidden_states"]).sample
+        assert relative(noise, plain) < 1e-5 and levels == [{}, {}]
+    assert asked(log, "capture", "replay") == ["capture", "replay", "replay"]
+
+
+class Adapted(nn.Module):
+    """A layer with an adapter beside it, as peft has it."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer, self.scaling = base_layer, {"default": 1.0}
+
+    def forward(self, x):
+        return self.base_layer(x) * self.scaling["default"]
+
+
+def change_scaling(unet):
+    unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_q.scaling["default"] = 3.0
+
+
+def adapt(unet):
+    attn = unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    attn.to_q = Adapted(attn.to_q)
+
+
+def move(unet):
+    unet.conv_out.weight.data = unet.conv_out.weight.data * 2
+
+
+def replace_norm(unet):
+    unet.conv_norm_out = nn.GroupNorm(4, unet.config.block_out_channels[0])
+
+
+def replace_keys(unet):
+    attn = unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    attn.to_k.weight = nn.Parameter(attn.to_k.weight * 2)
+
+
+def free_u(unet):
+    unet.enable_freeu(0.5, 0.4, 1.5, 2)
+
+
+def attach(unet):
+    unet.conv_in.shift = torch.randn(3)
+
+
+def test_a_unet_that_has_changed_is_captured_again(graphed):
+    found, truth, log = graphed
+    call, unet = inputs(truth.unet), truth.unet
+    found(**call)
+    changes = (adapt, change_scaling, move, replace_norm, replace_keys, free_u, attach, attach)
+    for change in changes:
+        log.clear()
+        change(unet)
+        for _ in range(2):
+            same(found(**call), truth(**call))
+        assert asked(log, "synchronize", "capture", "replay") == ["synchronize", "capture", "replay", "replay"]
+
+
+def test_one_graph_serves_calls_with_and_without_inference_mode(graphed):
+    found, truth, log = graphed
+    for inference in (True, False, True):
+        with torch.inference_mode(inference), torch.no_grad():
+            call = inputs(truth.unet)
+            same(found(**call), truth(**call))
+    assert asked(log, "capture") == ["capture"]
+
+
+def test_what_a_graph_would_lose_is_not_drawn_by_one(monkeypatch):
+    latents = SimpleNamespace(is_cuda=True)
+    with torch.no_grad():
+        assert compiled._by_graph(latents) and not compiled._by_graph(torch.zeros(1))
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+        assert not compiled._by_graph(latents)
+    monkeypatch.undo()
+    assert not compiled._by_graph(latents)
+
+
+def test_a_timestep_on_the_cpu_keeps_its_type():
+    for given, dtype in ((7, torch.int64), (7.5, torch.float32), (torch.tensor([7]), torch.int64)):
+        found = compiled._scalar(given, torch.device("meta"))
+        assert found.shape == () and found.dtype == dtype and found.device.type == "meta"
+    there = torch.tensor([3, 3])
+    assert compiled._scalar(there, there.device) == 3
+
+
+def test_a_pipeline_draws_by_graphs_what_it_draws_without(tiny_sd):
+    pipe, prompts = copy.deepcopy(tiny_sd), ["a photo of the dog", "a photo of the red cat"]
+    with collect_maps(pipe, ["photo"]) as eager:
+        images = draw(pipe, prompts, steps=6)
+    with fake_cuda() as log:
+        compile_pipe(pipe)
+        for _ in range(2):
+            with collect_maps(pipe, ["photo"]) as maps:
+                assert np.abs(draw(pipe, prompts, steps=6) - images).max() < 1e-4
+            assert relative(maps.class_maps(), eager.class_maps()) < 1e-4
+    # without and with a prior, once for both runs
+    assert asked(log, "capture", "replay") == [
+        *["capture", *4 * ["replay"]],
+        "capture",
+        *2 * ["replay"],
+        *6 * ["replay"],
+    ]
 
 
 @pytest.mark.slow

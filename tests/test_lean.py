@@ -73,6 +73,18 @@ def test_what_is_found_is_the_plain_units(size, twins):
     assert not any("forward" in vars(module) for module in unet.modules())
 
 
+@torch.no_grad()
+def test_nothing_selected_makes_no_maps():
+    unet = make_unet()
+    call, lean = inputs(unet) | {"select": None, "prior": None}, LeanUNet(unet)
+    truth = unet(call["latents"], call["timestep"], call["encoder_hidden_states"]).sample
+    for denoise in (lean, UNetWithMaps(unet)):
+        noise, *levels = denoise(**call)
+        assert relative(noise, truth) < 1e-5 and levels == [{}, {}]
+    twins = lean(**call, first_conditional=2, twins=True, text=lean.text(call["encoder_hidden_states"]))
+    assert relative(twins[0], truth) < 1e-5 and twins[1:] == ({}, {})
+
+
 def test_each_saving_takes_products_away():
     unet = make_unet()
     call, lean = inputs(unet), LeanUNet(unet)
@@ -324,8 +336,8 @@ def test_compiled_twins_and_text_are_found_by_looking(monkeypatch):
     found, truth, seen = CompiledDenoiser(unet), UNetWithMaps(unet), []
     monkeypatch.setattr(found, "model", LeanUNet(unet))  # what it asks for, not what a compiler makes of it
     monkeypatch.setattr(found.model, "text", lambda states: seen.append(states) or LeanUNet.text(found.model, states))
-    run = found._run
-    monkeypatch.setattr(found, "_run", lambda given: (asked.append(given["twins"]), run(given))[1])
+    run = found.model.forward
+    monkeypatch.setattr(found.model, "forward", lambda **given: (asked.append(given["twins"]), run(**given))[1])
     asked: list[bool] = []
     call = inputs(unet, images=3)
     for _ in range(2):

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -54,7 +55,7 @@ def call_of(takes_shapes=True):
     engine.create_runtime_config.return_value, engine.create_execution_context.return_value = config, context
     context.update_device_memory_size_for_shapes.return_value = 1000
     context.set_input_shape.return_value = takes_shapes
-    stream = SimpleNamespace(device=torch.device("cpu"), cuda_stream=7)
+    stream = SimpleNamespace(device=torch.device("cpu"), cuda_stream=7, synchronize=lambda: None)
     given, taken = {"x": torch.zeros(2, 3)}, {"y": torch.empty(4)}
     return tensorrt_session._Call(trt, engine, keeping_logger(trt), stream, given, taken), context, config
 
@@ -75,6 +76,18 @@ def test_a_call_of_rtx_gives_shapes_then_memory_for_them_then_addresses():
     context.execute_async_v3.return_value = False
     with pytest.raises(DiffuMaskError, match="could not run .*smaller --batch-size"):
         call.launch()
+
+
+def test_another_thread_may_allocate_while_a_call_is_captured(monkeypatch):
+    monkeypatch.setattr(tensorrt_session, "is_rtx", lambda _: False)
+    monkeypatch.setattr(tensorrt_session.torch.cuda, "CUDAGraph", Mock)
+    graph = Mock(return_value=nullcontext())
+    monkeypatch.setattr(tensorrt_session.torch.cuda, "graph", graph)
+    call, context, _ = call_of()
+    assert graph.call_args.kwargs["capture_error_mode"] == "thread_local"
+    assert context.execute_async_v3.call_count == 2  # once before the capture, once in it
+    call.launch()
+    assert context.execute_async_v3.call_count == 2 and call._graph.replay.call_count == 1
 
 
 def test_a_shape_that_the_engine_refuses_is_named():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffumask_fast.attention.forwards import cheaper_forwards, has_amx, swapped
 from diffumask_fast.attention.processor import MapProcessor, draws_like
 from diffumask_fast.attention.tap import Levels, Tap
-from diffumask_fast.attention.unet import UNetWithMaps
+from diffumask_fast.attention.unet import UNetWithMaps, first_row
 from diffumask_fast.kernels.attend import cpp_takes
 
 KeysValues = Sequence[tuple[Tensor, Tensor]]
@@ -52,7 +52,7 @@ class LeanUNet(UNetWithMaps):
         latents: Tensor,
         timestep: Tensor | float,
         encoder_hidden_states: Tensor,
-        select: Tensor,
+        select: Tensor | None,
         prior: Levels | None = None,
         added: dict[str, Any] | None = None,
         *,
@@ -72,7 +72,7 @@ class LeanUNet(UNetWithMaps):
                 text, are the same.
             weights: what TransformedWeights has of the UNet; on the CPU only.
         """
-        first = latents.shape[0] - select.shape[0] if first_conditional is None else first_conditional
+        first = first_row(latents, select, first_conditional)
         tap = _LeanTap(self.places, select, prior or {}, first)
         if text is not None:
             tap.text = dict(zip(self._cross(), text, strict=True))

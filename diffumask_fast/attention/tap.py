@@ -22,7 +22,7 @@ class Tap:
     Neither a dict nor a tuple, so that offload hooks pass it on uncopied.
     """
 
-    def __init__(self, places: Mapping[nn.Module, Place], select: Tensor, prior: Levels, first: int) -> None:
+    def __init__(self, places: Mapping[nn.Module, Place], select: Tensor | None, prior: Levels, first: int) -> None:
         self.places = places
         self.select = select
         self.prior = prior

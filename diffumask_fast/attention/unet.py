@@ -35,7 +35,7 @@ class UNetWithMaps(nn.Module):
         latents: Tensor,
         timestep: Tensor | float,
         encoder_hidden_states: Tensor,
-        select: Tensor,
+        select: Tensor | None,
         prior: Levels | None = None,
         added: Mapping[str, Any] | None = None,
         *,
@@ -49,11 +49,11 @@ class UNetWithMaps(nn.Module):
             latents: [B, C, h, w].
             timestep: of the step.
             encoder_hidden_states: [B, T, E].
-            select: [Bc, T, K] fp32, the weight of each token in each phrase.
+            select: [Bc, T, K] fp32, the weight of each token in each phrase; None makes no maps.
             prior: level -> [Bc, M, N] fp32, what to propagate; a level that is absent is not propagated.
             added: the UNet's added_cond_kwargs (SDXL).
             first_conditional: the rows first_conditional : first_conditional + Bc are the conditional ones; None: the
-                last ones.
+                last ones, or all of them where nothing is selected.
             cross_attention_kwargs: what else the attention layers are to get.
             unet_kwargs: what else the UNet is to get.
 
@@ -61,7 +61,7 @@ class UNetWithMaps(nn.Module):
             noise_pred [B, C, h, w]; maps, level -> [Bc, K, N] fp32, mean over heads and layers; propagated, level ->
             [Bc, M, N] fp32 with the keys of prior, mean over heads and layers of self-attention @ prior.
         """
-        first = latents.shape[0] - select.shape[0] if first_conditional is None else first_conditional
+        first = first_row(latents, select, first_conditional)
         tap = Tap(self.places, select, prior or {}, first)
         return self.run(tap, latents, timestep, encoder_hidden_states, added, cross_attention_kwargs, **unet_kwargs)
 
@@ -87,7 +87,7 @@ class UNetWithMaps(nn.Module):
                 **unet_kwargs,
             )[0]
         propagated = {key: tap.propagated[key] for key in self.keys if key in tap.propagated}
-        return noise_pred, {key: tap.maps[key] for key in self.keys}, propagated
+        return noise_pred, {key: tap.maps[key] for key in self.keys if tap.select is not None}, propagated
 
     def _unet(self) -> Any:
         """Return the UNet, under a compiler its forward: what stands at its __call__ then is not to be traced."""
@@ -99,6 +99,13 @@ class UNetWithMaps(nn.Module):
         if draws_like(attn) or (by_xformers and torch.compiler.is_compiling()):  # which cannot look into xformers
             return self.processor
         return (XFormersMapProcessor if by_xformers else beside)(attn.processor, self.processor.impl)
+
+
+def first_row(latents: Tensor, select: Tensor | None, first_conditional: int | None) -> int:
+    """Return the first conditional row: as given, else that of the last rows, which `select` counts."""
+    if first_conditional is not None:
+        return first_conditional
+    return 0 if select is None else latents.shape[0] - select.shape[0]
 
 
 def attention_places(unet: nn.Module) -> dict[nn.Module, Place]:

@@ -7,6 +7,7 @@ from diffumask_fast.kernels.guided_filter import GuidedFilter, box_mean
 
 BINS = 16  # per channel
 BLUR = 1.2  # bins
+ONE = 1 << 24  # the weight 1, among the whole numbers that are added
 FLOOR = 1e-4  # share of a bin that nobody was seen in
 SLOPE = 16.0  # of the logit at the threshold, in units of the map
 STEEPEN = 8.0
@@ -43,7 +44,9 @@ def sharpen_by_colour(maps: Tensor, threshold: Tensor, guide: Tensor, *, steps: 
     prior = (maps - threshold[..., None, None]) * SLOPE
     bins = (guide * BINS).long().clamp(0, BINS - 1)
     index = ((bins[:, 0] * BINS + bins[:, 1]) * BINS + bins[:, 2]).flatten(1)  # [B, H*W]
-    index = index[:, None].expand(-1, maps.shape[1], -1)
+    index = index[:, None]
+    pixels = index.new_zeros(len(index), 1, BINS**3).scatter_add_(2, index, torch.ones_like(index))
+    index = index.expand(-1, maps.shape[1], -1)
     place = torch.arange(BINS, device=maps.device, dtype=torch.float32)
     blur = torch.exp(-(place[:, None] - place).square() / (2 * BLUR**2))
     blur = blur / blur[BINS // 2].sum()
@@ -52,7 +55,7 @@ def sharpen_by_colour(maps: Tensor, threshold: Tensor, guide: Tensor, *, steps: 
         if step:
             inside = ((inside - 0.5) * STEEPEN).sigmoid()
         if step < steps:
-            inside = (prior + _log_ratio(inside.flatten(2), index, blur).view_as(prior)).sigmoid()
+            inside = (prior + _log_ratio(inside.flatten(2), index, pixels, blur).view_as(prior)).sigmoid()
         smoothed = smooth(inside).clamp(0, 1)
         inside = smoothed if step < steps else inside.lerp(smoothed, texture)
     return inside * (maps.amax((2, 3), keepdim=True) > 0)
@@ -70,14 +73,15 @@ def _texture(guide: Tensor, radius: int) -> Tensor:
     return box_mean(energy / (energy + FLAT), radius)
 
 
-def _log_ratio(inside: Tensor, index: Tensor, blur: Tensor) -> Tensor:
-    """Return the log ratio [B, K, H*W] of each pixel's colour's share inside and outside."""
+def _log_ratio(inside: Tensor, index: Tensor, pixels: Tensor, blur: Tensor) -> Tensor:
+    """Return the log ratio [B, K, H*W] of each pixel's colour's share inside and outside; `pixels` counts all."""
+    # the sum of whole numbers is the same in any order; CUDA adds those of a bin in a new order each time
+    counts = index.new_zeros(*inside.shape[:2], BINS**3).scatter_add_(2, index, (inside * ONE).long())
     shares = []
-    for weight in (inside, 1 - inside):
-        counts = weight.new_zeros(*weight.shape[:2], BINS**3).scatter_add_(2, index, weight)
-        counts = counts / counts.sum(2, keepdim=True).clamp(min=1e-12)
-        counts = counts.unflatten(2, (BINS, BINS, BINS))
+    for found in (counts, pixels * ONE - counts):
+        share = found.float() / found.sum(2, keepdim=True).clamp(min=1)
+        share = share.unflatten(2, (BINS, BINS, BINS))
         for _ in range(3):
-            counts = (counts @ blur).movedim(-1, 2)
-        shares.append(counts.flatten(2) + FLOOR)
+            share = (share @ blur).movedim(-1, 2)
+        shares.append(share.flatten(2) + FLOOR)
     return (shares[0] / shares[1]).log().gather(2, index)
