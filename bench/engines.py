@@ -1,17 +1,21 @@
-"""What the other engines take beside eager torch, for the same drawing with the same model."""
+"""What other engines take beside eager torch for the same drawing, and xformers' self-attention beside torch's."""
 
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
 
+from diffumask_fast.attention.choice import check_attention
 from diffumask_fast.attention.forwards import swapped
-from diffumask_fast.bench.harness import compare
+from diffumask_fast.bench.geometries import check_geometry, cross_layers
+from diffumask_fast.bench.harness import compare, race
 from diffumask_fast.bench.rows import environment, row
 from diffumask_fast.bench.sides import Sides
 from diffumask_fast.errors import DiffuMaskError
@@ -22,7 +26,7 @@ logger = logging.getLogger("diffumask_fast")
 
 SUITE = "engines"
 MODELS = {"mini": "mini"}
-ENGINES = ("compile", "compile_bf16", "onnx", "tensorrt", "tensorrt-rtx")
+ENGINES = ("compile", "compile_bf16", "onnx", "tensorrt", "tensorrt-rtx", "xformers")
 
 
 def run(
@@ -40,7 +44,7 @@ def run(
     """Measure the engines against eager torch: the plain denoising, that with maps and propagation, finished masks.
 
     Args:
-        geometry: which model; "mini" is the embedded one.
+        geometry: which model; "mini" is the embedded one. Of the others, xformers' layers alone are measured.
         device: "auto", "cpu" or "cuda".
         model: another model folder of the same geometry.
         engine_path: an exported engine, for the one that is exported; None exports one and throws it away.
@@ -53,25 +57,29 @@ def run(
 
     Returns:
         Rows `<engine>_plain`, `<engine>_maps` and `<engine>_masks` for each number of threads, as each is finished;
-        below 1 the engine is the quicker one. The plain rows of compile are of diffusers' UNet under torch.compile.
+        below 1 the engine is the quicker one. The plain rows of compile are of diffusers' UNet under torch.compile. For
+        xformers, `xformers_self_attention` of each self-attention layer and of all, over torch's SDPA.
 
     Raises:
         DiffuMaskError: an unknown geometry or engine, a library that is missing, one engine_path for two engines.
     """
-    if geometry not in MODELS:
-        raise DiffuMaskError(f"There is no geometry {geometry}: use {', '.join(MODELS)}.")
+    check_geometry(geometry)
     if unknown := [name for name in engines or () if name not in ENGINES]:
         raise DiffuMaskError(f"There is no engine {unknown[0]} to compare: use {', '.join(ENGINES)}.")
     where = resolve_device(device)
     checks, threads = _checks(where, engine_path is None), threads or ((1, 2) if where.type == "cpu" else (1,))
     if engines is None:
-        engines = [name for name in checks if _works(name, checks[name])]
-    if engine_path is not None and sum(not name.startswith("compile") for name in engines) > 1:
+        possible = checks if geometry in MODELS else ("xformers",)
+        engines = [name for name in possible if _works(name, checks[name])]
+    exported = [name for name in engines if not name.startswith("compile") and name != "xformers"]
+    if engine_path is not None and len(exported) > 1:
         raise DiffuMaskError("An engine path is one engine's: name that engine alone.")
     for name in engines:
+        if geometry not in MODELS and name != "xformers":
+            raise DiffuMaskError(f"There is no geometry {geometry} of {name}: use {', '.join(MODELS)}.")
         checks[name]()
     config = {"geometry": geometry, "batch": batch, "num_inference_steps": steps or 3}
-    return _rows(model or MODELS[geometry], where, engine_path, engines, pairs, threads, config)
+    return _rows(model or MODELS.get(geometry), where, engine_path, engines, pairs, threads, config)
 
 
 def _checks(where: torch.device, exports: bool) -> dict[str, Callable[[], Any]]:
@@ -103,6 +111,7 @@ def _checks(where: torch.device, exports: bool) -> dict[str, Callable[[], Any]]:
         "onnx": onnx,
         "tensorrt": partial(tensorrt, "tensorrt"),
         "tensorrt-rtx": partial(tensorrt, "tensorrt-rtx"),
+        "xformers": partial(check_attention, "xformers", "torch", where),
     }
 
 
@@ -120,6 +129,9 @@ def _rows(model, where, engine_path, engines, pairs, threads, config) -> Iterato
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for engine in engines:
+            if engine == "xformers":
+                yield from _self_attention(config["geometry"], where, config["batch"], pairs)
+                continue
             path = engine_path
             if path is None and not engine.startswith("compile"):
                 path = folder / engine
@@ -140,6 +152,25 @@ def _rows(model, where, engine_path, engines, pairs, threads, config) -> Iterato
                 for name, two in calls.items():
                     ratio = compare(*two, pairs=pairs, device=str(where), threads=count)
                     yield row(SUITE, f"{engine}_{name}", ratio, config=facts)
+
+
+@torch.no_grad()
+def _self_attention(geometry: str, where: torch.device, batch: int, pairs: int | None) -> Iterator[dict]:
+    """Time a guided batch's self-attention layers; each stands before a cross-attention of the same heads."""
+    dtype, total = torch.float32 if where.type == "cpu" else torch.float16, {"xformers": 0.0, "sdpa": 0.0}
+    config = {"geometry": geometry, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
+    config |= environment(str(where)) | {"xformers": metadata.version("xformers")}
+    for (pixels, heads, head_dim), count in cross_layers(geometry).items():
+        layer = Attention(heads * head_dim, heads=heads, dim_head=head_dim).to(where, dtype)
+        hidden = torch.randn(2 * batch, pixels, heads * head_dim, device=where, dtype=dtype)
+        processors = {"xformers": XFormersAttnProcessor(), "sdpa": AttnProcessor2_0()}
+        calls = {name: partial(processor, layer, hidden) for name, processor in processors.items()}
+        done = race(calls, control="sdpa", pairs=pairs, device=str(where), warmup=3)
+        total = {name: seconds + count * done.seconds(name) for name, seconds in total.items()}
+        case = {"case": f"{pixels}x{heads}x{head_dim}", "layers": count}
+        yield row(SUITE, "xformers_self_attention", done.ratio("xformers", "sdpa"), config=config | case)
+    case = {"case": "all layers", "layers": sum(cross_layers(geometry).values()), "baseline_s": total["sdpa"]}
+    yield row(SUITE, "xformers_self_attention", total["xformers"] / total["sdpa"], config=config | case)
 
 
 def _export(model: str | Path, path: Path, engine: str, dtype: str, batch: int) -> None:

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 
+from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.bench import end_to_end, sdpa
 from diffumask_fast.bench.geometries import check_geometry, cross_layers, open_geometry, unet_config
 from diffumask_fast.bench.harness import GRAPH_CALLS, Race, compare, race
 from diffumask_fast.bench.rows import environment, row
 from diffumask_fast.bench.sides import Sides
-from diffumask_fast.compiled import compile_pipe
+from diffumask_fast.compiled import CompiledDenoiser, compile_pipe
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels import attend, bilateral_norm, guided_filter, mean_field
 from diffumask_fast.loading import resolve_device
@@ -25,9 +26,10 @@ from diffumask_fast.masks.threshold import otsu
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 SUITE = "goals"
-PARTS = ("sdpa", "attention", "refinement", "denoising", "stock")
+PARTS = ("sdpa", "attention", "refinement", "denoising", "graphs", "stock")
 BATCHES = (8, 32)  # of the denoising
 TOKENS, PHRASES = 77, 2
+PROPAGATED = 1024  # the most cells of a level that is propagated by default
 REFINEMENT_CALLS = 4  # in a graph: their temporaries are large
 PLAIN = "sdpa_without_maps"
 CRF = {"window": 11, "bilateral": (10.0, 80.0, 13.0), "gaussian": (3.0, 3.0)}
@@ -61,7 +63,8 @@ def run(
         layer and for all of them, over SDPA without maps: `attend_over_...` (the fused kernel), `sdpa_maps_over_...`
         (SDPA and the maps-only kernel), `columns_over_...` (SDPA with the columns in the values); `attend_copy_share`.
         `guided_filter_and_otsu`, `mean_field` and `make_masks` in milliseconds for an image; the `end_to_end` rows
-        `maps_overhead` and `propagation_overhead` (maps on, as by default) at each batch; `speedup_over_stock`,
+        `maps_overhead` and `propagation_overhead` (maps on, as by default) at each batch; `unet_maps_overhead` and
+        `unet_propagation_overhead`, a UNet call of the engine with maps over one without; `speedup_over_stock`,
         diffusers' images without maps over ours with masks.
 
     Raises:
@@ -89,6 +92,8 @@ def _rows(geometry, where, parts, batch, batches, steps, pairs, engine) -> Itera
     for size in batches if "denoising" in parts else ():
         names, pipe = ("maps_overhead", "propagation_overhead"), opened()
         yield from end_to_end.run(geometry, str(where), names=names, batch=size, steps=steps, pairs=pairs, pipe=pipe)
+    if "graphs" in parts:
+        yield from _unet_calls(opened(), where, max(1, batch // 2), pairs, engine, shared)
     if "stock" in parts:
         yield _stock(opened(), where, max(1, batch // 2), steps or 20, pairs, engine, shared)
 
@@ -183,6 +188,31 @@ def _per_image(name: str, done: Race, form: str, images: int, config: dict) -> d
     config = {**config, "clock": done.clock}
     value = 1e3 * done.seconds(form) / images
     return row(SUITE, name, value, unit="ms/image", low=times[0], high=times[-1], n=len(times), config=config)
+
+
+def _unet_calls(pipe, where, batch, pairs, engine, shared) -> Iterator[dict]:
+    """Compare one UNet call of a guided batch with maps, and with propagation, to the same engine's without maps."""
+    unet, rng = copy.deepcopy(pipe.pipe.unet), torch.Generator().manual_seed(0)
+    if engine == "compile":
+        denoiser = CompiledDenoiser(unet.to(memory_format=torch.channels_last))
+    else:
+        denoiser = UNetWithMaps(unet)
+    side, width = unet.config.sample_size, unet.config.cross_attention_dim
+    latents = torch.randn(batch, unet.config.in_channels, side, side, generator=rng).repeat(2, 1, 1, 1)
+    states = torch.randn(2 * batch, TOKENS, width, generator=rng)
+    latents, states = (x.to(where, unet.dtype) for x in (latents, states))
+    select = torch.rand(batch, TOKENS, PHRASES, generator=rng).to(where)
+
+    @torch.no_grad()
+    def call(columns, prior=None):
+        return denoiser(latents, 500, states, columns, prior)
+
+    prior = {level: maps for level, maps in call(select)[1].items() if maps.shape[-1] <= PROPAGATED}
+    calls = {"plain": lambda: call(None), "maps": lambda: call(select), "propagation": lambda: call(select, prior)}
+    done = race(calls, control="plain", pairs=pairs, device=str(where), warmup=2)
+    config = {**shared, "batch": batch, "engine": engine, "dtype": str(unet.dtype).removeprefix("torch.")}
+    for name in ("maps", "propagation"):
+        yield row(SUITE, f"unet_{name}_overhead", done.ratio(name, "plain"), config={**config, "case": engine})
 
 
 def _stock(pipe, where, batch, steps, pairs, engine, shared) -> dict:

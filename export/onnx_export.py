@@ -22,6 +22,7 @@ from diffumask_fast.export.check import check_part
 from diffumask_fast.export.graphs import OPSET, Call, decode_call, text_call, unet_call, unet_factor, write_graph
 from diffumask_fast.export.limits import Limits
 from diffumask_fast.export.manifest import Manifest, Part, hash_files, versions, write_manifest
+from diffumask_fast.export.session import extra
 from diffumask_fast.loading import DTYPES, ModelInfo, file_hashes, find_model, load_pipe, says_force_upcast
 
 EXTERNAL_BYTES = 2**29
@@ -222,4 +223,6 @@ def need_exporter() -> None:
         try:
             importlib.import_module(library)
         except ImportError as error:
-            raise DiffuMaskError(f"Export needs {library} ({error}): pip install 'diffumask-fast[onnx]'.") from error
+            raise DiffuMaskError(
+                f"Export needs {library} ({error}): pip install 'diffumask-fast[{extra()}]'."
+            ) from error

@@ -47,6 +47,11 @@ def installed() -> list[str]:
     return [name for name in PACKAGES if any(metadata.distributions(name=name))]
 
 
+def extra() -> str:
+    """Name the extra whose ONNX Runtime is here, so that advice to install it brings no second one."""
+    return "gpu" if "onnxruntime-gpu" in installed() else "onnx"
+
+
 class Runs(Protocol):
     """What answers for a graph: `Session`, or `TensorRTSession`."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.export.session import extra
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx_bindings"}
 
@@ -23,7 +24,7 @@ def library(flavour: str) -> Any:
     except (ImportError, OSError) as error:
         name = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}[flavour]
         raise DiffuMaskError(
-            f"{name} cannot be imported ({error}): on Linux, pip install 'diffumask-fast[onnx,{flavour}]'."
+            f"{name} cannot be imported ({error}): on Linux, pip install 'diffumask-fast[{extra()},{flavour}]'."
         ) from error
 
 

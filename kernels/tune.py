@@ -162,7 +162,9 @@ def _attend(
 
     def with_maps(config: dict[str, int]) -> None:
         attend_sdpa.attend(q, k, v, None, heads=heads, scale=shared["scale"])
-        attend_triton.attend_maps(q, k, select, maps, **shared, config=config)
+        attend_triton.attend_maps(
+            q[IMAGES:], k[IMAGES:], select, maps, heads=heads, scale=shared["scale"], config=config
+        )
 
     def plain() -> None:
         maps.add_(attend_sdpa.attend(q, k, v, select, **shared)[1])

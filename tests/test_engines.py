@@ -30,6 +30,25 @@ def test_what_does_not_work_here_is_left_out_or_said(caplog):
         engines.run("mini", "cpu", engines=["tensorrt"])
 
 
+def test_xformers_self_attention_of_each_layer_over_sdpa(monkeypatch, xformers):
+    monkeypatch.setattr(engines, "check_attention", lambda *given: None)
+    monkeypatch.setattr(engines.metadata, "version", lambda name: "0.0.35")
+    rows = list(engines.run("mini", "cpu", engines=["xformers"], batch=1, pairs=1))
+    assert [(row["config"]["case"], row["config"]["layers"]) for row in rows][-1] == ("all layers", 10)
+    assert len(rows) == 4 and {row["name"] for row in rows} == {"xformers_self_attention"}
+    layers, last = rows[:-1], rows[-1]
+    for row in layers:
+        pixels, heads, head_dim = map(int, row["config"]["case"].split("x"))
+        assert any(one["query"].shape == (2 * heads, pixels, head_dim) for one in xformers)
+        assert row["value"] > 0 and row["config"]["xformers"] == "0.0.35"
+    assert min(row["config"]["raw"] for row in layers) <= last["value"] <= max(row["config"]["raw"] for row in layers)
+
+
+def test_xformers_is_left_out_with_a_line_where_it_does_not_draw(caplog):
+    assert list(engines.run("sd15", "cpu")) == []
+    assert "xformers is left out: xformers draws on CUDA alone" in caplog.text
+
+
 def test_a_ratio_is_the_engine_over_eager(tiny_folder, monkeypatch):
     sides = []
     monkeypatch.setattr(engines, "_plain", lambda sides: sides.pipe.engine_name)
@@ -46,7 +65,9 @@ def test_an_engine_path_is_one_engines():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(DiffuMaskError, match="no geometry sd15: use mini"):
-        engines.run("sd15")
+    with pytest.raises(DiffuMaskError, match="no geometry sd15 of onnx: use mini"):
+        engines.run("sd15", "cpu", engines=["onnx"])
+    with pytest.raises(DiffuMaskError, match="no geometry sd3"):
+        engines.run("sd3", "cpu")
     with pytest.raises(DiffuMaskError, match="no engine warp to compare: use compile"):
         engines.run("mini", "cpu", engines=["warp"])

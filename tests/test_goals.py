@@ -42,6 +42,12 @@ def test_maps_on_and_off_at_each_batch_and_whole_runs_against_diffusers(rows):
     assert stock["config"]["mask"]["refine"] == "guided" and 0 < stock["value"] < 3
 
 
+def test_a_unet_call_with_maps_is_compared_with_the_same_engines_without(rows):
+    for name in ("unet_maps_overhead", "unet_propagation_overhead"):
+        (row,) = named(rows, name)
+        assert row["config"]["engine"] == "torch" and row["config"]["batch"] == 1 and 0.5 < row["value"] < 3
+
+
 def test_refinement_is_timed_for_an_image_in_each_form_that_runs_here(rows):
     for name, images, case in (
         ("guided_filter_and_otsu", 2, "torch"), ("mean_field", 1, "torch"), ("make_masks", 2, "auto"),

@@ -6,6 +6,7 @@ import torch
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export import session
+from diffumask_fast.export.onnx_export import need_exporter
 from diffumask_fast.export.session import Session, runtime
 
 CPU = torch.device("cpu")
@@ -21,6 +22,15 @@ def test_a_library_that_was_half_removed_says_how_to_mend_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", ModuleType("onnxruntime"))
     with pytest.raises(DiffuMaskError, match=r"InferenceSession.*pip uninstall -y onnxruntime onnxruntime-gpu, then"):
         runtime()
+
+
+@pytest.mark.parametrize("found, named", [(["onnxruntime-gpu"], "[gpu]"), (["onnxruntime"], "[onnx]"), ([], "[onnx]")])
+def test_advice_brings_no_second_runtime(monkeypatch, found, named):
+    monkeypatch.setattr(session, "installed", lambda: found)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(DiffuMaskError, match="pip install") as caught:
+        need_exporter()
+    assert f"'diffumask-fast{named}'" in str(caught.value)
 
 
 def test_a_graph_that_two_libraries_in_one_module_cannot_run_says_so(tmp_path, monkeypatch):
