@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 
+from diffumask_fast.attention.store import MAX_PROPAGATED_PIXELS
 from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.bench import end_to_end, sdpa
 from diffumask_fast.bench.geometries import check_geometry, cross_layers, open_geometry, unet_config
@@ -29,7 +30,7 @@ SUITE = "goals"
 PARTS = ("sdpa", "attention", "refinement", "denoising", "graphs", "stock")
 BATCHES = (8, 32)  # of the denoising
 TOKENS, PHRASES = 77, 2
-PROPAGATED = 1024  # the most cells of a level that is propagated by default
+
 REFINEMENT_CALLS = 4  # in a graph: their temporaries are large
 PLAIN = "sdpa_without_maps"
 CRF = {"window": 11, "bilateral": (10.0, 80.0, 13.0), "gaussian": (3.0, 3.0)}
@@ -207,7 +208,7 @@ def _unet_calls(pipe, where, batch, pairs, engine, shared) -> Iterator[dict]:
     def call(columns, prior=None):
         return denoiser(latents, 500, states, columns, prior)
 
-    prior = {level: maps for level, maps in call(select)[1].items() if maps.shape[-1] <= PROPAGATED}
+    prior = {level: maps for level, maps in call(select)[1].items() if maps.shape[-1] <= MAX_PROPAGATED_PIXELS}
     calls = {"plain": lambda: call(None), "maps": lambda: call(select), "propagation": lambda: call(select, prior)}
     done = race(calls, control="plain", pairs=pairs, device=str(where), warmup=2)
     config = {**shared, "batch": batch, "engine": engine, "dtype": str(unet.dtype).removeprefix("torch.")}
