@@ -206,7 +206,7 @@ def _unet_calls(pipe, where, batch, pairs, engine, shared) -> Iterator[dict]:
 
     @torch.no_grad()
     def call(columns, prior=None):
-        return denoiser(latents, 500, states, columns, prior)
+        return denoiser(latents, 500, states, columns, prior, first_conditional=batch)
 
     prior = {level: maps for level, maps in call(select)[1].items() if maps.shape[-1] <= MAX_PROPAGATED_PIXELS}
     calls = {"plain": lambda: call(None), "maps": lambda: call(select), "propagation": lambda: call(select, prior)}

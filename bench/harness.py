@@ -14,6 +14,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diffumask_fast.kernels.tune import graphed
+
 CPU_PAIRS = 14
 CUDA_PAIRS = 10
 CPU_CLOCK, CUDA_CLOCK, GRAPH_CLOCK = "process CPU time", "CUDA events", "CUDA events, graph replays"
@@ -152,25 +154,6 @@ def race(
         times = _time_rounds(timed, rounds, _cuda_seconds if cuda else _cpu_seconds)
     times = {name: [seconds / max(1, calls) for seconds in found] for name, found in times.items()}
     return Race(times, control, GRAPH_CLOCK if calls else CUDA_CLOCK if cuda else CPU_CLOCK)
-
-
-def graphed(workload: Workload, calls: int = GRAPH_CALLS) -> Workload:
-    """Capture calls of a workload in one CUDA graph and return its replay: no time of the host is in it.
-
-    Args:
-        workload: what it launches must be the same each time, and must not wait for the GPU.
-        calls: in the graph.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        workload()  # lets libraries allocate what a capture cannot
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            workload()
-    return graph.replay
 
 
 def third_smallest(times: Sequence[float]) -> float:

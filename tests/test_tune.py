@@ -99,6 +99,8 @@ def small(monkeypatch):
     monkeypatch.setattr(tune, "IMAGES", 1)
     monkeypatch.setattr(tune, "SIDE", 16)
     monkeypatch.setattr(tune, "RADII", {2: [1, 16]})
+    monkeypatch.setattr(tune, "CALLS", 1)
+    monkeypatch.setattr(tune, "REPLAYS", 1)
 
 
 def test_every_case_runs_and_its_facts_find_its_entries(small):
@@ -128,6 +130,14 @@ def test_what_is_finished_is_written_for_the_architecture_or_the_device(small, t
     assert list(found) == ["attend", "attend_maps", "guided_filter"]
     assert json.loads(file.read_text())[key] == found and ("sm_90" == key) != only_this_device
     assert len(written) == 2 and b"guided_filter" not in written[0].split(key.encode())[1].split(b'"*"')[0]
+
+
+def test_a_time_is_that_of_a_call_in_a_replayed_graph(monkeypatch):
+    monkeypatch.setattr(tune, "CALLS", 4)
+    with stand_in():
+        x = torch.zeros(1, device="cuda")
+        seconds = tune._milliseconds(lambda: x.add_(1)) / 1000
+        assert x.item() == 1 + 4 + 4 * tune.REPLAYS and 0 < seconds < 0.1
 
 
 def test_several_processes_share_the_configurations(small, monkeypatch):

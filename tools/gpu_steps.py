@@ -31,6 +31,7 @@ def smallest() -> dict:
     goals.cross_layers = sdpa.cross_layers = lambda geometry: Counter({(16, 2, 16): 1})
     goals.unet_config = lambda geometry: {"sample_size": 4}
     tuning.LAYERS, tuning.IMAGES, tuning.SIDE, tuning.RADII = [(16, 2, 16)], 1, 16, {2: [1, 16]}
+    tuning.CALLS = tuning.REPLAYS = 1
     return {"batch": 2, "batches": (1,), "steps": STEPS, "pairs": 1}
 
 
