@@ -25,7 +25,7 @@ export COMMIT=${COMMIT:-$(git rev-parse --short=12 HEAD 2>/dev/null || true)}
 python=(${PYTHON:-python3})
 only=
 if [ "${DRY:-}" = 1 ]; then
-    budget=$((10 * budget)) only="(one_in_every_batch and 64x8x160 and float16) or table_says"
+    budget=$((30 * budget)) only="(one_in_every_batch and 64x8x160 and float16) or table_says"
     python+=(tools/cuda_stand_in.py)
     export TRITON_INTERPRET=1
 fi
@@ -37,7 +37,7 @@ say() { echo "$*" | tee -a "$out/log.txt"; }
 step() {
     local name=$1 seconds=$2 code=0 begun=$SECONDS left
     shift 2
-    [ "${DRY:-}" = 1 ] && seconds=$((10 * seconds))
+    [ "${DRY:-}" = 1 ] && seconds=$((30 * seconds))
     left=$((budget - SECONDS))
     seconds=$((seconds < left ? seconds : left))
     say "== $name"
