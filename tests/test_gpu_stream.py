@@ -15,11 +15,11 @@ STEPS = 4
 def test_a_stream_gives_what_calls_give(engine):
     pipe = DiffuMaskPipeline.from_pretrained("mini", engine=engine, device="cuda", dtype="fp32")
     pipe.pipe.set_progress_bar_config(disable=True)
-    wished = [Request(f"dog-{i:06d}", "a photo of a dog on the grass", "", ("dog",), (12,), i) for i in range(5)]
+    wished = [Request(f"dog-{i:06d}", "a photo of a dog on the grass", "", ("dog",), (12,), i) for i in range(3)]
     streamed = list(pipe.stream(wished, 2, num_inference_steps=STEPS))
     assert [result.request for result in streamed] == wished
     torch.cuda.synchronize()
-    for start in (0, 2, 4):
+    for start in (0, 2):
         batch = wished[start : start + 2]
         out = pipe(
             [request.prompt for request in batch], [["dog"]], seeds=[request.seed for request in batch],

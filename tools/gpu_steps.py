@@ -29,7 +29,7 @@ def smallest() -> dict:
     """Return the arguments of the suite for a dry run, and make everything else as small as it can be."""
     goals.GRAPH_CALLS = goals.REFINEMENT_CALLS = sdpa.GRAPH_CALLS = 1
     goals.cross_layers = sdpa.cross_layers = lambda geometry: Counter({(16, 2, 16): 1})
-    goals.unet_config = lambda geometry: {"sample_size": 4}
+    goals.unet_config = lambda geometry: {"sample_size": 2}
     tuning.LAYERS, tuning.IMAGES, tuning.SIDE, tuning.RADII = [(16, 2, 16)], 1, 16, {2: [1, 16]}
     tuning.CALLS = tuning.REPLAYS = 1
     return {"batch": 2, "batches": (1,), "steps": STEPS, "pairs": 1}
