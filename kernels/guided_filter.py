@@ -60,8 +60,8 @@ class GuidedFilter:
         impl = self.impl
         if impl == "auto":
             tell = maps.is_cuda and not torch.compiler.is_exporting()
-            size = {"height": maps.shape[2], "width": maps.shape[3]}
-            impl = tuned.impl("guided_filter", maps.device, **size) if tell else "torch"
+            facts = {"height": maps.shape[2], "width": maps.shape[3], "radius": self.radius}
+            impl = tuned.impl("guided_filter", maps.device, **facts) if tell else "torch"
         note("guided_filter", impl)
         if not maps.numel():
             return torch.empty_like(maps, dtype=torch.float32)
