@@ -226,11 +226,8 @@ def guided_filter(
     """
     guide, maps = guide.float().contiguous(), maps.float().contiguous()
     size_b, num, height, width = maps.shape
-    config = (
-        dict(config)
-        if config
-        else tuned.launch("guided_filter", maps.device, height=height, width=width, radius=radius)
-    )
+    facts = {"height": height, "width": width, "radius": radius}
+    config = dict(config) if config else tuned.launch("guided_filter", maps.device, **facts)
     tile = {"BY": config.pop("rows"), "BX": config.pop("columns"), **config}
     tiles = triton.cdiv(height, tile["BY"]) * triton.cdiv(width, tile["BX"])
     across, down = min(radius, width - 1), min(radius, height - 1)
