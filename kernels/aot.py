@@ -23,13 +23,15 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 class Needs:
     """What one compiled kernel needs: bytes of shared memory, registers of a thread, spilled bytes.
 
-    `matrix` counts the tensor-core instructions of its machine code by name, as in {"HGMMA": 13}.
+    `matrix` counts the tensor-core instructions of its machine code by name, as in {"HGMMA": 13}. `instructions` are
+    those that a warp issues for one turn of its main loop, or all there are where nothing is repeated.
     """
 
     shared: int
     registers: int
     spills: int
     matrix: dict[str, int]
+    instructions: int
 
 
 def compile_for(
@@ -60,8 +62,8 @@ def compile_for(
     return Needs(compiled.metadata.shared, *_assemble(compiled.asm["ptx"], capability))
 
 
-def _assemble(ptx: str, capability: int) -> tuple[int, int, dict[str, int]]:
-    """Return registers and spilled bytes as ptxas tells them (Triton needs a driver), and matrix instructions."""
+def _assemble(ptx: str, capability: int) -> tuple[int, int, dict[str, int], int]:
+    """Return registers and spilled bytes as ptxas tells them (Triton needs a driver), and what the code holds."""
     tool = _TOOLS / ("ptxas" if capability < 100 else "ptxas-blackwell")
     target = re.search(r"\.target (\w+)", ptx).group(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +74,34 @@ def _assemble(ptx: str, capability: int) -> tuple[int, int, dict[str, int]]:
     numbers = (re.search(pattern, told) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
     registers, spills = (int(found.group(1)) for found in numbers)
     counts = Counter(re.findall(rf"\b({'|'.join(MATRIX)})\b", code))
-    return registers, spills, dict(counts)
+    return registers, spills, dict(counts), turn(code)
+
+
+def turn(code: str) -> int:
+    """Count the instructions of the first loop of more than 100, or of all the code.
+
+    Waits for barriers are no loops: they are short, or they stand behind the kernel's end and jump back into it.
+
+    Args:
+        code: what nvdisasm prints.
+
+    Example:
+        >>> turn("        /*0000*/ MOV R1, R2 ;\\n        /*0010*/ EXIT ;")
+        2
+    """
+    labels: dict[str, int] = {}
+    count = 0
+    for line in code.splitlines():
+        if label := re.match(r"(\.L\w+):", line):
+            labels[label.group(1)] = count
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+\S", line):
+            count += 1
+            if re.search(r"\*/\s+EXIT", line):
+                labels.clear()
+            target = re.search(r"\bBRA\b.*?(\.L\w+)", line)
+            if target and count - labels.get(target.group(1), count) > 100:
+                return count - labels[target.group(1)]
+    return count
 
 
 def _run(*command: object) -> subprocess.CompletedProcess:

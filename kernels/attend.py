@@ -10,10 +10,10 @@ from torch import Tensor
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels import attend_cpp, attend_sdpa, reference, tuned
-from diffumask_fast.kernels.record import interpreted, note
+from diffumask_fast.kernels.record import interpreted, note, traced
 
-IMPLS = ("auto", "sdpa", "triton", "cpp", "reference")
-MAX_KEYS = 128  # of the Triton kernel, which keeps a row of scores in registers
+IMPLS = ("auto", "sdpa", "triton", "sdpa+maps", "cpp", "reference")
+MAX_KEYS = 128  # of the Triton kernels, which keep a row of scores in registers
 
 
 def attend(
@@ -43,15 +43,15 @@ def attend(
         maps: [Bc, K, N] fp32, added to in place; None makes a new one.
         weight: factor of what is added.
         mask: bias added to the scores, broadcastable to [B, H, N, T].
-        impl: "sdpa", where the extra columns have the precision of q and their sum over heads is fp32; "triton", where
-            maps are fp32 all through, for at most 128 keys on CUDA or in Triton's interpreter; "cpp", fp32 inside, for
-            fp32 and bf16 on the CPU, which needs a compiler; "reference"; "auto" is "triton" on CUDA where
-            `tuned.json` says that it is the faster one for the layer, else and in exports "sdpa". `kernels.ran` tells
-            which it was.
+        impl: "sdpa", where the extra columns have the precision of q and their sum over heads is fp32; "triton", one
+            kernel where maps are fp32 all through, for at most 128 keys on CUDA or in Triton's interpreter;
+            "sdpa+maps", torch's attention without columns and such a kernel for the maps alone; "cpp", fp32 inside, for
+            fp32 and bf16 on the CPU, which needs a compiler; "reference"; "auto" is on CUDA what `tuned.json` says is
+            the fastest for the layer, else and in exports "sdpa". `kernels.ran` tells which it was.
 
     Returns:
-        out [B, N, H*D] in the dtype of q, by "sdpa" on CPU bit-equal to attention without columns for head sizes of 16
-        and more that are multiples of 8; and maps, None without columns.
+        out [B, N, H*D] in the dtype of q, bit-equal to attention without columns by "sdpa+maps", and by "sdpa" on CPU
+        for head sizes of 16 and more that are multiples of 8; and maps, None without columns.
 
     Example:
         >>> q, k = torch.zeros(2, 4, 32), torch.zeros(2, 5, 32)
@@ -72,8 +72,8 @@ def attend(
     if impl == "auto":
         impl = _faster(q, k, columns, heads, mask)
     note("attend", impl)
-    if impl == "triton":
-        return _triton(q, k, v, columns, heads, scale, first_conditional, maps, weight, mask)
+    if impl in ("triton", "sdpa+maps"):
+        return _triton(q, k, v, columns, heads, scale, first_conditional, maps, weight, mask, impl)
     form = {"reference": reference.attend, "cpp": _cpp}.get(impl, attend_sdpa.attend)
     out, added = form(q, k, v, columns, heads=heads, scale=scale, first_conditional=first_conditional, mask=mask)
     if added is None:
@@ -149,14 +149,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None, first: int, 
 
 
 def _faster(q: Tensor, k: Tensor, columns: Tensor | None, heads: int, mask: Tensor | None) -> str:
-    """Return "triton" where it can run and was measured to be the faster one."""
+    """Return "triton" or "sdpa+maps" where it can run and was measured to be the fastest one."""
     if columns is None or mask is not None or not q.is_cuda or torch.compiler.is_exporting():
         return "sdpa"
     dtype, keys = tuned.DTYPES.get(q.dtype), k.shape[1]
     if dtype is None or keys > MAX_KEYS:
         return "sdpa"
     layer = {"heads": heads, "head_dim": q.shape[-1] // heads, "pixels": q.shape[1], "keys": keys}
-    return "triton" if tuned.impl("attend", q.device, dtype=dtype, **layer) == "triton" else "sdpa"
+    found = tuned.impl("attend", q.device, dtype=dtype, **layer)
+    return found if found in ("triton", "sdpa+maps") else "sdpa"
 
 
 def cpp_takes(q: Tensor, mask: Tensor | None) -> bool:
@@ -195,24 +196,43 @@ def _triton(
     maps: Tensor | None,
     weight: float,
     mask: Tensor | None,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     from diffumask_fast.kernels import operators
 
-    if columns is None or mask is not None:
-        raise DiffuMaskError("impl 'triton' takes columns and no mask: use 'sdpa'")
-    if q.dtype not in tuned.DTYPES or not q.dtype == k.dtype == v.dtype:
-        raise DiffuMaskError(
-            f"impl 'triton' takes q, k, v of one dtype, {', '.join(tuned.DTYPES.values())}, not {q.dtype}, {k.dtype}, "
-            f"{v.dtype}: use 'sdpa'"
-        )
-    if k.shape[1] > MAX_KEYS:
-        raise DiffuMaskError(f"impl 'triton' takes {MAX_KEYS} keys at most, not {k.shape[1]}: use 'sdpa'")
-    if not (q.is_cuda or interpreted()):
-        raise DiffuMaskError(f"impl 'triton' runs on CUDA, not on {q.device}: use 'sdpa'")
+    _check_triton(q, k, v, columns, mask, impl)
     if maps is None:
         maps = torch.zeros(columns.shape[0], columns.shape[2], q.shape[1], device=q.device)
     if maps.dtype != torch.float32 or not maps.is_contiguous():
-        raise DiffuMaskError("impl 'triton' adds to contiguous fp32 maps")
-    run = torch.ops.diffumask_fast.cross_attention_maps if q.is_cuda else operators.launch_attend
-    named = {"heads": heads, "scale": scale, "first_conditional": first, "weight": weight}
-    return run(q, k, v, columns, maps, **named), maps
+        raise DiffuMaskError(f"impl {impl!r} adds to contiguous fp32 maps")
+    settings = {"heads": heads, "scale": scale, "weight": weight}
+    direct = _direct(q, k, v, columns)
+    if impl == "triton":
+        run = operators.launch_attend if direct else torch.ops.diffumask_fast.cross_attention_maps
+        return run(q, k, v, columns, maps, first_conditional=first, **settings), maps
+    out, _ = attend_sdpa.attend(q, k, v, None, heads=heads, scale=scale)
+    rows = slice(first, first + columns.shape[0])
+    run = operators.launch_attend_maps if direct else torch.ops.diffumask_fast.attend_maps
+    run(q[rows], k[rows], columns, maps, **settings)
+    return out, maps
+
+
+def _direct(*tensors: Tensor) -> bool:
+    """Whether a kernel can be launched without an operator around it, which costs as much time as all the rest."""
+    if torch.compiler.is_compiling() or any(map(traced, tensors)):
+        return False
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+
+
+def _check_triton(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None, mask: Tensor | None, impl: str) -> None:
+    if columns is None or mask is not None:
+        raise DiffuMaskError(f"impl {impl!r} takes columns and no mask: use 'sdpa'")
+    if q.dtype not in tuned.DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise DiffuMaskError(
+            f"impl {impl!r} takes q, k, v of one dtype, {', '.join(tuned.DTYPES.values())}, not {q.dtype}, {k.dtype}, "
+            f"{v.dtype}: use 'sdpa'"
+        )
+    if k.shape[1] > MAX_KEYS:
+        raise DiffuMaskError(f"impl {impl!r} takes {MAX_KEYS} keys at most, not {k.shape[1]}: use 'sdpa'")
+    if not (q.is_cuda or interpreted()):
+        raise DiffuMaskError(f"impl {impl!r} runs on CUDA, not on {q.device}: use 'sdpa'")

@@ -48,3 +48,24 @@ def attend(
     del q, k, v, extra  # the padded copies need not outlive the product
     added = out[first : first + rows, :, :, head_dim : head_dim + num].mean(1, dtype=torch.float32)
     return out[..., :head_dim].transpose(1, 2).flatten(2), added.transpose(1, 2)
+
+
+def attend_maps(q: Tensor, k: Tensor, columns: Tensor, *, heads: int, scale: float) -> Tensor:
+    """Attend to the columns alone, for queries and keys of the conditional rows.
+
+    Args:
+        q: [Bc, N, H*D] queries.
+        k: [Bc, T, H*D] keys.
+        columns: [Bc, T, K] value columns.
+        heads: H.
+        scale: factor of the scores.
+
+    Returns:
+        [Bc, K, N] fp32, the mean over heads.
+    """
+    head_dim, num = q.shape[-1] // heads, columns.shape[-1]
+    width = -(-max(head_dim, num) // 8) * 8
+    q, k = (F.pad(x.unflatten(-1, (heads, head_dim)), (0, width - head_dim)).transpose(1, 2) for x in (q, k))
+    v = F.pad(columns.to(q.dtype), (0, width - num))[:, None].expand(-1, heads, -1, -1)
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return out[..., :num].mean(1, dtype=torch.float32).transpose(1, 2)

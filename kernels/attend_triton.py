@@ -3,11 +3,16 @@
 A program owns a block of query pixels of one sample and walks over a group of heads. Keys are few enough (128) that a
 row of scores stays in registers, so the softmax is exact and no probability is written. Keys and head channels are each
 taken as two powers of two, 77 as 64 + 16 and 160 as 128 + 32, because padding to one would double the arithmetic. The
-columns meet the probabilities once, after the heads: their number costs no registers.
+columns meet the summed probabilities once, after the heads, each by itself: as many as there are, no wider.
 
-Where a layer has too few pixels to fill a GPU, its heads are split over programs and the partial maps are summed in a
-fixed order. There are no atomics, and the split depends on the layer alone: the same input gives the same bits.
+Where a layer has too few pixels to fill a GPU, or heads so wide that sums beside them would not stay in registers, its
+heads are split over programs and the partial maps are summed in a fixed order. There are no atomics, and the split
+depends on the layer alone: the same input gives the same bits.
+
+`attend_maps` makes the maps alone, of the conditional rows, beside an output that somebody else draws.
 """
+
+import functools
 
 import torch
 import triton
@@ -17,131 +22,221 @@ from torch.library import wrap_triton
 
 from diffumask_fast.kernels import tuned
 from diffumask_fast.kernels.attend import MAX_KEYS
-from diffumask_fast.kernels.record import interpreted
+from diffumask_fast.kernels.record import interpreted, traced
 
-COLUMNS = 16  # columns that meet the probabilities at a time
+UNROLLED = 8  # columns up to which all meet the probabilities side by side; more of them take turns, four at a time
+TOGETHER = 96  # channels of a head up to which its sums stay in registers from head to head
 MANY_BLOCKS = 64  # blocks of pixels from which on the heads stay together
 PROGRAMS = 66  # programs of one sample otherwise: a guided pair then fills 132 multiprocessors
+LOG2_E = 1.4426950408889634  # the kernels take powers of two
 SUMMED = 1024  # values that one program of the second stage sums
 
 
 @triton.jit
-def attend_kernel(
-    Q, K, V, E, Out, Maps,
-    stride_qb, stride_qn, stride_kb, stride_kt, stride_vb, stride_vt,
-    N, first, last, scale, factor,
-    T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, NUM: tl.constexpr, GROUP: tl.constexpr,
-    BM: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    KB: tl.constexpr, ADD: tl.constexpr, UP: tl.constexpr,
-):  # fmt: skip
-    """Grid: (blocks of BM pixels, B, H / GROUP). UP computes in fp32: the interpreter's bf16 is wrong."""
-    block, b, group = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    m = block * BM + tl.arange(0, BM)
-    t1, d1 = tl.arange(0, T1), tl.arange(0, D1)
-    t2, d2 = T1 + tl.arange(0, T2), D1 + tl.arange(0, D2)
-    in_m, in_t1, in_t2, in_d1, in_d2 = m < N, t1 < T, t2 < T, d1 < D, d2 < D
-    sum1 = tl.zeros((BM, T1), tl.float32)
-    sum2 = tl.zeros((BM, T2), tl.float32)
-    for h in range(group * GROUP, (group + 1) * GROUP):
-        q = Q + b * stride_qb + h * D + m[:, None] * stride_qn
-        k = K + b * stride_kb + h * D
-        q1 = tl.load(q + d1[None], mask=in_m[:, None] & in_d1[None], other=0.0)
-        ka = tl.load(k + t1[None] * stride_kt + d1[:, None], mask=in_t1[None] & in_d1[:, None], other=0.0)
-        if UP:
-            q1, ka = q1.to(tl.float32), ka.to(tl.float32)
-        s1 = tl.dot(q1, ka, input_precision="ieee")
-        if D > D1:
-            q2 = tl.load(q + d2[None], mask=in_m[:, None] & in_d2[None], other=0.0)
-            kb = tl.load(k + t1[None] * stride_kt + d2[:, None], mask=in_t1[None] & in_d2[:, None], other=0.0)
-            if UP:
-                q2, kb = q2.to(tl.float32), kb.to(tl.float32)
-            s1 = tl.dot(q2, kb, s1, input_precision="ieee")
-        s1 = tl.where(in_t1[None], s1 * scale, float("-inf"))
-        top = tl.max(s1, 1)
-        if T > T1:
-            kc = tl.load(k + t2[None] * stride_kt + d1[:, None], mask=in_t2[None] & in_d1[:, None], other=0.0)
-            if UP:
-                kc = kc.to(tl.float32)
-            s2 = tl.dot(q1, kc, input_precision="ieee")
-            if D > D1:
-                kd = tl.load(k + t2[None] * stride_kt + d2[:, None], mask=in_t2[None] & in_d2[:, None], other=0.0)
-                if UP:
-                    kd = kd.to(tl.float32)
-                s2 = tl.dot(q2, kd, s2, input_precision="ieee")
-            s2 = tl.where(in_t2[None], s2 * scale, float("-inf"))
-            top = tl.maximum(top, tl.max(s2, 1))
-            p2 = tl.exp(s2 - top[:, None])
-        p1 = tl.exp(s1 - top[:, None])
-        total = tl.sum(p1, 1)
-        if T > T1:
-            total += tl.sum(p2, 1)
-            p2 = p2 / total[:, None]
-            sum2 += p2
-        p1 = p1 / total[:, None]
-        sum1 += p1
-        v = V + b * stride_vb + h * D
-        out = Out + (b * N + m[:, None]) * (H * D) + h * D
-        va = tl.load(v + t1[:, None] * stride_vt + d1[None], mask=in_t1[:, None] & in_d1[None], other=0.0)
-        w1 = p1 if UP else p1.to(va.dtype)
-        o1 = tl.dot(w1, va.to(tl.float32) if UP else va, input_precision="ieee")
-        if T > T1:
-            vb = tl.load(v + t2[:, None] * stride_vt + d1[None], mask=in_t2[:, None] & in_d1[None], other=0.0)
-            w2 = p2 if UP else p2.to(vb.dtype)
-            o1 = tl.dot(w2, vb.to(tl.float32) if UP else vb, o1, input_precision="ieee")
-        tl.store(out + d1[None], o1.to(Out.dtype.element_ty), mask=in_m[:, None] & in_d1[None])
-        if D > D1:
-            vc = tl.load(v + t1[:, None] * stride_vt + d2[None], mask=in_t1[:, None] & in_d2[None], other=0.0)
-            o2 = tl.dot(w1, vc.to(tl.float32) if UP else vc, input_precision="ieee")
-            if T > T1:
-                vd = tl.load(v + t2[:, None] * stride_vt + d2[None], mask=in_t2[:, None] & in_d2[None], other=0.0)
-                o2 = tl.dot(w2, vd.to(tl.float32) if UP else vd, o2, input_precision="ieee")
-            tl.store(out + d2[None], o2.to(Out.dtype.element_ty), mask=in_m[:, None] & in_d2[None])
-    if (b >= first) & (b < last):
-        row = b - first
-        maps = Maps + ((group.to(tl.int64) * (last - first) + row) * NUM) * N + m[:, None]
-        for start in range(0, NUM, KB):
-            c = start + tl.arange(0, KB)
-            e = E + row * T * NUM + c[None]
-            e1 = tl.load(e + t1[:, None] * NUM, mask=in_t1[:, None] & (c < NUM)[None], other=0.0)
-            found = tl.dot(sum1, e1, input_precision="ieee")
-            if T > T1:
-                e2 = tl.load(e + t2[:, None] * NUM, mask=in_t2[:, None] & (c < NUM)[None], other=0.0)
-                found = tl.dot(sum2, e2, found, input_precision="ieee")
-            found = found * factor
-            at, keep = maps + c[None] * N, in_m[:, None] & (c < NUM)[None]
-            if ADD:
-                found += tl.load(at, mask=keep, other=0.0)
-            tl.store(at, found, mask=keep)
+def _tile(ptr, offs_row, offs_column, stride, rows, columns, UPCAST: tl.constexpr):
+    """Load rows that are `stride` apart, with zeros where there are none."""
+    mask = (offs_row < rows)[:, None] & (offs_column < columns)[None]
+    tile = tl.load(ptr + offs_row[:, None] * stride + offs_column[None], mask=mask, other=0.0)
+    return tile.to(tl.float32) if UPCAST else tile
 
 
 @triton.jit
-def add_parts_kernel(Parts, Maps, size, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+def _scores(
+    q1, q2, k_ptr, stride_kt, offs_t, offs_d1, offs_d2,
+    KEYS: tl.constexpr, END: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D1: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Return q k^T for one part of the keys, which ends at END."""
+    k1 = _tile(k_ptr, offs_t, offs_d1, stride_kt, KEYS, HEAD_DIM, UPCAST)
+    scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+    if HEAD_DIM > BLOCK_D1:
+        k2 = _tile(k_ptr, offs_t, offs_d2, stride_kt, KEYS, HEAD_DIM, UPCAST)
+        scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee")
+    if KEYS < END:
+        scores = tl.where((offs_t < KEYS)[None], scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def _exponentials(
+    q_ptr, k_ptr, stride_qn, stride_kt, offs_n, offs_t1, offs_t2, offs_d1, offs_d2, N, scale,
+    KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_T1: tl.constexpr, BLOCK_T2: tl.constexpr,
+    BLOCK_D1: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Return one head's 2^(scale q k^T), each row over its largest, for both parts of the keys, and 1 / their sum."""
+    q1 = _tile(q_ptr, offs_n, offs_d1, stride_qn, N, HEAD_DIM, UPCAST)
+    q2 = q1
+    if HEAD_DIM > BLOCK_D1:
+        q2 = _tile(q_ptr, offs_n, offs_d2, stride_qn, N, HEAD_DIM, UPCAST)
+    p1 = _scores(q1, q2, k_ptr, stride_kt, offs_t1, offs_d1, offs_d2, KEYS, BLOCK_T1, HEAD_DIM, BLOCK_D1, UPCAST)
+    p2 = p1
+    m_i = tl.max(p1, 1)
+    if KEYS > BLOCK_T1:
+        END: tl.constexpr = BLOCK_T1 + BLOCK_T2
+        p2 = _scores(q1, q2, k_ptr, stride_kt, offs_t2, offs_d1, offs_d2, KEYS, END, HEAD_DIM, BLOCK_D1, UPCAST)
+        m_i = tl.maximum(m_i, tl.max(p2, 1))
+    m_i *= scale
+    p1 = tl.exp2(p1 * scale - m_i[:, None])
+    l_i = tl.sum(p1, 1)
+    if KEYS > BLOCK_T1:
+        p2 = tl.exp2(p2 * scale - m_i[:, None])
+        l_i += tl.sum(p2, 1)
+    return p1, p2, 1.0 / l_i
+
+
+@triton.jit
+def _add_maps(
+    sum1, sum2, columns_ptr, maps_ptr, offs_n, offs_t1, offs_t2, N, factor,
+    KEYS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T1: tl.constexpr, BLOCK_K: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Multiply the summed probabilities by the columns [T, K] and write the maps [K, N], or ADD to them."""
+    for start in range(0, COLUMNS, BLOCK_K):
+        for step in tl.static_range(BLOCK_K):
+            column = start + step
+            known = column < COLUMNS
+            e1 = tl.load(columns_ptr + offs_t1 * COLUMNS + column, mask=(offs_t1 < KEYS) & known, other=0.0)
+            acc = tl.sum(sum1 * e1[None], 1)
+            if KEYS > BLOCK_T1:
+                e2 = tl.load(columns_ptr + offs_t2 * COLUMNS + column, mask=(offs_t2 < KEYS) & known, other=0.0)
+                acc += tl.sum(sum2 * e2[None], 1)
+            acc *= factor
+            mask_n = (offs_n < N) & known
+            if ADD:
+                acc += tl.load(maps_ptr + column * N + offs_n, mask=mask_n, other=0.0)
+            tl.store(maps_ptr + column * N + offs_n, acc, mask=mask_n)
+
+
+@triton.jit
+def attend_kernel(
+    q_ptr, k_ptr, v_ptr, columns_ptr, out_ptr, maps_ptr,
+    N, first, last, scale, factor,
+    stride_qb, stride_qn, stride_kb, stride_kt, stride_vb, stride_vt,
+    KEYS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T1: tl.constexpr, BLOCK_T2: tl.constexpr,
+    BLOCK_D1: tl.constexpr, BLOCK_D2: tl.constexpr, BLOCK_K: tl.constexpr, ADD: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Write the output of a group of heads, add their maps. Grid: (blocks of BLOCK_N pixels, B, HEADS / GROUP)."""
+    b, group = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_t1, offs_t2 = tl.arange(0, BLOCK_T1), BLOCK_T1 + tl.arange(0, BLOCK_T2)
+    offs_d1, offs_d2 = tl.arange(0, BLOCK_D1), BLOCK_D1 + tl.arange(0, BLOCK_D2)
+    mask_n = (offs_n < N)[:, None]
+    conditional = (b >= first) & (b < last)
+    counted = conditional if GROUP > 1 else True  # of a single head the sums are free until they are used
+    sum1 = tl.zeros((BLOCK_N, BLOCK_T1), tl.float32)
+    sum2 = tl.zeros((BLOCK_N, BLOCK_T2), tl.float32)
+    for turn in range(GROUP):
+        head = group * GROUP + turn
+        p1, p2, inverse = _exponentials(
+            q_ptr + b * stride_qb + head * HEAD_DIM, k_ptr + b * stride_kb + head * HEAD_DIM, stride_qn, stride_kt,
+            offs_n, offs_t1, offs_t2, offs_d1, offs_d2, N, scale,
+            KEYS, HEAD_DIM, BLOCK_T1, BLOCK_T2, BLOCK_D1, UPCAST,
+        )  # fmt: skip
+        if counted:
+            sum1 += p1 * inverse[:, None]
+            if KEYS > BLOCK_T1:
+                sum2 += p2 * inverse[:, None]
+        v = v_ptr + b * stride_vb + head * HEAD_DIM
+        out = out_ptr + (b * N + offs_n[:, None]) * (HEADS * HEAD_DIM) + head * HEAD_DIM
+        v1 = _tile(v, offs_t1, offs_d1, stride_vt, KEYS, HEAD_DIM, UPCAST)
+        p1 = p1.to(v1.dtype)
+        acc = tl.dot(p1, v1, input_precision="ieee")
+        if KEYS > BLOCK_T1:
+            v1 = _tile(v, offs_t2, offs_d1, stride_vt, KEYS, HEAD_DIM, UPCAST)
+            p2 = p2.to(v1.dtype)
+            acc = tl.dot(p2, v1, acc, input_precision="ieee")
+        acc = (acc * inverse[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out + offs_d1[None], acc, mask=mask_n & (offs_d1 < HEAD_DIM)[None])
+        if HEAD_DIM > BLOCK_D1:
+            v2 = _tile(v, offs_t1, offs_d2, stride_vt, KEYS, HEAD_DIM, UPCAST)
+            acc2 = tl.dot(p1, v2, input_precision="ieee")
+            if KEYS > BLOCK_T1:
+                v2 = _tile(v, offs_t2, offs_d2, stride_vt, KEYS, HEAD_DIM, UPCAST)
+                acc2 = tl.dot(p2, v2, acc2, input_precision="ieee")
+            acc2 = (acc2 * inverse[:, None]).to(out_ptr.dtype.element_ty)
+            tl.store(out + offs_d2[None], acc2, mask=mask_n & (offs_d2 < HEAD_DIM)[None])
+    if conditional:
+        part = group.to(tl.int64) * (last - first) + b - first
+        _add_maps(
+            sum1, sum2, columns_ptr + (b - first) * KEYS * COLUMNS, maps_ptr + part * COLUMNS * N,
+            offs_n, offs_t1, offs_t2, N, factor, KEYS, COLUMNS, BLOCK_T1, BLOCK_K, ADD,
+        )  # fmt: skip
+
+
+@triton.jit
+def attend_maps_kernel(
+    q_ptr, k_ptr, columns_ptr, maps_ptr,
+    N, scale, factor,
+    stride_qb, stride_qn, stride_kb, stride_kt,
+    KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T1: tl.constexpr, BLOCK_T2: tl.constexpr,
+    BLOCK_D1: tl.constexpr, BLOCK_D2: tl.constexpr, BLOCK_K: tl.constexpr, ADD: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Add the maps of a group of heads. Grid: (blocks of BLOCK_N pixels, Bc, HEADS / GROUP)."""
+    b, group = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_t1, offs_t2 = tl.arange(0, BLOCK_T1), BLOCK_T1 + tl.arange(0, BLOCK_T2)
+    offs_d1, offs_d2 = tl.arange(0, BLOCK_D1), BLOCK_D1 + tl.arange(0, BLOCK_D2)
+    sum1 = tl.zeros((BLOCK_N, BLOCK_T1), tl.float32)
+    sum2 = tl.zeros((BLOCK_N, BLOCK_T2), tl.float32)
+    for turn in range(GROUP):
+        head = group * GROUP + turn
+        p1, p2, inverse = _exponentials(
+            q_ptr + b * stride_qb + head * HEAD_DIM, k_ptr + b * stride_kb + head * HEAD_DIM, stride_qn, stride_kt,
+            offs_n, offs_t1, offs_t2, offs_d1, offs_d2, N, scale,
+            KEYS, HEAD_DIM, BLOCK_T1, BLOCK_T2, BLOCK_D1, UPCAST,
+        )  # fmt: skip
+        sum1 += p1 * inverse[:, None]
+        if KEYS > BLOCK_T1:
+            sum2 += p2 * inverse[:, None]
+    part = group.to(tl.int64) * tl.num_programs(1) + b
+    _add_maps(
+        sum1, sum2, columns_ptr + b * KEYS * COLUMNS, maps_ptr + part * COLUMNS * N,
+        offs_n, offs_t1, offs_t2, N, factor, KEYS, COLUMNS, BLOCK_T1, BLOCK_K, ADD,
+    )  # fmt: skip
+
+
+@triton.jit
+def add_parts_kernel(parts_ptr, maps_ptr, size, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
     """Add the parts of the heads' groups to the maps, one after the other."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    keep = at < size
-    total = tl.load(Maps + at, mask=keep, other=0.0)
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    acc = tl.load(maps_ptr + offs, mask=mask, other=0.0)
     for group in range(GROUPS):
-        total += tl.load(Parts + at + group * size, mask=keep, other=0.0)
-    tl.store(Maps + at, total, mask=keep)
+        acc += tl.load(parts_ptr + offs + group * size, mask=mask, other=0.0)
+    tl.store(maps_ptr + offs, acc, mask=mask)
 
 
+KERNELS = {"attend": attend_kernel, "attend_maps": attend_maps_kernel}
+
+
+@functools.cache
 def constants(
-    pixels: int, keys: int, heads: int, head_dim: int, num: int, block: int, widest: int = MAX_KEYS
+    kernel: str, pixels: int, keys: int, heads: int, head_dim: int, num: int, block: int, widest: int = MAX_KEYS
 ) -> dict[str, int | bool]:
-    """Return the kernel's compile-time arguments, but for UP: a function of the layer alone, never of the batch.
+    """Return a kernel's compile-time arguments, but for UPCAST: a function of the layer alone, never of the batch.
 
     `widest` bounds the first part of the keys: in fp32, whose products unroll, two of 64 keep in registers what one of
     128 spills.
     """
-    groups, blocks = 1, triton.cdiv(pixels, block)
-    if blocks < MANY_BLOCKS:
-        splits = [split for split in range(1, heads + 1) if heads % split == 0]
-        groups = next((split for split in splits if blocks * split >= PROGRAMS), heads)
+    groups = _groups(pixels, heads, head_dim, block)
     (t1, t2), (d1, d2) = two_powers(keys, widest), two_powers(head_dim)
-    return {
-        "T": keys, "H": heads, "D": head_dim, "NUM": num, "GROUP": heads // groups, "BM": block,
-        "T1": t1, "T2": t2, "D1": d1, "D2": d2, "KB": COLUMNS, "ADD": groups == 1,
+    known = {
+        "KEYS": keys, "HEADS": heads, "HEAD_DIM": head_dim, "COLUMNS": num, "GROUP": heads // groups, "BLOCK_N": block,
+        "BLOCK_T1": t1, "BLOCK_T2": t2, "BLOCK_D1": d1, "BLOCK_D2": d2,
+        "BLOCK_K": max(1, num) if num <= UNROLLED else 4, "ADD": groups == 1,
     }  # fmt: skip
+    return {name: value for name, value in known.items() if name in KERNELS[kernel].arg_names}
+
+
+def _groups(pixels: int, heads: int, head_dim: int, block: int) -> int:
+    """Return over how many programs the heads of a block are split."""
+    blocks = triton.cdiv(pixels, block)
+    if head_dim > TOGETHER:
+        return heads
+    if blocks >= MANY_BLOCKS:
+        return 1
+    splits = (split for split in range(1, heads + 1) if heads % split == 0)
+    return next((split for split in splits if blocks * split >= PROGRAMS), heads)
 
 
 def two_powers(size: int, widest: int | None = None) -> tuple[int, int]:
@@ -151,12 +246,12 @@ def two_powers(size: int, widest: int | None = None) -> tuple[int, int]:
     return first, max(16, triton.next_power_of_2(max(size - first, 1)))
 
 
-def types(dtype: str) -> dict[str, str]:
-    """Return the Triton types of the kernel's run-time arguments for tensors of "fp16", "bf16" or "fp32"."""
-    names = attend_kernel.arg_names
-    kinds = {name: "i32" for name in names[: names.index("T")]}
-    kinds |= {name: f"*{dtype}" for name in ("Q", "K", "V", "Out")} | {"E": "*fp32", "Maps": "*fp32"}
-    return kinds | {"scale": "fp32", "factor": "fp32"}
+def types(kernel: str, dtype: str) -> dict[str, str]:
+    """Return the Triton types of a kernel's run-time arguments for tensors of "fp16", "bf16" or "fp32"."""
+    kinds = {"columns_ptr": "*fp32", "maps_ptr": "*fp32", "scale": "fp32", "factor": "fp32"}
+    names = KERNELS[kernel].arg_names
+    names = names[: names.index("KEYS")]
+    return {name: kinds.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32") for name in names}
 
 
 def attend(
@@ -190,25 +285,80 @@ def attend(
         out [B, N, H*D] in the dtype of q.
     """
     rows, pixels, width = q.shape
-    keys, num, head_dim = k.shape[1], columns.shape[2], width // heads
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    config = dict(config) if config else tuned.launch(
-        "attend", q.device, dtype=tuned.DTYPES[q.dtype], heads=heads, head_dim=head_dim, pixels=pixels, keys=keys
-    )  # fmt: skip
-    block = config.pop("block")
-    fixed = constants(pixels, keys, heads, head_dim, num, block, config.pop("widest", MAX_KEYS))
-    groups = heads // fixed["GROUP"]
+    (q, k, v), scale = _readable((q, k, v), scale)
+    fixed, groups = _configured("attend", q, k, columns, heads, config)
     out = torch.empty(rows, pixels, width, dtype=q.dtype, device=q.device)
     parts = maps if groups == 1 else torch.empty(groups, *maps.shape, device=q.device)
-    traced = (lambda kernel: kernel) if interpreted() else wrap_triton
-    traced(attend_kernel)[(triton.cdiv(pixels, block), rows, groups)](
-        q, k, v, columns.float().contiguous(), out, parts,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        pixels, first_conditional, first_conditional + columns.shape[0], scale, weight / heads,
-        **fixed, UP=interpreted() and q.dtype == torch.bfloat16, **config,
-    )  # fmt: skip
-    if groups > 1:
-        traced(add_parts_kernel)[(triton.cdiv(maps.numel(), SUMMED),)](
-            parts, maps, maps.numel(), GROUPS=groups, BLOCK=SUMMED
+    kernel = wrap_triton(attend_kernel) if traced(q) else attend_kernel
+    with torch.cuda.device_of(q):
+        kernel[(triton.cdiv(pixels, fixed["BLOCK_N"]), rows, groups)](
+            q, k, v, columns.float().contiguous(), out, parts,
+            pixels, first_conditional, first_conditional + columns.shape[0], scale, weight / heads,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), **fixed,
         )  # fmt: skip
+        if groups > 1:
+            _add_parts(parts, maps, groups)
     return out
+
+
+def attend_maps(
+    q: Tensor,
+    k: Tensor,
+    columns: Tensor,
+    maps: Tensor,
+    *,
+    heads: int,
+    scale: float,
+    weight: float = 1.0,
+    config: dict[str, int] | None = None,
+) -> None:
+    """Add the columns' maps of attention to at most 128 keys in place, and draw nothing.
+
+    Args:
+        q: [Bc, N, H*D] queries and k [Bc, T, H*D] of the conditional rows; fp16, bf16 or fp32, any strides.
+        k: keys.
+        columns: [Bc, T, K].
+        maps: [Bc, K, N] fp32, contiguous, added to in place.
+        heads: H.
+        scale: factor of the scores.
+        weight: factor of what is added.
+        config: of the launch; None is what `tuned.json` has.
+    """
+    rows, pixels, _ = q.shape
+    (q, k), scale = _readable((q, k), scale)
+    fixed, groups = _configured("attend_maps", q, k, columns, heads, config)
+    parts = maps if groups == 1 else torch.empty(groups, *maps.shape, device=q.device)
+    kernel = wrap_triton(attend_maps_kernel) if traced(q) else attend_maps_kernel
+    with torch.cuda.device_of(q):
+        kernel[(triton.cdiv(pixels, fixed["BLOCK_N"]), rows, groups)](
+            q, k, columns.float().contiguous(), parts, pixels, scale, weight / heads,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), **fixed,
+        )  # fmt: skip
+        if groups > 1:
+            _add_parts(parts, maps, groups)
+
+
+def _readable(tensors: tuple[Tensor, ...], scale: float) -> tuple[list[Tensor], float]:
+    """Return tensors whose rows are dense, and the factor of scores that meet 2^x; the largest is taken before it."""
+    tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    if scale <= 0:
+        return [tensors[0] * scale, *tensors[1:]], LOG2_E
+    return tensors, scale * LOG2_E
+
+
+def _configured(
+    kernel: str, q: Tensor, k: Tensor, columns: Tensor, heads: int, config: dict[str, int] | None
+) -> tuple[dict[str, int | bool], int]:
+    """Return a kernel's compile-time arguments and launch options, and the number of groups of heads."""
+    layer = {"pixels": q.shape[1], "keys": k.shape[1], "heads": heads, "head_dim": q.shape[2] // heads}
+    config = dict(config) if config else tuned.launch(kernel, q.device, dtype=tuned.DTYPES[q.dtype], **layer)
+    fixed = constants(
+        kernel, **layer, num=columns.shape[2], block=config.pop("block"), widest=config.pop("widest", MAX_KEYS)
+    )
+    upcast = interpreted() and q.dtype == torch.bfloat16  # the interpreter's bf16 is wrong
+    return {**fixed, "UPCAST": upcast, **config}, heads // fixed["GROUP"]
+
+
+def _add_parts(parts: Tensor, maps: Tensor, groups: int) -> None:
+    kernel = wrap_triton(add_parts_kernel) if traced(maps) else add_parts_kernel
+    kernel[(triton.cdiv(maps.numel(), SUMMED),)](parts, maps, maps.numel(), GROUPS=groups, BLOCK=SUMMED)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from diffumask_fast.kernels import tuned
-from diffumask_fast.kernels.record import interpreted
+from diffumask_fast.kernels.record import traced
 
 GUIDE = 9  # planes of the guide's sums: three means, six products; each map has four
 
@@ -234,9 +234,13 @@ def guided_filter(
     sums = torch.empty(size_b, GUIDE + 4 * num, height, width, device=maps.device)
     lines = torch.empty(size_b, num, 4, height, width, device=maps.device)
     means, out = torch.empty_like(lines), torch.empty(maps.shape, device=maps.device)
-    traced = (lambda kernel: kernel) if interpreted() else wrap_triton
-    traced(products_kernel)[(tiles, size_b, num + 1)](guide, maps, sums, height, width, across, NUM=num, **tile)
-    traced(lines_kernel)[(tiles, size_b)](sums, lines, height, width, down, eps, NUM=num, **tile)
-    traced(rows_kernel)[(tiles, size_b * num * 4)](lines, means, height, width, across, **tile)
-    traced(values_kernel)[(tiles, size_b, num)](guide, means, out, height, width, down, NUM=num, **tile)
+    with torch.cuda.device_of(maps):
+        kernel = wrap_triton(products_kernel) if traced(maps) else products_kernel
+        kernel[(tiles, size_b, num + 1)](guide, maps, sums, height, width, across, NUM=num, **tile)
+        kernel = wrap_triton(lines_kernel) if traced(maps) else lines_kernel
+        kernel[(tiles, size_b)](sums, lines, height, width, down, eps, NUM=num, **tile)
+        kernel = wrap_triton(rows_kernel) if traced(maps) else rows_kernel
+        kernel[(tiles, size_b * num * 4)](lines, means, height, width, across, **tile)
+        kernel = wrap_triton(values_kernel) if traced(maps) else values_kernel
+        kernel[(tiles, size_b, num)](guide, means, out, height, width, down, NUM=num, **tile)
     return out

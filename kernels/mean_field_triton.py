@@ -13,7 +13,7 @@ from torch.library import wrap_triton
 
 from diffumask_fast.kernels import tuned
 from diffumask_fast.kernels.mean_field import _gaussian
-from diffumask_fast.kernels.record import interpreted
+from diffumask_fast.kernels.record import traced
 
 
 @triton.jit
@@ -105,17 +105,12 @@ def bilateral_norm(guide: Tensor, *, window: int, dilation: int, bilateral: tupl
     norm = torch.empty(size_b, 1, height, width, device=guide.device)
     config = _config(guide.device, window)
     fixed = constants(norm_kernel, 1, 1, window, config)
-    _traced(norm_kernel)[(triton.cdiv(height * width, config["block"]), size_b)](
-        guide,
-        norm,
-        height,
-        width,
-        dilation,
-        *_powers(bilateral),
-        **fixed,
-        num_warps=config["num_warps"],
-        num_stages=config["num_stages"],
-    )
+    kernel = wrap_triton(norm_kernel) if traced(guide) else norm_kernel
+    with torch.cuda.device_of(guide):
+        kernel[(triton.cdiv(height * width, config["block"]), size_b)](
+            guide, norm, height, width, dilation, *_powers(bilateral),
+            **fixed, num_warps=config["num_warps"], num_stages=config["num_stages"],
+        )  # fmt: skip
     return norm
 
 
@@ -155,10 +150,12 @@ def mean_field(
     config = config or _config(q.device, window)
     fixed = constants(step_kernel, candidates, labels, window, config)
     grid = triton.cdiv(height * width, config["block"]), size_b, triton.cdiv(candidates, fixed["BM"])
-    _traced(step_kernel)[grid](
-        q, unary, smooth, guide, norm, out, height, width, dilation, *_powers(bilateral), bilateral[0],
-        **fixed, num_warps=config["num_warps"], num_stages=config["num_stages"],
-    )  # fmt: skip
+    kernel = wrap_triton(step_kernel) if traced(q) else step_kernel
+    with torch.cuda.device_of(q):
+        kernel[grid](
+            q, unary, smooth, guide, norm, out, height, width, dilation, *_powers(bilateral), bilateral[0],
+            **fixed, num_warps=config["num_warps"], num_stages=config["num_stages"],
+        )  # fmt: skip
     return out
 
 
@@ -168,7 +165,3 @@ def _config(device: torch.device, window: int) -> dict[str, int]:
 
 def _powers(bilateral: tuple[float, float, float]) -> tuple[float, float]:
     return 0.5 / bilateral[1] ** 2, 0.5 / bilateral[2] ** 2
-
-
-def _traced(kernel: triton.JITFunction):
-    return kernel if interpreted() else wrap_triton(kernel)

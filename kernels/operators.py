@@ -18,6 +18,7 @@ from torch.library import triton_op
 
 from diffumask_fast.kernels import attend_sdpa
 from diffumask_fast.kernels.attend_triton import attend as launch_attend
+from diffumask_fast.kernels.attend_triton import attend_maps as launch_attend_maps
 from diffumask_fast.kernels.guided_filter import filter_planes
 from diffumask_fast.kernels.guided_filter_triton import guided_filter as launch_guided_filter
 from diffumask_fast.kernels.mean_field import bilateral_norm as torch_bilateral_norm
@@ -51,6 +52,20 @@ def cross_attention_maps(
 @cross_attention_maps.register_fake
 def _(q, k, v, select, maps, heads, scale, first_conditional, weight):
     return q.new_empty(q.shape)
+
+
+@triton_op("diffumask_fast::attend_maps", mutates_args={"maps"})
+def attend_maps(q: Tensor, k: Tensor, select: Tensor, maps: Tensor, heads: int, scale: float, weight: float) -> None:
+    """Add to maps in place what `attend` adds, of the conditional rows and without an output, Triton on CUDA."""
+    if q.is_cuda:
+        launch_attend_maps(q, k, select, maps, heads=heads, scale=scale, weight=weight)
+    else:
+        maps.add_(attend_sdpa.attend_maps(q, k, select, heads=heads, scale=scale), alpha=weight)
+
+
+@attend_maps.register_fake
+def _(q, k, select, maps, heads, scale, weight):
+    return None
 
 
 @triton_op("diffumask_fast::guided_filter", mutates_args=())

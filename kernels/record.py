@@ -38,6 +38,11 @@ def note(kernel: str, form: str) -> None:
             listener.append((kernel, form))
 
 
+def traced(tensor: torch.Tensor) -> bool:
+    """Whether a compiler passes a stand-in for a tensor: it must see a launch, which takes it half a millisecond."""
+    return type(tensor) is not torch.Tensor
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -42,6 +42,11 @@ def attend(
     return out, (probs[rows].mean(1) @ columns.float()).transpose(1, 2)
 
 
+def attend_maps(q: Tensor, k: Tensor, columns: Tensor, *, heads: int, scale: float | None = None) -> Tensor:
+    """Return the maps of `attend` alone, for q [Bc, N, H*D] and k [Bc, T, H*D] of the conditional rows: [Bc, K, N]."""
+    return attend(q, k, k, columns, heads=heads, scale=scale)[1]
+
+
 def guided_filter(guide: Tensor, maps: Tensor, radius: int, eps: float) -> Tensor:
     """Filter maps [B, K, H, W] with a colour guide [B, 3, H, W]: He, Sun and Tang, TPAMI 2013, equations 19 to 21.
 

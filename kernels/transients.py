@@ -6,7 +6,7 @@ from diffumask_fast.kernels import tuned
 from diffumask_fast.kernels.attend import MAX_KEYS
 from diffumask_fast.kernels.attend_triton import constants
 
-FORMS = ("eager", "sdpa", "triton")
+FORMS = ("eager", "sdpa", "triton", "sdpa+maps")
 ITEM = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
@@ -19,8 +19,8 @@ def transient(
     `bench.harness.live_tensor_bytes`, which measures the same.
 
     Args:
-        form: "eager" (`impl="reference"`, fp32), "sdpa" or "triton", which is "sdpa" where there are no columns or more
-            keys than the Triton kernel takes: what `impl="auto"` then runs.
+        form: "eager" (`impl="reference"`, fp32), "sdpa", "triton" or "sdpa+maps", the last two "sdpa" where there are
+            no columns or more keys than the Triton kernels take: what `impl="auto"` then runs.
         rows: B.
         pixels: N.
         keys: T.
@@ -32,19 +32,20 @@ def transient(
     Example:
         >>> layer = dict(rows=2, pixels=4096, keys=77, heads=8, head_dim=40, num=1)
         >>> [round(transient(form, **layer) / 1e6, 1) for form in FORMS]
-        [61.3, 25.9, 10.5]
+        [61.3, 25.9, 10.5, 10.7]
     """
     item, width, conditional = 4 if form == "eager" else ITEM[dtype], heads * head_dim, rows // 2
     queries, values = rows * pixels * width * item, rows * keys * width * item
     if form == "eager":  # scores, probabilities, output; beside them v by heads, the output by heads or the heads' mean
         means = 4 * conditional * pixels * (keys + num) if num and conditional else 0
         return 8 * rows * heads * pixels * keys + queries + max(queries, values, means)
-    if form == "triton" and num and keys <= MAX_KEYS:
-        shape = {"heads": heads, "head_dim": head_dim, "pixels": pixels, "keys": keys}
-        block = tuned.launch("attend", torch.device("cpu"), dtype=dtype, **shape)["block"]
-        groups = heads // constants(pixels, keys, heads, head_dim, num, block)["GROUP"]
-        return queries + (4 * groups * conditional * num * pixels if groups > 1 else 0)
     log_sums = 4 * rows * heads * pixels
+    if form in ("triton", "sdpa+maps") and num and keys <= MAX_KEYS:
+        kernel, plain = ("attend", 0) if form == "triton" else ("attend_maps", log_sums)
+        shape = {"pixels": pixels, "keys": keys, "heads": heads, "head_dim": head_dim}
+        block = tuned.launch(kernel, torch.device("cpu"), dtype=dtype, **shape)["block"]
+        groups = heads // constants(kernel, **shape, num=num, block=block)["GROUP"]
+        return queries + max(plain, 4 * groups * conditional * num * pixels if groups > 1 else 0)
     if not num:
         return queries + log_sums
     wide = -(-(head_dim + num) // 8) * 8  # q, k, v and the output at this width, and the columns' part of v

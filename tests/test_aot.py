@@ -7,24 +7,31 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import astuple
 
 import pytest
 
-from diffumask_fast.kernels.aot import SHARED
-from diffumask_fast.kernels.variants import CAPABILITIES, Variant, variants
+from diffumask_fast.kernels.account import COLUMN, ISSUED, MODELS, WARP_PIXELS, Layer, grid
+from diffumask_fast.kernels.aot import SHARED, turn
+from diffumask_fast.kernels.variants import CAPABILITIES, LAYERS, PHRASES, Variant, variants
 
-# What a variant may spill, in bytes; all others nothing. fp32 products are unrolled: `auto` leaves them to torch.
-SPILLS = {("fp16", 160, 77): 64, ("bf16", 160, 77): 64, ("fp32", 160, 77): 600, ("fp32", 160, 128): 5200}
-WORST = [Variant("attend", "fp16", 64, 77), Variant("attend", "fp16", 160, 128), Variant("step", "fp32")]
-WORST += [Variant("products", "fp32"), Variant("lines", "fp32")]
+# Shared memory of a multiprocessor, bytes; the driver keeps 1024 of each program's.
+MULTIPROCESSOR = {80: 167936, 86: 102400, 89: 102400, 90: 233472, 100: 233472}
+
+# What a variant may spill, in bytes; all others nothing. Heads of 160 take 64 pixels on Ampere and Ada all the same:
+# then two programs fit a multiprocessor. fp32 products are unrolled: `auto` leaves them to torch.
+SPILLS = {("fp16", 160, 77): 96, ("bf16", 160, 77): 96, ("fp32", 64, 77): 8}
+SPILLS |= {("fp32", 160, 77): 300, ("fp32", 160, 128): 750}
+WORST = [Variant("attend", "fp16", layer, 77) for layer in LAYERS] + [Variant("attend", "fp16", (256, 8, 160), 128)]
+WORST += [Variant("attend_maps", "fp16", (4096, 8, 40), 77), Variant("attend_maps", "fp16", (256, 8, 160), 77)]
+WORST += [Variant(name, "fp32") for name in ("step", "products", "lines")]
 SCRIPT = """
 import json, sys
 from diffumask_fast.kernels.variants import Variant
 for line in sys.stdin:
-    capability, variant = json.loads(line)
-    needs = Variant(**variant).needs(capability)
-    print(json.dumps([needs.shared, needs.registers, needs.spills, needs.matrix]))
+    capability, (kernel, dtype, layer, keys) = json.loads(line)
+    needs = Variant(kernel, dtype, tuple(layer), keys).needs(capability)
+    print(json.dumps([needs.shared, needs.registers, needs.spills, needs.matrix, needs.instructions]))
 """
 
 
@@ -32,31 +39,75 @@ def expected_matrix(capability, variant):
     """Return the tensor-core instruction of a variant: tiles of 64 pixels take Hopper's and Blackwell's own."""
     if variant.dtype == "fp32":
         return set()
-    large = variant.head_dim <= 128 and variant.keys <= 96
-    return {{90: "HGMMA", 100: "UTCHMMA"}.get(capability, "HMMA") if large else "HMMA"}
+    return {{90: "HGMMA", 100: "UTCHMMA"}.get(capability, "HMMA") if variant.keys <= 96 else "HMMA"}
 
 
-def check(cases):
-    """Compile (capability, variant) pairs in one process, and hold each to its bounds."""
+def compiled(cases):
+    """Compile (capability, variant) pairs in one process."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    lines = "\n".join(json.dumps([capability, asdict(variant)]) for capability, variant in cases)
+    lines = "\n".join(json.dumps([capability, astuple(variant)]) for capability, variant in cases)
     done = subprocess.run([sys.executable, "-c", SCRIPT], input=lines, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    for (capability, variant), (shared, registers, spills, matrix) in zip(cases, found, strict=True):
+    return dict(zip(cases, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+def check(found):
+    """Hold what was compiled to its bounds."""
+    for (capability, variant), (shared, registers, spills, matrix, _) in found.items():
         assert 0 <= shared <= SHARED[capability] and 0 < registers <= 255, (capability, variant, shared, registers)
-        allowed = SPILLS.get((variant.dtype, variant.head_dim, variant.keys), 0)
+        fits = variant.kernel == "attend_maps" or (capability >= 90 and variant.dtype != "fp32")
+        allowed = 0 if fits else SPILLS.get((variant.dtype, variant.layer[2], variant.keys), 0)
         assert spills <= allowed, (capability, variant, spills)
         assert set(matrix) == expected_matrix(capability, variant), (capability, variant, matrix)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_the_worst_cases_fit(capability):
+@pytest.fixture(scope="session")
+def worst():
+    return compiled([(capability, variant) for capability in CAPABILITIES for variant in WORST])
+
+
+def test_the_worst_cases_fit(worst):
     assert set(WORST) <= set(variants())
-    check([(capability, variant) for variant in WORST])
+    check(worst)
+
+
+def test_two_programs_fit_a_multiprocessor(worst):
+    for (capability, variant), (shared, registers, *_) in worst.items():
+        if variant.kernel == "attend" and variant.keys == 77:
+            assert 2 * 4 * 32 * -(-registers // 8) * 8 <= 65536 and 2 * (shared + 1024) <= MULTIPROCESSOR[capability]
+
+
+def test_the_account_counts_the_instructions_of_the_machine_code(worst):
+    for (capability, variant), (*_, instructions) in worst.items():
+        if capability != 90 or variant.kernel not in ISSUED or variant.keys != 77:
+            continue
+        pixels, heads, head_dim = variant.layer
+        groups = grid(Layer(1, *variant.layer), PHRASES, variant.kernel)[1]
+        sums = 80 * WARP_PIXELS // 32  # multiplied and added, for each head
+        counted = ISSUED[variant.kernel][head_dim] + sums + (PHRASES * COLUMN if groups == heads else 0)
+        assert abs(counted - instructions) <= 0.03 * instructions, (variant, counted, instructions)
+
+
+def test_the_layers_are_those_of_the_models():
+    assert set(LAYERS) <= {(layer.pixels, layer.heads, layer.head_dim) for model in MODELS for layer in model.layers}
+    assert {layer[2] for layer in LAYERS} == {layer.head_dim for model in MODELS for layer in model.layers}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", variants(), ids=str)
 def test_the_whole_grid_fits(variant):
-    check([(capability, variant) for capability in CAPABILITIES])
+    check(compiled([(capability, variant) for capability in CAPABILITIES]))
+
+
+def test_a_turn_is_the_first_long_loop_and_not_a_wait():
+    def code(body):
+        return "\n".join(
+            f"        /*{16 * at:04x}*/ {line} ;" if line[0] != "." else line for at, line in enumerate(body)
+        )
+
+    wait = [".L_x_0:", "SYNCS", "@!P0 BRA `(.L_x_0)"]
+    head = [".L_x_1:", *["FFMA R1, R2, R3, R4"] * 150, "@P0 BRA `(.L_x_1)"]
+    assert turn(code([*wait, *head, "EXIT"])) == 151 and turn(code([*wait, "EXIT"])) == 3
+    assert turn(code([*head[:-1], "@P1 EXIT", head[-1]])) == 152
+    # a wait behind the end
+    assert turn(code([*head[:-1], "EXIT", "SYNCS", head[-1]])) == 153

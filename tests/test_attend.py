@@ -147,7 +147,7 @@ def test_attend_refuses_what_it_cannot_do():
         attend(q, k, v, heads=3)
 
 
-@pytest.mark.parametrize("impl", ["sdpa", "triton", "cpp", "reference"])
+@pytest.mark.parametrize("impl", ["sdpa", "triton", "sdpa+maps", "cpp", "reference"])
 @pytest.mark.parametrize(
     ("change", "word"),
     [
@@ -178,7 +178,7 @@ def test_attend_refuses_what_a_kernel_would_read_or_write_beyond(change, word, i
         attend(*tensors, **{"heads": 2, "first_conditional": 1, "impl": impl, **given})
 
 
-@pytest.mark.parametrize("impl", ["sdpa", "triton", "cpp", "reference"])
+@pytest.mark.parametrize("impl", ["sdpa", "triton", "sdpa+maps", "cpp", "reference"])
 @pytest.mark.parametrize(("rows", "num", "pixels"), [(1, 0, 16), (0, 2, 16), (1, 2, 0)])
 def test_attend_with_nothing_to_add_draws_the_same(rows, num, pixels, impl):
     q, k, v = torch.randn(2, pixels, 32), torch.randn(2, 7, 32), torch.randn(2, 7, 32)

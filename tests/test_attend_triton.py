@@ -1,4 +1,4 @@
-"""kernels/attend_triton.py: the real kernel, in Triton's interpreter where there is no GPU."""
+"""kernels/attend_triton.py: the real kernels, in Triton's interpreter where there is no GPU."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.kernels import attend, attend_triton, reference
+from diffumask_fast.kernels import attend, attend_triton, guided_filter_triton, mean_field_triton, reference
 from diffumask_fast.kernels.attend_triton import add_parts_kernel, constants, two_powers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,6 +22,11 @@ SHAPES = [
     (2, 1, 0, 100, 20, 2, 36, 4),
     (1, 1, 0, 4096, 77, 1, 16, 1),
 ]
+LAUNCHED = {
+    attend_triton: ("attend_kernel", "attend_maps_kernel", "add_parts_kernel"),
+    guided_filter_triton: ("products_kernel", "lines_kernel", "rows_kernel", "values_kernel"),
+    mean_field_triton: ("norm_kernel", "step_kernel"),
+}
 DTYPES = {torch.float32: 2e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
 
 
@@ -47,12 +52,10 @@ def truth_of(q, k, v, columns, where):
     return (probs @ split[2]).transpose(1, 2).flatten(2), (probs[rows].mean(1) @ columns.double()).transpose(1, 2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_error_is_at_most_twice_that_of_plain_torch(shape, dtype):
+def check(impl, shape, dtype):
     q, k, v, columns, maps, where = make(shape, dtype)
     before, (true_out, true_maps) = maps.clone(), truth_of(q, k, v, columns, where)
-    out, same = attend(q, k, v, columns, **where, maps=maps, weight=0.5, impl="triton")
+    out, same = attend(q, k, v, columns, **where, maps=maps, weight=0.5, impl=impl)
     assert same is maps and out.dtype == dtype
     plain_out, plain_maps = attend(q, k, v, columns, **where, impl="sdpa")
     added = (maps - before) / 0.5
@@ -62,35 +65,63 @@ def test_the_error_is_at_most_twice_that_of_plain_torch(shape, dtype):
     uniform = columns.mean(1)[..., None].expand_as(true_maps)
     assert error(torch.zeros_like(added), true_maps) > bound and error(uniform, true_maps) > bound
     assert error(torch.zeros_like(out), true_out) > 2 * error(plain_out, true_out) + DTYPES[dtype]
+    return out
 
 
-def test_the_same_input_gives_the_same_bits_in_every_batch():
-    q, k, v, columns, maps, where = make((4, 2, 2, 64, 77, 8, 40, 3))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_error_is_at_most_twice_that_of_plain_torch(shape, dtype):
+    check("triton", shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[at] for at in (1, 3, 4, 6)], ids=str)
+def test_the_maps_alone_are_as_exact_and_the_output_is_torchs_own(shape, dtype):
+    out = check("sdpa+maps", shape, dtype)
+    q, k, v, _, _, where = make(shape, dtype)
+    assert torch.equal(out, attend(q, k, v, heads=where["heads"])[0])
+
+
+@pytest.mark.parametrize("impl", ["triton", "sdpa+maps"])
+@pytest.mark.parametrize("scale", [0.0, -0.4])
+def test_any_scale_is_obeyed(scale, impl):
+    q, k, v, columns, _, where = make((2, 1, 1, 20, 77, 2, 24, 3))
+    out, maps = attend(5 * q, k, v, columns, **where, scale=scale, impl=impl)
+    true_out, true_maps = reference.attend(5 * q, k, v, columns, **where, scale=scale)
+    assert error(out, true_out.double()) < 1e-5 and error(maps, true_maps.double()) < 1e-5
+
+
+@pytest.mark.parametrize("impl", ["triton", "sdpa+maps"])
+@pytest.mark.parametrize("shape", [(4, 2, 2, 64, 77, 8, 40, 3), (3, 2, 1, 16, 77, 2, 160, 9)], ids=str)
+def test_the_same_input_gives_the_same_bits_in_every_batch(shape, impl):
+    q, k, v, columns, maps, where = make(shape)
     runs = []
     for _ in range(2):
         mine = maps.clone()
-        runs.append((attend(q, k, v, columns, **where, maps=mine, impl="triton")[0], mine))
+        runs.append((attend(q, k, v, columns, **where, maps=mine, impl=impl)[0], mine))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    alone = maps[1:].clone()
-    out, _ = attend(q[3:], k[3:], v[3:], columns[1:], heads=8, maps=alone, impl="triton")
-    assert torch.equal(out, runs[0][0][3:]) and torch.equal(alone, runs[0][1][1:])
+    alone, last = maps[1:].clone(), shape[0] - 1
+    out, _ = attend(q[last:], k[last:], v[last:], columns[1:], heads=shape[5], maps=alone, impl=impl)
+    assert torch.equal(out, runs[0][0][last:]) and torch.equal(alone, runs[0][1][1:])
 
 
 def test_what_is_not_written_is_not_read(monkeypatch):
     plain = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: plain(*a, **k).fill_(float("nan")))
     for shape in SHAPES[1:4]:
-        q, k, v, columns, maps, where = make(shape)
-        out, maps = attend(q, k, v, columns, **where, maps=maps, impl="triton")
-        assert out.isfinite().all() and maps.isfinite().all()
+        for impl in ("triton", "sdpa+maps"):
+            q, k, v, columns, maps, where = make(shape)
+            out, maps = attend(q, k, v, columns, **where, maps=maps, impl=impl)
+            assert out.isfinite().all() and maps.isfinite().all()
 
 
-def test_strided_inputs_are_read_where_they_are():
+@pytest.mark.parametrize("impl", ["triton", "sdpa+maps"])
+def test_strided_inputs_are_read_where_they_are(impl):
     q, k, v, columns, maps, where = make((2, 1, 1, 70, 77, 2, 40, 2))
     wide = torch.full((2, 70, 3, 80), float("nan"), device=DEVICE)
     wide[:, :, 1] = q
-    found = attend(wide[:, :, 1], k, v, columns, **where, maps=maps.clone(), impl="triton")
-    for a, b in zip(found, attend(q, k, v, columns, **where, maps=maps.clone(), impl="triton"), strict=True):
+    found = attend(wide[:, :, 1], k, v, columns, **where, maps=maps.clone(), impl=impl)
+    for a, b in zip(found, attend(q, k, v, columns, **where, maps=maps.clone(), impl=impl), strict=True):
         assert torch.equal(a, b)
 
 
@@ -113,11 +144,78 @@ def test_sizes_are_covered_by_two_powers_of_two():
 
 def test_small_layers_split_their_heads_and_large_ones_do_not():
     def split(pixels, heads, head_dim):
-        return heads // constants(pixels, 77, heads, head_dim, 1, 64)["GROUP"]
+        return heads // constants("attend", pixels, 77, heads, head_dim, 1, 64)["GROUP"]
 
     assert split(64, 8, 40) == 8 and split(1024, 20, 64) == 5
-    assert split(4096, 8, 40) == 1 and constants(4096, 77, 8, 40, 1, 64)["ADD"]
-    assert not constants(1024, 77, 20, 64, 1, 64)["ADD"]
+    assert split(4096, 8, 40) == 1 and constants("attend", 4096, 77, 8, 40, 1, 64)["ADD"]
+    assert not constants("attend_maps", 1024, 77, 20, 64, 1, 64)["ADD"]
+    # wide heads have a program each: the sums of their probabilities would not stay in registers from head to head
+    assert split(9216, 8, 160) == 8 and split(9216, 8, 96) == 1
+
+
+def test_columns_are_as_wide_as_they_are_and_many_take_turns():
+    widths = {num: constants("attend", 64, 77, 8, 40, num, 64)["BLOCK_K"] for num in (1, 3, 8, 9, 77)}
+    assert widths == {1: 1, 3: 3, 8: 8, 9: 4, 77: 4}
+
+
+def test_a_launch_is_on_the_tensors_device(monkeypatch):
+    current, seen = [0], []
+
+    class Spy:
+        def __init__(self, kernel):
+            self.arg_names = kernel.arg_names
+
+        def __getitem__(self, grid):
+            return lambda *a, **k: seen.append(current[-1])
+
+    class Second(torch.cuda.device):
+        """The guard of a second GPU, without one."""
+
+        def __init__(self, tensor):
+            self.index = 1
+
+        def __enter__(self):
+            current.append(self.index)
+
+        def __exit__(self, *error):
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", Second)
+    for module, names in LAUNCHED.items():
+        for name in names:
+            monkeypatch.setattr(module, name, Spy(getattr(module, name)))
+    q, k, v, columns, maps, where = make((2, 1, 1, 20, 77, 2, 160, 3))
+    for impl in ("triton", "sdpa+maps"):
+        attend(q, k, v, columns, **where, maps=maps, impl=impl)
+    guide, probs = torch.rand(1, 3, 6, 5), torch.rand(1, 1, 2, 6, 5)
+    guided_filter_triton.guided_filter(guide, guide, 1, 0.1)
+    around = {"window": 3, "dilation": 1, "bilateral": (1.0, 2.0, 3.0)}
+    norm = mean_field_triton.bilateral_norm(guide, **around)
+    mean_field_triton.mean_field(probs, probs, guide, **around, gaussian=(1.0, 2.0), norm=norm)
+    assert seen == [1] * 10 and current == [0]
+
+
+def test_eager_launches_need_no_operator_and_gradients_and_compilers_have_theirs(monkeypatch):
+    class Operator(Exception):
+        pass
+
+    def call(*a, **k):
+        raise Operator
+
+    monkeypatch.setattr(torch.ops.diffumask_fast, "cross_attention_maps", call)
+    monkeypatch.setattr(torch.ops.diffumask_fast, "attend_maps", call)
+    q, k, v, columns, maps, where = make((1, 1, 0, 16, 77, 1, 16, 1))
+    for impl in ("triton", "sdpa+maps"):
+        attend(q, k, v, columns, **where, maps=maps, impl=impl)
+        with torch.no_grad():
+            attend(q.requires_grad_(), k, v, columns, **where, maps=maps, impl=impl)
+        with pytest.raises(Operator):
+            attend(q, k, v, columns, **where, maps=maps, impl=impl)
+        q.requires_grad_(False)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        with pytest.raises(Operator):
+            attend(q, k, v, columns, **where, maps=maps, impl=impl)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
 
 
 def test_a_guided_pair_of_sdxl_fills_the_gpu(monkeypatch):

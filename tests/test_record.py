@@ -9,7 +9,8 @@ X = torch.zeros(1, 4, 16)
 
 
 @pytest.mark.parametrize(
-    ("impl", "form"), [("auto", "sdpa"), ("sdpa", "sdpa"), ("triton", "triton"), ("reference", "reference")]
+    ("impl", "form"),
+    [("auto", "sdpa"), ("sdpa", "sdpa"), ("triton", "triton"), ("sdpa+maps", "sdpa+maps"), ("reference", "reference")],
 )
 def test_each_form_says_its_name(impl, form):
     with ran() as forms:

@@ -26,7 +26,7 @@ class NotLaunched:
 
 @pytest.fixture(autouse=True)
 def no_launch(monkeypatch):
-    for kernel in ("attend_kernel", "add_parts_kernel"):
+    for kernel in ("attend_kernel", "attend_maps_kernel", "add_parts_kernel"):
         monkeypatch.setattr(attend_triton, kernel, NotLaunched())
 
 
@@ -35,7 +35,8 @@ def measured(form, shape, dtype):
     q, k, v = (torch.randn(rows, count, heads * head_dim).to(dtype) for count in (pixels, keys, keys))
     columns = torch.rand(rows // 2, keys, num) / keys if num else None
     maps = torch.zeros(rows // 2, num, pixels) if num else None
-    impl = {"eager": "reference", "sdpa": "sdpa", "triton": "triton" if num and keys <= 128 else "auto"}[form]
+    fits = num and keys <= 128
+    impl = {"eager": "reference", "sdpa": "sdpa"}.get(form, form if fits else "auto")
     where = {"heads": heads, "first_conditional": rows - rows // 2, "maps": maps, "impl": impl}
     return peak_bytes(lambda: attend(q, k, v, columns, **where))
 

@@ -33,7 +33,7 @@ def test_the_committed_table_serves_every_layer():
             config = tuned.launch("attend", CPU, **facts)
             assert set(config) - {"widest"} == {"block", "num_warps", "num_stages"}
     assert tuned.launch("attend", CPU, **LAYER)["block"] == 64
-    assert tuned.launch("attend", CPU, **{**LAYER, "head_dim": 160})["block"] == 32
+    assert tuned.launch("attend", CPU, **{**LAYER, "head_dim": 160})["block"] == 64
     assert tuned.launch("attend", CPU, **{**LAYER, "head_dim": 160, "keys": 128})["block"] == 16
     assert tuned.launch("attend", CPU, **{**LAYER, "dtype": "fp32"})["block"] == 16
 
