@@ -92,7 +92,8 @@ part_a() {
 part_b() {
     [ -d "$site" ] || { say "Run part a first, on the same machine."; exit 1; }
     cp "$state/triton.json" "$table"
-    step compiled 70 bash -c 'while kill -0 "$0" 2>/dev/null; do sleep 1; done; cat "$1"' "$(cat "$state/compile.pid")" "$state/compile.log"
+    step compiled 70 bash -c 'while kill -0 "$0" 2>/dev/null; do sleep 1; done; cat "$1"; ! grep -q ^Traceback "$1"' \
+        "$(cat "$state/compile.pid")" "$state/compile.log"
     python_step stock 60 rows "$out" stock
     python_step graphs 60 rows "$out" graphs
     for form in triton sdpa; do
