@@ -74,8 +74,11 @@ def test_the_error_is_at_most_twice_that_of_plain_torch(shape, dtype):
     check("triton", shape, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [SHAPES[at] for at in (1, 3, 4, 6)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [(SHAPES[1], torch.float16), (SHAPES[3], torch.bfloat16), (SHAPES[4], torch.float32), (SHAPES[6], torch.float32)],
+    ids=str,
+)
 def test_the_maps_alone_are_as_exact_and_the_output_is_torchs_own(shape, dtype):
     out = check("sdpa+maps", shape, dtype)
     q, k, v, _, _, where = make(shape, dtype)
@@ -92,7 +95,7 @@ def test_any_scale_is_obeyed(scale, impl):
 
 
 @pytest.mark.parametrize("impl", ["triton", "sdpa+maps"])
-@pytest.mark.parametrize("shape", [(4, 2, 2, 64, 77, 8, 40, 3), (3, 2, 1, 16, 77, 2, 160, 9)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 2, 2, 64, 77, 4, 40, 3), (3, 2, 1, 16, 77, 2, 160, 9)], ids=str)
 def test_the_same_input_gives_the_same_bits_in_every_batch(shape, impl):
     q, k, v, columns, maps, where = make(shape)
     runs = []
@@ -108,11 +111,10 @@ def test_the_same_input_gives_the_same_bits_in_every_batch(shape, impl):
 def test_what_is_not_written_is_not_read(monkeypatch):
     plain = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: plain(*a, **k).fill_(float("nan")))
-    for shape in SHAPES[1:4]:
-        for impl in ("triton", "sdpa+maps"):
-            q, k, v, columns, maps, where = make(shape)
-            out, maps = attend(q, k, v, columns, **where, maps=maps, impl=impl)
-            assert out.isfinite().all() and maps.isfinite().all()
+    for shape, impl in ((SHAPES[1], "sdpa+maps"), (SHAPES[3], "triton"), (SHAPES[4], "triton")):
+        q, k, v, columns, maps, where = make(shape)
+        out, maps = attend(q, k, v, columns, **where, maps=maps, impl=impl)
+        assert out.isfinite().all() and maps.isfinite().all()
 
 
 @pytest.mark.parametrize("impl", ["triton", "sdpa+maps"])
