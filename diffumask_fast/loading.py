@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ class ModelInfo:
     num_inference_steps: int = 30
     guidance_scale: float = 7.5
     mask: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def weights(self) -> str | None:
+        """SHA-256 of the folder's weights and configuration, which are read when this is first asked for."""
+        return weight_hash(self.folder) if self.folder else None
 
     @property
     def identity(self) -> str:
