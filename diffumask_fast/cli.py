@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.flags import as_flags, with_flags
+from diffumask_fast.flags import with_flags
 from diffumask_fast.generation.options import GenerateOptions
 from diffumask_fast.masks.options import MaskOptions
 
@@ -285,7 +285,7 @@ def main() -> None:
     try:
         app()
     except DiffuMaskError as error:
-        _fail(str(error))
+        _fail(error.as_flags())
     except Exception as error:  # noqa: BLE001 - no traceback reaches a user; the log has it
         logger.error("%s", traceback.format_exc())
         detail = " ".join(str(error).split())[:300]
@@ -293,7 +293,6 @@ def main() -> None:
 
 
 def _fail(sentence: str) -> None:
-    sentence = as_flags(sentence)
     logger.error("%s", sentence)
     print(sentence, file=sys.stderr)
     sys.exit(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from types import UnionType
@@ -36,16 +35,6 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     )
     called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return called
-
-
-def as_flags(sentence: str) -> str:
-    """Write the parameters that a sentence names in backticks, such as `steps` or `engine=onnx`, as flags."""
-
-    def flag(found: re.Match[str]) -> str:
-        name, value = found.groups()
-        return f"--{name.replace('_', '-')}" + (f" {value}" if value else "")
-
-    return re.sub(r"`([a-z][a-z_]*)(?:=([^`]*))?`", flag, sentence)
 
 
 def _flags_of(kind: type) -> Iterator[inspect.Parameter]:

@@ -200,7 +200,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         raise DiffuMaskError(f"Device {device} is not supported: use auto, cpu or cuda.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DiffuMaskError(
-            f"There is no CUDA device {device} here (torch sees {torch.cuda.device_count()}): use --device cpu."
+            f"There is no CUDA device {device} here (torch sees {torch.cuda.device_count()}): use `device=cpu`."
         )
     return device
 

@@ -18,12 +18,8 @@ class Options:
     def __post_init__(self) -> None:
         for one in fields(self):
             read, value = one.metadata.get("read"), getattr(self, one.name)
-            if read is None or (value is None and one.default is None):
-                continue
-            try:
-                object.__setattr__(self, one.name, read(value))
-            except ValueError as allowed:
-                raise DiffuMaskError(f"`{one.name}` must be {allowed}, not {value!r}") from allowed
+            if read is not None and not (value is None and one.default is None):
+                object.__setattr__(self, one.name, checked(one.name, value, read))
 
 
 def option(default: Any, help: str, read: Reader | None = None) -> Any:
@@ -40,6 +36,18 @@ def option(default: Any, help: str, read: Reader | None = None) -> Any:
 def argument(help: str, metavar: str | None = None) -> Any:
     """Return the field of an option that has no default: on the command line it stands without a flag."""
     return field(default=MISSING, metadata={"help": help, "metavar": metavar})
+
+
+def checked(name: str, value: Any, read: Reader) -> Any:
+    """Return a parameter's value as it is kept.
+
+    Raises:
+        DiffuMaskError: it is not allowed.
+    """
+    try:
+        return read(value)
+    except ValueError as allowed:
+        raise DiffuMaskError(f"`{name}` must be {allowed}, not {value!r}") from allowed
 
 
 def one_of(*words: str) -> Reader:

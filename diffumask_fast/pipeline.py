@@ -37,6 +37,7 @@ from diffumask_fast.loading import (
 from diffumask_fast.masks.accept import NOT_FINITE, rejections
 from diffumask_fast.masks.make import make_masks, quantise_maps
 from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.options import checked, whole
 from diffumask_fast.overlap import IN_FLIGHT, Beside, to_host
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import names_of, phrases_and_ids
@@ -101,7 +102,7 @@ class DiffuMaskPipeline:
 
             return cls(*load_engine(model, engine, engine_path, dtype, device, revision))
         if engine_path is not None:
-            raise DiffuMaskError(f"--engine {engine} takes no --engine-path: leave it out, or say --engine onnx.")
+            raise DiffuMaskError(f"`engine={engine}` takes no `engine_path`: leave it out, or say `engine=onnx`.")
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
         info = find_model(model, revision)
@@ -354,14 +355,9 @@ class DiffuMaskPipeline:
 
     def batch_size(self, batch_size: int | str, height: int | None = None, width: int | None = None) -> int:
         """Return the batch size: as given, or for "auto" a function of model, size and the device's total memory."""
+        batch_size = checked("batch_size", batch_size, whole(1, None, "auto"))
         if batch_size != "auto":
-            try:
-                size = int(batch_size)
-            except ValueError as error:
-                raise DiffuMaskError(f"batch size must be auto or a whole number, not {batch_size!r}") from error
-            if size < 1:
-                raise DiffuMaskError(f"batch size must be at least 1, not {size}")
-            return size
+            return batch_size
         most = self.engine.limits.batch if self.engine is not None else 64
         if self.device.type != "cuda":
             return min(8, most)

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.cli import app
-from diffumask_fast.flags import as_flags, with_flags
+from diffumask_fast.flags import with_flags
 from diffumask_fast.generation.options import GenerateOptions
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import Options, argument, one_of, option, whole
@@ -72,10 +72,3 @@ def test_a_command_gets_its_dataclasses():
     assert got == [(Outer("here"), 0.5), (Outer("there", 3, Inner("red", 4), True), 1.0)]
     assert "Say what was given." in run(program, ["--help"]).stdout
     assert run(program, []).exit_code == 2 and run(program, ["here", "--num-parts", "x"]).exit_code == 2
-
-
-def test_parameters_in_sentences_become_flags():
-    sentence = "`shard_size` is 0; `engine=onnx` needs `engine_path`, a 'folder' of `Other` or `a b`"
-    assert as_flags(sentence) == (
-        "--shard-size is 0; --engine onnx needs --engine-path, a 'folder' of `Other` or `a b`"
-    )

@@ -198,7 +198,7 @@ def test_one_list_of_names_is_for_all_prompts(pipe):
 def test_stream_refuses_what_requests_say(pipe):
     with pytest.raises(DiffuMaskError, match="stream takes negative_prompt"):
         pipe.stream(requests(1), 1, negative_prompt="")
-    with pytest.raises(DiffuMaskError, match="batch size"):
+    with pytest.raises(DiffuMaskError, match="`batch_size` must be auto or a whole number from 1 on"):
         pipe.stream(requests(1), 0)
 
 

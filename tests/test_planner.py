@@ -130,7 +130,7 @@ def test_templates_are_filled_literally(tmp_path):
         ({"num": 0}, "at least 1"),
         ({"num": -3}, "at least 1"),
         ({"num": 1, "classes_per_image": 4}, "name more classes"),
-        ({"num": 1, "classes_per_image": 0}, "0 classes per image"),
+        ({"num": 1, "classes_per_image": 0}, "`classes_per_image` is 0"),
         ({"num": 1, "templates": ["a photo"]}, "objects"),
         ({"num": 1, "templates": []}, "empty"),
         ({"num": 1, "scenes": []}, "empty"),

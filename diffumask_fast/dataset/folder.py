@@ -33,9 +33,7 @@ class DatasetFolder:
         self.path = Path(path)
         make_folder(self.path / "data")
         try:
-            descriptor = os.open(self.path / "data", os.O_RDONLY)
-            self.close = weakref.finalize(self, os.close, descriptor)  # lets others write in the folder
-            self._lock(descriptor)
+            self.close = weakref.finalize(self, os.close, lock(self.path))  # lets others write in the folder
             for name in (MANIFEST, "*.png", "data/shard-*.parquet"):
                 for left in self.path.glob(str(temporary_path(Path(name)))):
                     left.unlink(missing_ok=True)
@@ -64,13 +62,22 @@ class DatasetFolder:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _lock(self, descriptor: int) -> None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise DiffuMaskError(f"another run is writing in {self.path}: wait for it to end") from error
-            # a file system without locks: shards are written whole all the same
+
+def lock(path: Path) -> int:
+    """Lock a folder against other processes; return its descriptor, which holds the lock until it is closed.
+
+    Raises:
+        DiffuMaskError: another process has locked it.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            os.close(descriptor)
+            raise DiffuMaskError(f"another run is writing in {path}: wait for it to end") from error
+        # a file system without locks: files are written whole all the same
+    return descriptor
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -51,11 +51,10 @@ class Recipe:
         object.__setattr__(self, "templates", tuple(self.templates))
         object.__setattr__(self, "scenes", _with_classes(load_scenes() if self.scenes is None else self.scenes))
         if self.num < 1:
-            raise DiffuMaskError(f"num is {self.num}: ask for at least 1 image")
+            raise DiffuMaskError(f"`num` is {self.num}: ask for at least 1 image")
         if not 1 <= self.classes_per_image <= len(self.vocabulary):
-            raise DiffuMaskError(
-                f"{self.classes_per_image} classes per image are wanted from {len(self.vocabulary)}: name more classes"
-            )
+            num = f"`classes_per_image` is {self.classes_per_image} and the number of classes {len(self.vocabulary)}"
+            raise DiffuMaskError(f"{num}: give at least 1, or name more classes")
         for template in self.templates:
             if "{objects}" not in template:
                 raise DiffuMaskError(f"template {template!r} must hold {{objects}}, where the classes go")
