@@ -298,6 +298,7 @@ def draw(
     for row, drawing in enumerate(batch):
         if not pixels[row].isfinite().all():
             raise DiffuMaskError(f"{drawing.stem} is not finite, so it was not written: use `dtype=fp32`")
+        # truncated, as that program does
         array = (pixels[row].clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
         image = Image.fromarray(array).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         maps, first = {}, 0

@@ -250,6 +250,17 @@ def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **compo
 
 
 @contextmanager
+def without_bars(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Hide a pipeline's own progress bars."""
+    config = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**config | {"disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**config)
+
+
+@contextmanager
 def quietly() -> Iterator[None]:
     """Hide loading bars and advice of diffusers and transformers; errors are raised all the same."""
     from diffusers.utils import logging as diffusers_logging

@@ -7,10 +7,9 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from diffumask_fast.loading import (
     resolve_device,
     resolve_dtype,
     says_force_upcast,
+    without_bars,
 )
 from diffumask_fast.masks.accept import NOT_FINITE, rejections
 from diffumask_fast.masks.make import make_masks, quantise_maps
@@ -202,12 +202,12 @@ class DiffuMaskPipeline:
         if not return_dict:
             return images, masks, drawn.qualities()
         class_ids = [tuple(i for i in row if i) for row in drawn.ids.tolist()]
-        call = {
-            "seeds": [int(seed) for seed in seeds] if seeds is not None else None,
-            "num_inference_steps": kwargs.get("num_inference_steps", self.info.num_inference_steps),
-            "guidance_scale": kwargs.get("guidance_scale", self.info.guidance_scale),
-        }
-        provenance = Provenance(self.info.name, self.engine or self.info, self._facts(maps, mask) | call)
+        provenance = Provenance.of(
+            self, maps, mask,
+            seeds=[int(seed) for seed in seeds] if seeds is not None else None,
+            num_inference_steps=kwargs.get("num_inference_steps", self.info.num_inference_steps),
+            guidance_scale=kwargs.get("guidance_scale", self.info.guidance_scale),
+        )  # fmt: skip
         return Output(
             images, masks, drawn.qualities(), drawn.levels, drawn.class_maps.cpu().numpy(), class_ids, provenance
         )
@@ -279,7 +279,7 @@ class DiffuMaskPipeline:
                 negative = {}
                 if use_negative_prompts:
                     negative["negative_prompt"] = [request.negative_prompt for request in batch]
-                with _quiet(self.pipe):
+                with without_bars(self.pipe):
                     denoised = self._denoise(
                         [request.prompt for request in batch], [list(request.phrases) for request in batch], maps,
                         generator=self._generators([request.seed for request in batch], None, len(batch)),
@@ -292,7 +292,7 @@ class DiffuMaskPipeline:
             for future in waiting:
                 yield from future.result()
 
-    def _results(self, batch, denoised, mask) -> list[Result]:
+    def _results(self, batch: Sequence[Request], denoised: Denoised, mask: MaskOptions) -> list[Result]:
         drawn = self._finish(denoised, mask)
         names = [request.phrases for request in batch]
         reasons = rejections(drawn.images, drawn.mask, drawn.ids, names, mask, drawn.quality)
@@ -308,7 +308,16 @@ class DiffuMaskPipeline:
         ]  # fmt: skip
 
     def _denoise(
-        self, prompts, names, maps, repeat=1, *, class_ids=None, num_phrases=None, token_indices=None, **kwargs
+        self,
+        prompts: list[str] | None,
+        names: Sequence[Sequence[str]],
+        maps: MapOptions,
+        repeat: int = 1,
+        *,
+        class_ids: Sequence[Sequence[int]] | None = None,
+        num_phrases: int | None = None,
+        token_indices: Sequence[Any] | None = None,
+        **kwargs: Any,
     ) -> Denoised:
         """The first half of the flow: phrase columns, denoise while the store fills."""
         kwargs.setdefault("num_inference_steps", self.info.num_inference_steps)
@@ -373,19 +382,12 @@ class DiffuMaskPipeline:
         own = own if isinstance(own, (list, tuple)) else (own, own)
         return height or own[0] * self.pipe.vae_scale_factor, width or own[1] * self.pipe.vae_scale_factor
 
-    def _facts(self, maps: MapOptions, mask: MaskOptions) -> dict[str, Any]:
-        """Return what an image depends on beside the weights and the call, as JSON types."""
-        return {
-            "scheduler": type(self.pipe.scheduler).__name__,
-            "maps": dict(vars(maps)),
-            "mask": dict(vars(mask)),
-            "dtype": str(self.pipe.unet.dtype).removeprefix("torch."),
-            "device": self.device.type,
-            "engine": {"name": self.engine_name, **({"sha256": self.engine.sha256} if self.engine else {})},
-            "versions": {name: version(name) for name in ("diffumask_fast", "torch", "diffusers", "transformers")},
-        }
-
-    def _generators(self, seeds, generator, count):
+    def _generators(
+        self,
+        seeds: Sequence[int] | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        count: int,
+    ) -> torch.Generator | list[torch.Generator] | None:
         if seeds is None:
             return generator
         if generator is not None:
@@ -393,14 +395,3 @@ class DiffuMaskPipeline:
         if len(seeds) != count:
             raise DiffuMaskError(f"There are {count} images and {len(seeds)} seeds: give one seed for each image.")
         return [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
-
-
-@contextmanager
-def _quiet(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Hide the pipeline's own progress bars."""
-    config = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**config | {"disable": True})
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**config)

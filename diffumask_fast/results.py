@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.attention.tap import Levels
+from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.prompts.request import Request
 
 
@@ -50,6 +52,20 @@ class Provenance:
     model: str
     weights_of: Any
     facts: dict[str, Any]
+
+    @classmethod
+    def of(cls, pipe: Any, maps: MapOptions, mask: MaskOptions, **call: Any) -> Provenance:
+        """Note what a call of a DiffuMaskPipeline depends on."""
+        facts = {
+            "scheduler": type(pipe.pipe.scheduler).__name__,
+            "maps": dict(vars(maps)),
+            "mask": dict(vars(mask)),
+            "dtype": str(pipe.pipe.unet.dtype).removeprefix("torch."),
+            "device": pipe.device.type,
+            "engine": {"name": pipe.engine_name, **({"sha256": pipe.engine.sha256} if pipe.engine else {})},
+            "versions": {name: version(name) for name in ("diffumask_fast", "torch", "diffusers", "transformers")},
+        }
+        return cls(pipe.info.name, pipe.engine or pipe.info, facts | call)
 
     def as_dict(self) -> dict[str, Any]:
         """Return all of it as JSON types; the first time this reads and hashes the model's files."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from diffumask_fast.attention.options import MapOptions
@@ -159,13 +160,14 @@ def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
     batch_size, maps = pipe.batch_size(options.batch_size, height, width), pipe.map_options(options.maps)
     if pipe.engine is not None:
         pipe.engine.limits.check(batch_size, height, width, options.classes_per_image, maps.propagate)
+    folder = Path(options.model).expanduser()
     return Job(
-        model=options.model,
+        model=str(folder.resolve()) if options.model != "mini" and folder.is_dir() else options.model,
         revision=options.revision,
         scheduler=type(pipe.pipe.scheduler).__name__,
         dtype=next(name for name, dtype in DTYPES.items() if dtype == pipe.pipe.unet.dtype),
         engine=options.engine,
-        engine_path=str(options.engine_path) if options.engine_path else None,
+        engine_path=str(Path(options.engine_path).expanduser().resolve()) if options.engine_path else None,
         attention=options.attention,
         identity=pipe.info.identity,
         weights=pipe.weights,
