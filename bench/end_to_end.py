@@ -9,14 +9,16 @@ from pathlib import Path
 
 import torch
 
+from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.bench import baselines, memory
 from diffumask_fast.bench.geometries import check_geometry, check_memory, open_geometry
 from diffumask_fast.bench.harness import Race, Workload, race
 from diffumask_fast.bench.rows import environment, row
-from diffumask_fast.bench.sides import LIKE_THE_REFERENCE, Sides, mask_iou
+from diffumask_fast.bench.sides import REFERENCE_MAPS, REFERENCE_MASK, Sides, mask_iou
 from diffumask_fast.compiled import compile_pipe
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.loading import resolve_device
+from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 logger = logging.getLogger("diffumask_fast")
@@ -143,7 +145,7 @@ class _Job:
 
     def _overheads(self, names: Sequence[str]) -> Iterator[dict]:
         sides, whole = Sides(self.pipe, self.batch, self.steps), Sides(self.pipe, self.batch, self.mask_steps)
-        kinds = {"maps_overhead": "none", "propagation_overhead": self.pipe.mask_options(None).propagate}
+        kinds = {"maps_overhead": "none", "propagation_overhead": self.pipe.map_options().propagate}
         kinds = {name: propagate for name, propagate in kinds.items() if name in names}
         calls: dict[str, Workload] = {}
         if kinds:
@@ -159,7 +161,7 @@ class _Job:
             config = {**self._settings(sides), "output": "latent", "propagate": propagate}
             yield row(SUITE, name, done.ratio(name, "plain"), config=config)
         if "masks_overhead" in names:
-            config = {**self._settings(whole), "output": "pil", "mask": dict(vars(self.pipe.mask_options(None)))}
+            config = {**self._settings(whole), "output": "pil", "mask": _flat(self.pipe.map_options(), MaskOptions())}
             yield row(SUITE, "masks_overhead", done.ratio("masks_overhead", "images"), config=config)
 
     def _speedups(self, names: Sequence[str]) -> Iterator[dict]:
@@ -178,7 +180,7 @@ class _Job:
         calls = {name: call for name, call in calls.items() if name in wanted}
         control = "reference" if "reference" in calls else "ours"
         done = race(calls, control=control, pairs=self.pairs, device=str(self.where))
-        shared = {**self._settings(sides), "mask": dict(vars(LIKE_THE_REFERENCE))}
+        shared = {**self._settings(sides), "mask": _flat(REFERENCE_MAPS, REFERENCE_MASK)}
         shared |= {
             "tried_s": tried,
             "engine": fp32_engine,
@@ -210,13 +212,13 @@ class _Job:
             config = {**config, "engine": "torch", "by_phrase": round(sum(by_phrase) / self.batch, 5)}
             yield row(SUITE, "iou_vs_reference", sum(found) / self.batch, **values, config=config)
         if "speedup_vs_reference_with_masks" in names:
-            whole = sides.ours(self.pipe, mask=self.pipe.mask_options(None))
+            whole = sides.ours(self.pipe, like_reference=False)
             whole()
             start = time.process_time()
             whole()
             ours, crf = (time.process_time() - start) / self.batch, sides.crf_seconds()
             config = {**config, "engine": "torch", "crf_s": round(crf, 3), "s_per_image": round(ours, 5)}
-            config |= {"mask": dict(vars(self.pipe.mask_options(None))), "clock": done.clock}
+            config |= {"mask": _flat(self.pipe.map_options(), MaskOptions()), "clock": done.clock}
             value = (done.seconds("reference") + crf) / ours
             yield row(SUITE, "speedup_vs_reference_with_masks", value, config=config)
 
@@ -254,6 +256,10 @@ class _Job:
 
     def _settings(self, sides: Sides) -> dict:
         return {**self.config, "batch": self.batch, **sides.settings}
+
+
+def _flat(maps: MapOptions, mask: MaskOptions) -> dict:
+    return {**vars(maps), **vars(mask)}
 
 
 def _onnx(model: str | Path, batch: int) -> DiffuMaskPipeline:

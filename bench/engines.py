@@ -143,11 +143,10 @@ def _rows(model, where, engine_path, engines, pairs, threads, config) -> Iterato
                 libraries = other.engine.libraries if other.engine else {}
                 facts = config | {"dtype": its_dtype, **environment(str(where)), **libraries, "threads": count}
                 both = [Sides(pipe, config["batch"], config["num_inference_steps"]) for pipe in (other, eager)]
-                default = eager.mask_options(None)
                 calls = {
                     "plain": map(_plain, both),
                     "maps": (sides.mapped(1) for sides in both),
-                    "masks": (sides.ours(mask=default) for sides in both),
+                    "masks": (sides.ours(like_reference=False) for sides in both),
                 }
                 for name, two in calls.items():
                     ratio = compare(*two, pairs=pairs, device=str(where), threads=count)

@@ -223,10 +223,10 @@ def _stock(pipe, where, batch, steps, pairs, engine, shared) -> dict:
     ours.pipe.set_progress_bar_config(disable=True)
     if engine == "compile":
         compile_pipe(ours.pipe)
-    sides, mask = Sides(pipe, batch, steps), ours.mask_options(None)
-    ratio = compare(sides.plain("pil"), sides.ours(ours, batch, mask), pairs=pairs, device=str(where))
+    sides, mask = Sides(pipe, batch, steps), {**vars(ours.map_options()), **vars(MaskOptions())}
+    ratio = compare(sides.plain("pil"), sides.ours(ours, batch, like_reference=False), pairs=pairs, device=str(where))
     config = {**shared, "batch": batch, **sides.settings, "engine": engine, "case": "images and masks"}
-    config |= {"dtype": str(pipe.pipe.unet.dtype).removeprefix("torch."), "mask": dict(vars(mask))}
+    config |= {"dtype": str(pipe.pipe.unet.dtype).removeprefix("torch."), "mask": mask}
     return row(SUITE, "speedup_over_stock", ratio, config=config)
 
 

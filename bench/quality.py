@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffumask_fast.attention.collect import collect_maps
+from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.bench.rows import environment, row
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.learning.evaluation import boundary, look, overlap
@@ -86,9 +87,9 @@ def _rows(geometry: str, where: torch.device, num: int, seed: int, settings: Seq
 
 def _draw(pipe: DiffuMaskPipeline, num: int, seed: int) -> tuple[Tensor, dict[str | int, Tensor], Tensor]:
     """Draw once; return images [N, H, W, 3], maps of each propagation [N, 1, h, w], class ids [N, 1]."""
-    requests = plan(Vocabulary.named(pipe.info.classes), num, seed, 1, scenes=pipe.info.scenes).requests
+    requests = plan(Vocabulary.named(pipe.info.classes), num, seed, 1, scenes=pipe.info.scenes)
     pipe.pipe.set_progress_bar_config(disable=True)
-    aggregation = pipe.mask_options(None).aggregation
+    aggregation = pipe.map_options().aggregation
     images, maps = [], {times: [] for times in PROPAGATE}
     for start in range(0, num, BATCH):
         batch = requests[start : start + BATCH]
@@ -101,7 +102,7 @@ def _draw(pipe: DiffuMaskPipeline, num: int, seed: int) -> tuple[Tensor, dict[st
             )[0]  # fmt: skip
         images.append((pixels.permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu())
         for times in PROPAGATE:
-            options = MaskOptions(aggregation=aggregation, propagate=times)
+            options = MapOptions(aggregation=aggregation, propagate=times)
             maps[times].append(quantise_maps(store.class_maps(options)).cpu())
     ids = torch.tensor([request.class_ids for request in requests])
     return torch.cat(images), {times: torch.cat(parts) for times, parts in maps.items()}, ids

@@ -54,10 +54,10 @@ def _rows(geometry, where, model, batches, numbers, steps, pairs) -> Iterator[di
     shared = {"geometry": geometry, "model": str(model or geometry), **environment(str(where))}
     for batch in batches:
         sides = Sides(pipe, batch, steps)
-        call = sides.ours(mask=pipe.mask_options(None))
+        call = sides.ours(like_reference=False)
         before = pipe.seconds.as_dict()
         done = race({"ours": call}, pairs=pairs, device=str(where))
-        stages = {name: (value - before[name]) / (pairs + 1) for name, value in pipe.seconds.as_dict().items()}
+        stages = {name: (value - before[name]) / (pairs + 1) for name, value in pipe.seconds.as_dict().items() if value}
         config = {**shared, "batch": batch, **sides.settings, "clock": done.clock}
         config["stages_s"] = {name: round(value, 4) for name, value in stages.items()}
         rates = sorted(batch / seconds for seconds in done.times["ours"])

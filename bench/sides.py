@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffumask_fast.attention.collect import collect_maps
+from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.attention.phrases import phrase_columns
 from diffumask_fast.bench.baselines import DaamStore, PeerMaps, ReferenceStore, plain_attention, reference_mask
 from diffumask_fast.bench.harness import Workload
@@ -18,7 +19,8 @@ from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.planner import plan
 from diffumask_fast.prompts.vocabulary import Vocabulary
 
-LIKE_THE_REFERENCE = MaskOptions(aggregation="reference", propagate="none", threshold=0.45, refine="none")
+REFERENCE_MAPS = MapOptions(aggregation="reference", propagate="none")
+REFERENCE_MASK = MaskOptions(threshold=0.45, refine="none")
 REFERENCE_SIZE = 512
 
 
@@ -88,14 +90,18 @@ class Sides:
         return ours if masked else plain
 
     def ours(
-        self, pipe: DiffuMaskPipeline | None = None, batch: int | None = None, mask: MaskOptions = LIKE_THE_REFERENCE
+        self, pipe: DiffuMaskPipeline | None = None, batch: int | None = None, *, like_reference: bool = True
     ) -> Callable[[], np.ndarray]:
-        """Images and masks by our pipeline, in whatever engine and precision it has; gives the masks."""
+        """Images and masks by our pipeline, in whatever engine and precision it has; gives the masks.
+
+        Maps and masks are made as the reference makes them, or by the pipeline's defaults.
+        """
         pipe, rows = pipe or self.pipe, slice(batch)
+        options = {"maps": REFERENCE_MAPS, "mask": REFERENCE_MASK} if like_reference else {}
 
         def call() -> np.ndarray:
             latents = self.latents[rows].to(pipe.pipe.unet.dtype)
-            return pipe(self.prompts[rows], self.classes[rows], mask=mask, latents=latents, **self.settings).masks
+            return pipe(self.prompts[rows], self.classes[rows], latents=latents, **options, **self.settings).masks
 
         return call
 
@@ -110,9 +116,9 @@ class Sides:
         with torch.no_grad(), collect_maps(self.pipe.pipe, names, token_indices=tokens, propagate="none") as maps:
             self._draw(slice(None), "latent")
         counts = torch.tensor([len(row) for row in tokens], device=self.latents.device)[:, None, None, None]
-        class_maps = maps.class_maps(LIKE_THE_REFERENCE).sum(1, keepdim=True) / counts
+        class_maps = maps.class_maps(REFERENCE_MAPS).sum(1, keepdim=True) / counts
         images = torch.zeros(self.batch, self._size(), self._size(), 3, dtype=torch.uint8)
-        return make_masks(class_maps, images, LIKE_THE_REFERENCE, self.ids)[0].cpu().numpy()
+        return make_masks(class_maps, images, REFERENCE_MASK, self.ids)[0].cpu().numpy()
 
     def daam(self, row: int = 0) -> Callable[[], np.ndarray]:
         """One image and its mask with DAAM-style capture."""
@@ -137,7 +143,7 @@ class Sides:
         pixels = (image.clamp(0, 1).permute(1, 2, 0) * 255).to(torch.uint8).cpu().numpy()
         class_map = store.class_maps(self.select[0], REFERENCE_SIZE)[0].cpu().numpy()
         start = time.process_time()
-        reference_mask(class_map, pixels, class_map > LIKE_THE_REFERENCE.threshold)
+        reference_mask(class_map, pixels, class_map > REFERENCE_MASK.threshold)
         return time.process_time() - start
 
     def denoise_alone(self, store: Any) -> None:
@@ -155,7 +161,7 @@ class Sides:
                 images = self._draw(slice(row, row + 1), "pt")
             maps = store.class_maps(self.select[row], self._size())[None]
             images = (images.permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8)
-            return make_masks(maps, images, LIKE_THE_REFERENCE, self.ids[row : row + 1])[0][0].cpu().numpy()
+            return make_masks(maps, images, REFERENCE_MASK, self.ids[row : row + 1])[0][0].cpu().numpy()
 
         return torch.no_grad()(call)
 

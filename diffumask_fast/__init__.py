@@ -3,11 +3,20 @@
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["DiffuMaskError", "DiffuMaskPipeline", "MaskOptions", "Vocabulary", "__version__", "collect_maps"]
+__all__ = [
+    "DiffuMaskError",
+    "DiffuMaskPipeline",
+    "MapOptions",
+    "MaskOptions",
+    "Vocabulary",
+    "__version__",
+    "collect_maps",
+]
 
 _HOMES = {
     "DiffuMaskError": "diffumask_fast.errors",
     "DiffuMaskPipeline": "diffumask_fast.pipeline",
+    "MapOptions": "diffumask_fast.attention.options",
     "MaskOptions": "diffumask_fast.masks.options",
     "Vocabulary": "diffumask_fast.prompts.vocabulary",
     "collect_maps": "diffumask_fast.attention.collect",

@@ -13,6 +13,9 @@ from typing import Annotated, Any
 import typer
 
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.flags import with_flags
+from diffumask_fast.generation.options import GenerateOptions
+from diffumask_fast.masks.options import MaskOptions
 
 logger = logging.getLogger("diffumask_fast")
 app = typer.Typer(
@@ -20,66 +23,17 @@ app = typer.Typer(
     help="Draw images with pixel-accurate semantic masks from text.",
 )  # fmt: skip
 
-ThresholdFlag = Annotated[str, typer.Option(help="otsu, adaptive, or a number in 0..1.")]
-RefineFlag = Annotated[str, typer.Option(help="guided, crf or none.")]
-ColourFlag = Annotated[int, typer.Option(help="Rounds of sharpening by colour, after guided.")]
-BandFlag = Annotated[int, typer.Option(help="Pixels beside boundaries that become 255.")]
-ComponentFlag = Annotated[float, typer.Option(help="Parts of a class below this share of the image go.")]
-HolesFlag = Annotated[bool, typer.Option("--fill-holes", help="Fill holes in a class.")]
-QualityFlag = Annotated[float, typer.Option(help="Reject images with a class of lower quality.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+LogFlag = Annotated[Path | None, typer.Option(help="Append a log to this file.")]
 
 
 @app.command()
-def generate(
-    out: Annotated[Path, typer.Argument(help="Folder of the dataset; run again to finish it.")],
-    model: Annotated[str, typer.Option(help="mini, a diffusers folder, or a hub id.")] = "mini",
-    revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
-    classes: Annotated[
-        str | None, typer.Option(help="dog,cat | voc | FILE; all that the model lists, else VOC.")
-    ] = None,
-    classes_per_image: Annotated[int, typer.Option(help="Distinct classes joined in one prompt.")] = 1,
-    num: Annotated[int, typer.Option(help="Images drawn in all, classes taken in turn.")] = 24,
-    seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
-    batch_size: Annotated[str, typer.Option(help="Images per batch, or auto.")] = "auto",
-    shard_size: Annotated[int, typer.Option(help="Images per shard: what a kill can lose.")] = 64,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps; the model's best when left out.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Guidance; the model's best when left out.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="For example ddim; the model's own when left out.")] = None,
-    size: Annotated[str | None, typer.Option(help="HxW in pixels; the model's own when left out.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16.")] = "auto",
-    aggregation: Annotated[str, typer.Option(help="auto, paper, reference or finest.")] = "auto",
-    propagate: Annotated[str, typer.Option(help="auto, none, or 1 to 4 times.")] = "auto",
-    threshold: ThresholdFlag = "otsu",
-    refine: RefineFlag = "guided",
-    colour_steps: ColourFlag = 2,
-    ignore_band: BandFlag = 0,
-    min_component: ComponentFlag = 0.0,
-    fill_holes: HolesFlag = False,
-    min_quality: QualityFlag = 0.0,
-    engine: Annotated[str, typer.Option(help="torch, compile, onnx or tensorrt.")] = "torch",
-    engine_path: Annotated[Path | None, typer.Option(help="Folder that export wrote.")] = None,
-    attention: Annotated[str, typer.Option(help="Where no maps are wanted: sdpa, or on CUDA xformers.")] = "sdpa",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    allow_drift: Annotated[bool, typer.Option("--allow-drift", help="Go on in a changed environment.")] = False,
-    log: Annotated[Path | None, typer.Option(help="Append a log to this file.")] = None,
-    as_json: JsonFlag = False,
-) -> None:
+@with_flags
+def generate(options: GenerateOptions, log: LogFlag = None, as_json: JsonFlag = False) -> None:
     """Draw a dataset of images and masks."""
     _log_to(log)
-    from diffumask_fast.generation import GenerateOptions, run_generate
-    from diffumask_fast.masks.options import MaskOptions
+    from diffumask_fast.generation.generate import run_generate
 
-    mask = MaskOptions(
-        aggregation=aggregation, propagate=propagate, threshold=threshold, refine=refine, colour_steps=colour_steps,
-        ignore_band=ignore_band, min_component=min_component, fill_holes=fill_holes, min_quality=min_quality,
-    )  # fmt: skip
-    options = GenerateOptions(
-        out=out, model=model, revision=revision, classes=classes, classes_per_image=classes_per_image, num=num,
-        seed=seed, batch_size=batch_size, shard_size=shard_size, steps=steps, guidance_scale=guidance_scale,
-        scheduler=scheduler, size=size, dtype=dtype, mask=mask, engine=engine, engine_path=engine_path,
-        attention=attention, device=device, allow_drift=allow_drift,
-    )  # fmt: skip
     try:
         summary = run_generate(options, progress=_progress)
     except KeyboardInterrupt:
@@ -89,32 +43,22 @@ def generate(
         print(json.dumps(summary))
     else:
         accepted = f"{summary['accepted']} of {summary['images']} images accepted"
-        print(f"{accepted}, {summary['images_per_s']:.2f} images/s. Look at {out / 'preview.png'}.")
+        print(f"{accepted}, {summary['images_per_s']:.2f} images/s. Look at {options.out / 'preview.png'}.")
 
 
 @app.command()
+@with_flags
 def remask(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Dataset with stored maps.")],
     out: Annotated[Path, typer.Argument(help="Folder of the new dataset; run again to finish it.")],
-    threshold: ThresholdFlag = "otsu",
-    refine: RefineFlag = "guided",
-    colour_steps: ColourFlag = 2,
-    ignore_band: BandFlag = 0,
-    min_component: ComponentFlag = 0.0,
-    fill_holes: HolesFlag = False,
-    min_quality: QualityFlag = 0.0,
+    options: MaskOptions,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: JsonFlag = False,
 ) -> None:
     """Make new masks of a dataset's stored maps, without drawing."""
     from diffumask_fast.dataset import remask as remasking
     from diffumask_fast.loading import resolve_device
-    from diffumask_fast.masks.options import MaskOptions
 
-    options = MaskOptions(
-        threshold=threshold, refine=refine, colour_steps=colour_steps, ignore_band=ignore_band,
-        min_component=min_component, fill_holes=fill_holes, min_quality=min_quality,
-    )  # fmt: skip
     summary = remasking.remask(source, out, options, device=resolve_device(device), progress=_progress)
     if as_json:
         print(json.dumps(summary))
@@ -170,7 +114,7 @@ def export(
 ) -> None:
     """Write a model for an engine other than torch, and check it against torch."""
     from diffumask_fast import export as exports
-    from diffumask_fast.generation import split_size
+    from diffumask_fast.options import split_size
 
     if to not in ("onnx", "tensorrt", "tensorrt-rtx"):
         raise DiffuMaskError(f"There is no export to {to}: use onnx, tensorrt or tensorrt-rtx.")
@@ -179,8 +123,8 @@ def export(
     dtype = {"onnx": "fp32"}.get(to, "fp16") if dtype == "auto" else dtype
     settings = dict(
         max_batch=max_batch, static=static, columns=columns, propagate=propagate,
-        min_size=split_size(min_size, "--min-size") if min_size else None,
-        max_size=split_size(max_size, "--max-size") if max_size else None,
+        min_size=split_size(min_size, "min_size") if min_size else None,
+        max_size=split_size(max_size, "max_size") if max_size else None,
     )  # fmt: skip
     told = dict(revision=revision, progress=lambda sentence: print(sentence, file=sys.stderr))
     try:
@@ -341,7 +285,7 @@ def main() -> None:
     try:
         app()
     except DiffuMaskError as error:
-        _fail(str(error))
+        _fail(error.as_flags())
     except Exception as error:  # noqa: BLE001 - no traceback reaches a user; the log has it
         logger.error("%s", traceback.format_exc())
         detail = " ".join(str(error).split())[:300]

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import functools
 import io
 import json
 import logging
-import math
 import os
 import pickle
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +28,11 @@ from torch import Tensor
 from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.attention.phrases import PhraseNotFound, phrase_columns
 from diffumask_fast.attention.store import over_maximum
+from diffumask_fast.dataset.folder import differences, lock
 from diffumask_fast.dataset.writer import make_folder, write_file
 from diffumask_fast.decoding import timed_decoding
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.options import checked, number, whole
 from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.planner import plan
 from diffumask_fast.prompts.vocabulary import ClassEntry, Vocabulary
@@ -192,13 +192,8 @@ class ClassFolder:
         """
         for name in ("train_image", "npy"):
             make_folder(self.path / name)
-        descriptor = os.open(self.path, os.O_RDONLY)
+        descriptor = lock(self.path)
         try:
-            with suppress(OSError):  # a file system without locks: files are written whole all the same
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise DiffuMaskError(f"another run is writing in {self.path}: wait for it to end") from error
             yield
         finally:
             os.close(descriptor)
@@ -217,8 +212,8 @@ class ClassFolder:
         strange = {path.stem for path in self.path.glob("train_image/*.jpg")} - {drawing.stem for drawing in drawings}
         if strange:
             raise DiffuMaskError(
-                f"{self.path} holds {min(strange)}.jpg, which has no place among these numbers: give the --thread_num "
-                "that it was begun with, or another --output"
+                f"{self.path} holds {min(strange)}.jpg, which has no place among these numbers: give the `thread_num` "
+                "that it was begun with, or another `output`"
             )
         return [drawing for drawing in drawings if not self._has(drawing)]
 
@@ -251,9 +246,9 @@ class ClassFolder:
         if (comment := self._provenance(drawing)) not in data[:65536]:
             found = re.search(rb'\{"image": .*?\}', data[:65536])
             old, new = json.loads(found[0]) if found else {}, json.loads(comment)
-            changes = [f"{key} was {old.get(key)} and is {new[key]} now" for key in new if old.get(key) != new[key]]
+            changes = [f"{name} {change}" for name, change in differences(old, new)]
             why = f"with other settings: {', '.join(changes)[:300]}" if old else "by another program"
-            raise DiffuMaskError(f"{path} was drawn {why}; give the old settings, or another --output")
+            raise DiffuMaskError(f"{path} was drawn {why}; give the old settings, or another `output`")
         maps = self.path / "npy" / f"{drawing.stem}.npy"
         return maps.is_file() and maps.stat().st_size == packed_size(len(drawing.tokens))
 
@@ -302,7 +297,8 @@ def draw(
     names = Vocabulary.voc().names
     for row, drawing in enumerate(batch):
         if not pixels[row].isfinite().all():
-            raise DiffuMaskError(f"{drawing.stem} is not finite, so it was not written: use --dtype fp32 or bf16")
+            raise DiffuMaskError(f"{drawing.stem} is not finite, so it was not written: use `dtype=fp32`")
+        # truncated, as that program does
         array = (pixels[row].clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
         image = Image.fromarray(array).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         maps, first = {}, 0
@@ -320,10 +316,10 @@ def run(options: argparse.Namespace) -> None:
         DiffuMaskError: anything that keeps the run from starting or from going on, in one sentence.
     """
     for name in ("thread_num", "image_number", "steps"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise DiffuMaskError(f"--{name} {value} draws nothing: give a whole number from 1 on")
-    if options.guidance_scale is not None and not math.isfinite(options.guidance_scale):
-        raise DiffuMaskError(f"--guidance_scale {options.guidance_scale} is no number to draw with: give one such as 7")
+        if (value := getattr(options, name)) is not None:
+            checked(name, value, whole(1))
+    if options.guidance_scale is not None:
+        checked("guidance_scale", options.guidance_scale, number())
     voc, console = Vocabulary.voc(), Console(stderr=True)
     vocabulary = Vocabulary.named(Vocabulary.parse(options.classes, voc, "the layout of 20 classes").names)
     pipe = DiffuMaskPipeline.from_pretrained(options.model, dtype=options.dtype, device=options.device)
@@ -386,7 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("Stopped; run the same command again to finish.", file=sys.stderr)
         return 130
     except DiffuMaskError as error:
-        print(error, file=sys.stderr)
+        print(error.as_flags("_"), file=sys.stderr)
         return 1
     except Exception as error:  # noqa: BLE001 - no traceback reaches a user; the log has it
         logger.exception("unexpected")

@@ -1,5 +1,20 @@
 """The one exception that users of diffumask-fast need to catch."""
 
+import re
+
 
 class DiffuMaskError(Exception):
-    """Say in one sentence what is wrong and what to do about it."""
+    """Say in one sentence what is wrong and what to do about it; it names parameters so: `size`, `size=64x64`."""
+
+    def as_flags(self, dash: str = "-") -> str:
+        """Return the sentence with its parameters written as flags: --steps, --size 64x64.
+
+        Args:
+            dash: what joins the words of a flag.
+        """
+
+        def flag(found: re.Match[str]) -> str:
+            name, value = found.groups()
+            return f"--{name.replace('_', dash)}" + (f" {value}" if value else "")
+
+        return re.sub(r"`([a-z][a-z_]*)(?:=([^`]*))?`", flag, str(self))

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ class ModelInfo:
     num_inference_steps: int = 30
     guidance_scale: float = 7.5
     mask: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def weights(self) -> str | None:
+        """SHA-256 of the folder's weights and configuration, which are read when this is first asked for."""
+        return weight_hash(self.folder) if self.folder else None
 
     @property
     def identity(self) -> str:
@@ -194,7 +200,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         raise DiffuMaskError(f"Device {device} is not supported: use auto, cpu or cuda.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DiffuMaskError(
-            f"There is no CUDA device {device} here (torch sees {torch.cuda.device_count()}): use --device cpu."
+            f"There is no CUDA device {device} here (torch sees {torch.cuda.device_count()}): use `device=cpu`."
         )
     return device
 
@@ -241,6 +247,17 @@ def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **compo
     if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel):
         raise DiffuMaskError(f"{info.name} has no UNet2DConditionModel: use a Stable Diffusion 1.x, 2.x or XL model.")
     return pipe.to(device)
+
+
+@contextmanager
+def without_bars(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Hide a pipeline's own progress bars."""
+    config = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**config | {"disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**config)
 
 
 @contextmanager

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from PIL import Image
 
 from diffumask_fast.attention.choice import check_attention, set_attention
 from diffumask_fast.attention.collect import collect_maps
+from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.compiled import compile_pipe
 from diffumask_fast.decoding import decode, decodes_later, timed_decoding
 from diffumask_fast.errors import DiffuMaskError
@@ -31,15 +32,16 @@ from diffumask_fast.loading import (
     resolve_device,
     resolve_dtype,
     says_force_upcast,
-    weight_hash,
+    without_bars,
 )
 from diffumask_fast.masks.accept import NOT_FINITE, rejections
 from diffumask_fast.masks.make import make_masks, quantise_maps
 from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.options import checked, whole
 from diffumask_fast.overlap import IN_FLIGHT, Beside, to_host
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import names_of, phrases_and_ids
-from diffumask_fast.results import Denoised, Drawn, Output, Result, Seconds
+from diffumask_fast.results import Denoised, Drawn, Output, Provenance, Result, Seconds
 
 TAKEN = {"prompt", "negative_prompt", "generator", "latents", "output_type", "return_dict", "num_images_per_prompt"}
 
@@ -100,7 +102,7 @@ class DiffuMaskPipeline:
 
             return cls(*load_engine(model, engine, engine_path, dtype, device, revision))
         if engine_path is not None:
-            raise DiffuMaskError(f"--engine {engine} takes no --engine-path: leave it out, or say --engine onnx.")
+            raise DiffuMaskError(f"`engine={engine}` takes no `engine_path`: leave it out, or say `engine=onnx`.")
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
         info = find_model(model, revision)
@@ -126,12 +128,10 @@ class DiffuMaskPipeline:
         """Save the composed pipeline as a diffusers folder of safetensors."""
         self.pipe.save_pretrained(folder, safe_serialization=True, **kwargs)
 
-    @cached_property
+    @property
     def weights(self) -> str | None:
         """SHA-256 of the model folder's weights and configuration; None for a pipeline composed in Python."""
-        if self.engine is not None:
-            return self.engine.weights
-        return weight_hash(self.info.folder) if self.info.folder else None
+        return (self.engine or self.info).weights
 
     @property
     def engine_name(self) -> str:
@@ -153,6 +153,7 @@ class DiffuMaskPipeline:
         generator: torch.Generator | list[torch.Generator] | None = None,
         mask: MaskOptions | None = None,
         *,
+        maps: MapOptions | None = None,
         token_indices: Sequence[Any] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -166,7 +167,8 @@ class DiffuMaskPipeline:
                 prompts. A name's phrase must occur in its prompt.
             seeds: one seed per image, for images that depend on nothing else in the batch.
             generator: as in diffusers; not together with seeds.
-            mask: options of the mask stage; None is what suits the model.
+            mask: how masks are made of maps.
+            maps: how maps are made; "auto" is what suits the model.
             token_indices: token positions of each class of each prompt, 0 the start token; needed with prompt_embeds.
             output_type: "pil", "np" or "pt".
             return_dict: False gives the tuple (images, masks, quality).
@@ -188,11 +190,11 @@ class DiffuMaskPipeline:
             kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
         repeat = kwargs.get("num_images_per_prompt") or 1
         generator = self._generators(seeds, generator, len(names) * repeat)
-        options = self.mask_options(mask)
+        maps, mask = self.map_options(maps), mask or MaskOptions()
         denoised = self._denoise(
-            prompts or None, names, options, repeat, generator=generator, token_indices=token_indices, **kwargs
+            prompts or None, names, maps, repeat, generator=generator, token_indices=token_indices, **kwargs
         )
-        drawn = self._finish(denoised, options)
+        drawn = self._finish(denoised, mask)
         images = self.pipe.image_processor.pt_to_numpy(drawn.pixels) if output_type != "pt" else drawn.pixels
         if output_type == "pil":
             images = [Image.fromarray(image) for image in drawn.images.cpu().numpy()]
@@ -200,12 +202,12 @@ class DiffuMaskPipeline:
         if not return_dict:
             return images, masks, drawn.qualities()
         class_ids = [tuple(i for i in row if i) for row in drawn.ids.tolist()]
-        provenance = self.provenance(
-            options,
+        provenance = Provenance.of(
+            self, maps, mask,
             seeds=[int(seed) for seed in seeds] if seeds is not None else None,
             num_inference_steps=kwargs.get("num_inference_steps", self.info.num_inference_steps),
             guidance_scale=kwargs.get("guidance_scale", self.info.guidance_scale),
-        )
+        )  # fmt: skip
         return Output(
             images, masks, drawn.qualities(), drawn.levels, drawn.class_maps.cpu().numpy(), class_ids, provenance
         )
@@ -216,8 +218,7 @@ class DiffuMaskPipeline:
         batch_size: int | str = "auto",
         mask: MaskOptions | None = None,
         *,
-        num_phrases: int | None = None,
-        group_size: int | None = None,
+        maps: MapOptions | None = None,
         **kwargs: Any,
     ) -> Iterator[Result]:
         """Draw requests in order, batch by batch, and yield one Result each; closes cleanly when left early.
@@ -225,9 +226,39 @@ class DiffuMaskPipeline:
         Args:
             requests: what to draw.
             batch_size: images per batch, or "auto".
-            mask: options of the mask stage; None is what suits the model.
-            num_phrases: pad all batches to this many phrases, so that shapes do not change; None: the most there are.
-            group_size: end a batch after each so many requests, so that batches do not reach from shard to shard.
+            mask: how masks are made of maps.
+            maps: how maps are made; "auto" is what suits the model.
+            kwargs: as for a call, without prompt, classes and seeds.
+
+        Raises:
+            DiffuMaskError: as for a call.
+        """
+        requests = list(requests)
+        size = self.batch_size(batch_size, kwargs.get("height"), kwargs.get("width"))
+        return self.stream_batches(
+            (requests[start : start + size] for start in range(0, len(requests), size)), mask, maps=maps,
+            num_phrases=max((len(request.phrases) for request in requests), default=1),
+            use_negative_prompts=any(request.negative_prompt for request in requests), **kwargs,
+        )  # fmt: skip
+
+    def stream_batches(
+        self,
+        batches: Iterable[Sequence[Request]],
+        mask: MaskOptions | None = None,
+        *,
+        maps: MapOptions | None = None,
+        num_phrases: int,
+        use_negative_prompts: bool,
+        **kwargs: Any,
+    ) -> Iterator[Result]:
+        """Draw batches as they are handed in, as `stream`: each is finished beside the denoising of the next.
+
+        Args:
+            batches: what to draw; a batch is asked for when the one before it is denoised.
+            mask: how masks are made of maps.
+            maps: how maps are made; "auto" is what suits the model.
+            num_phrases: the most phrases of a request; all batches are padded to it, so that shapes do not change.
+            use_negative_prompts: whether those of the requests are passed on; else the pipeline's own default holds.
             kwargs: as for a call, without prompt, classes and seeds.
 
         Raises:
@@ -235,51 +266,58 @@ class DiffuMaskPipeline:
         """
         if taken := kwargs.keys() & TAKEN:
             raise DiffuMaskError(f"stream takes {', '.join(sorted(taken))} from its requests: leave it out.")
-        requests = list(requests)
-        size = self.batch_size(batch_size, kwargs.get("height"), kwargs.get("width"))
-        most = max((len(request.phrases) for request in requests), default=1)
-        groups = range(0, len(requests), group_size or max(1, len(requests)))
-        groups = [requests[start : start + groups.step] for start in groups]
-        batches = [group[start : start + size] for group in groups for start in range(0, len(group), size)]
-        return self._results_of(batches, self.mask_options(mask), max(most, num_phrases or 1), kwargs)
+        options = self.map_options(maps), mask or MaskOptions()
+        return self._results_of(batches, *options, num_phrases, use_negative_prompts, kwargs)
 
-    def _results_of(self, batches, options, num_phrases, kwargs) -> Iterator[Result]:
-        negated = any(request.negative_prompt for batch in batches for request in batch)
+    def _results_of(
+        self, batches: Iterable[Sequence[Request]], maps: MapOptions, mask: MaskOptions, num_phrases: int,
+        use_negative_prompts: bool, kwargs: dict[str, Any],
+    ) -> Iterator[Result]:  # fmt: skip
         waiting: deque[Future] = deque()
         with Beside(self.device) as beside:
             for batch in batches:
-                # without any negative prompt, the pipeline's own default holds
-                negative = {"negative_prompt": [request.negative_prompt for request in batch]} if negated else {}
-                with _quiet(self.pipe):
+                negative = {}
+                if use_negative_prompts:
+                    negative["negative_prompt"] = [request.negative_prompt for request in batch]
+                with without_bars(self.pipe):
                     denoised = self._denoise(
-                        [request.prompt for request in batch], [list(request.phrases) for request in batch], options,
+                        [request.prompt for request in batch], [list(request.phrases) for request in batch], maps,
                         generator=self._generators([request.seed for request in batch], None, len(batch)),
                         class_ids=[request.class_ids for request in batch], num_phrases=num_phrases,
                         **kwargs, **negative,
                     )  # fmt: skip
-                waiting.append(beside.submit(partial(self._results, batch, denoised, options)))
+                waiting.append(beside.submit(partial(self._results, batch, denoised, mask)))
                 while waiting and (len(waiting) == IN_FLIGHT or waiting[0].done()):
                     yield from waiting.popleft().result()
             for future in waiting:
                 yield from future.result()
 
-    def _results(self, batch, denoised, options) -> list[Result]:
-        drawn = self._finish(denoised, options)
+    def _results(self, batch: Sequence[Request], denoised: Denoised, mask: MaskOptions) -> list[Result]:
+        drawn = self._finish(denoised, mask)
         names = [request.phrases for request in batch]
-        reasons = rejections(drawn.images, drawn.mask, drawn.ids, names, options, drawn.quality)
+        reasons = rejections(drawn.images, drawn.mask, drawn.ids, names, mask, drawn.quality)
         reasons = [reason if finite else NOT_FINITE for reason, finite in zip(reasons, drawn.finite, strict=True)]
-        images, masks, maps = to_host(drawn.images, drawn.mask, drawn.class_maps)
+        images, masks, class_maps = to_host(drawn.images, drawn.mask, drawn.class_maps)
         quality = drawn.qualities()
         return [
             Result(
-                request, images[row], masks[row], tuple(quality[row]), maps[row, : len(request.phrases)],
+                request, images[row], masks[row], tuple(quality[row]), class_maps[row, : len(request.phrases)],
                 not reasons[row], reasons[row],
             )
             for row, request in enumerate(batch)
         ]  # fmt: skip
 
     def _denoise(
-        self, prompts, names, options, repeat=1, *, class_ids=None, num_phrases=None, token_indices=None, **kwargs
+        self,
+        prompts: list[str] | None,
+        names: Sequence[Sequence[str]],
+        maps: MapOptions,
+        repeat: int = 1,
+        *,
+        class_ids: Sequence[Sequence[int]] | None = None,
+        num_phrases: int | None = None,
+        token_indices: Sequence[Any] | None = None,
+        **kwargs: Any,
     ) -> Denoised:
         """The first half of the flow: phrase columns, denoise while the store fills."""
         kwargs.setdefault("num_inference_steps", self.info.num_inference_steps)
@@ -289,12 +327,12 @@ class DiffuMaskPipeline:
         width = num_phrases or max(map(len, ids))
         if self.engine is not None:
             size = self.size(kwargs.get("height"), kwargs.get("width"))
-            self.engine.limits.check(len(ids), *size, width, options.propagate)
+            self.engine.limits.check(len(ids), *size, width, maps.propagate)
         ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids]).repeat_interleave(repeat, 0)
         later = self.engine is None and decodes_later(self.pipe)
         start, before = time.perf_counter(), self.seconds.decode
         with torch.no_grad(), nullcontext() if later else timed_decoding(self.pipe, self.seconds):
-            settings = {"propagate": options.propagate, "pad_to": width, "token_indices": token_indices}
+            settings = {"propagate": maps.propagate, "pad_to": width, "token_indices": token_indices}
             with collect_maps(self.pipe, phrases, **settings) as store:
                 kind = "latent" if later else "pt"
                 found = self.pipe(prompts, output_type=kind, return_dict=False, **kwargs)[0]
@@ -302,7 +340,7 @@ class DiffuMaskPipeline:
             torch.cuda.current_stream(found.device).synchronize()
         in_call = 0 if later else self.seconds.decode - before
         self.seconds.denoise += time.perf_counter() - start - in_call
-        return Denoised(found, later, store, ids)
+        return Denoised(found, later, store, maps, ids)
 
     @torch.no_grad()
     def _finish(self, denoised: Denoised, options: MaskOptions) -> Drawn:
@@ -312,28 +350,23 @@ class DiffuMaskPipeline:
         start = time.perf_counter()
         finite = pixels.isfinite().flatten(1).all(1)
         images = (pixels.nan_to_num(0).permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8)
-        class_maps = quantise_maps(store.class_maps(options))
+        class_maps = quantise_maps(store.class_maps(denoised.maps))
         mask, _, quality = make_masks(class_maps, images, options, ids)
         drawn = Drawn(images, finite.tolist(), pixels, mask, quality, class_maps, store.levels, ids)
         self.seconds.masks += time.perf_counter() - start
         return drawn
 
-    def mask_options(self, mask: MaskOptions | None) -> MaskOptions:
+    def map_options(self, maps: MapOptions | None = None) -> MapOptions:
         """Return the options with "auto" resolved to what was measured best for the model."""
-        options = mask or MaskOptions()
+        maps = maps or MapOptions()
         best = {"aggregation": "paper", "propagate": 1, **self.info.mask}
-        return replace(options, **{name: best[name] for name in best if getattr(options, name) == "auto"})
+        return replace(maps, **{name: best[name] for name, value in vars(maps).items() if value == "auto"})
 
     def batch_size(self, batch_size: int | str, height: int | None = None, width: int | None = None) -> int:
         """Return the batch size: as given, or for "auto" a function of model, size and the device's total memory."""
+        batch_size = checked("batch_size", batch_size, whole(1, None, "auto"))
         if batch_size != "auto":
-            try:
-                size = int(batch_size)
-            except ValueError as error:
-                raise DiffuMaskError(f"batch size must be auto or a whole number, not {batch_size!r}") from error
-            if size < 1:
-                raise DiffuMaskError(f"batch size must be at least 1, not {size}")
-            return size
+            return batch_size
         most = self.engine.limits.batch if self.engine is not None else 64
         if self.device.type != "cuda":
             return min(8, most)
@@ -349,29 +382,12 @@ class DiffuMaskPipeline:
         own = own if isinstance(own, (list, tuple)) else (own, own)
         return height or own[0] * self.pipe.vae_scale_factor, width or own[1] * self.pipe.vae_scale_factor
 
-    def provenance(self, options: MaskOptions, **more: Any) -> dict[str, Any]:
-        """Return model, weights, scheduler, mask options and versions, as JSON types."""
-        import diffusers
-        import transformers
-
-        from diffumask_fast import __version__
-
-        return {
-            "model": self.info.name,
-            "weights": self.weights,
-            "scheduler": type(self.pipe.scheduler).__name__,
-            "mask": dict(vars(options)),
-            "dtype": str(self.pipe.unet.dtype).removeprefix("torch."),
-            "device": self.device.type,
-            "engine": {"name": self.engine_name, **({"sha256": self.engine.sha256} if self.engine else {})},
-            "versions": {
-                "diffumask_fast": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__,
-                "transformers": transformers.__version__,
-            },
-            **more,
-        }  # fmt: skip
-
-    def _generators(self, seeds, generator, count):
+    def _generators(
+        self,
+        seeds: Sequence[int] | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        count: int,
+    ) -> torch.Generator | list[torch.Generator] | None:
         if seeds is None:
             return generator
         if generator is not None:
@@ -379,14 +395,3 @@ class DiffuMaskPipeline:
         if len(seeds) != count:
             raise DiffuMaskError(f"There are {count} images and {len(seeds)} seeds: give one seed for each image.")
         return [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
-
-
-@contextmanager
-def _quiet(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Hide the pipeline's own progress bars."""
-    config = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**config | {"disable": True})
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**config)

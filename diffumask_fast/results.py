@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.attention.tap import Levels
+from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.prompts.request import Request
 
 
@@ -19,6 +22,7 @@ class Denoised:
     found: Tensor
     is_latent: bool
     store: Any
+    maps: MapOptions
     ids: Tensor  # [B, K], 0 where there is no class
 
 
@@ -41,6 +45,33 @@ class Drawn:
         return [row[:count] for row, count in zip(self.quality.tolist(), counts, strict=True)]
 
 
+@dataclass(frozen=True)
+class Provenance:
+    """What made an output: the model's name, who knows the hash of its weights, and all else that is known."""
+
+    model: str
+    weights_of: Any
+    facts: dict[str, Any]
+
+    @classmethod
+    def of(cls, pipe: Any, maps: MapOptions, mask: MaskOptions, **call: Any) -> Provenance:
+        """Note what a call of a DiffuMaskPipeline depends on."""
+        facts = {
+            "scheduler": type(pipe.pipe.scheduler).__name__,
+            "maps": dict(vars(maps)),
+            "mask": dict(vars(mask)),
+            "dtype": str(pipe.pipe.unet.dtype).removeprefix("torch."),
+            "device": pipe.device.type,
+            "engine": {"name": pipe.engine_name, **({"sha256": pipe.engine.sha256} if pipe.engine else {})},
+            "versions": {name: version(name) for name in ("diffumask_fast", "torch", "diffusers", "transformers")},
+        }
+        return cls(pipe.info.name, pipe.engine or pipe.info, facts | call)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all of it as JSON types; the first time this reads and hashes the model's files."""
+        return {"model": self.model, "weights": self.weights_of.weights, **self.facts}
+
+
 @dataclass
 class Output:
     """What a call gives.
@@ -52,7 +83,7 @@ class Output:
         maps: level -> [B, K, N] fp32, mean over heads, layers and UNet calls.
         class_maps: uint8 [B, K, h, w], what the masks were made of.
         class_ids: one tuple per image.
-        provenance: model, options and versions that made this.
+        made_by: model, options and versions that made this; `provenance` has them as JSON types.
     """
 
     images: Any
@@ -61,7 +92,12 @@ class Output:
     maps: Levels
     class_maps: np.ndarray
     class_ids: list[tuple[int, ...]]
-    provenance: dict[str, Any]
+    made_by: Provenance
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Model, options and versions that made this, as JSON types."""
+        return self.made_by.as_dict()
 
 
 @dataclass(frozen=True)
@@ -79,11 +115,15 @@ class Result:
 
 @dataclass
 class Seconds:
-    """Seconds by stage since the pipeline was made; on CUDA a stream decodes and masks beside the next denoising."""
+    """Seconds by stage since the pipeline was made; on CUDA a stream decodes and masks beside the next denoising.
+
+    `encode` is for how long the encoding of images held up the drawing.
+    """
 
     denoise: float = 0.0
     decode: float = 0.0
     masks: float = 0.0
+    encode: float = 0.0
 
     def as_dict(self) -> dict[str, float]:
         """Return the stages by name."""

@@ -21,7 +21,7 @@ class Drawn:
 
 
 def requests(num: int = 7, classes: str = "dog,car", **keywords) -> tuple[Request, ...]:
-    return plan(Vocabulary.parse(classes), num, **keywords).requests
+    return plan(Vocabulary.parse(classes), num, **keywords)[:]
 
 
 def draw(request: Request, height: int = 24, width: int = 40) -> Drawn:

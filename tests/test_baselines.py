@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from diffumask_fast import DiffuMaskError, collect_maps
+from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.attention.phrases import phrase_columns
 from diffumask_fast.bench import baselines
 from diffumask_fast.bench.baselines import DaamStore, PeerMaps, ReferenceStore, plain_attention, reference_mask
@@ -13,7 +14,8 @@ from diffumask_fast.masks.make import make_masks
 from diffumask_fast.masks.options import MaskOptions
 
 PROMPTS, PHRASES = ["a photo of a dog on the grass", "a red car on the street"], [["dog"], ["car"]]
-OPTIONS = MaskOptions(aggregation="reference", propagate="none", threshold=0.45, refine="none")
+MAPS = MapOptions(aggregation="reference", propagate="none")
+MASK = MaskOptions(threshold=0.45, refine="none")
 STEPS = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "latent"}
 
 
@@ -44,7 +46,7 @@ def each_alone(kind, pipe, latents):
 
 def masks(class_maps):
     images = torch.zeros(*class_maps.shape[:1], 64, 64, 3, dtype=torch.uint8)
-    return make_masks(class_maps, images, OPTIONS, torch.full(class_maps.shape[:2], 12))[0] > 0
+    return make_masks(class_maps, images, MASK, torch.full(class_maps.shape[:2], 12))[0] > 0
 
 
 def bicubic(level, size):
@@ -67,7 +69,7 @@ def test_the_reference_store_has_our_maps(tiny_sd, latents, ours, select):
 
 
 def test_the_references_aggregation_and_masks_are_ours(tiny_sd, latents, ours, select):
-    ours_maps = ours.class_maps(OPTIONS)
+    ours_maps = ours.class_maps(MAPS)
     for row, store, _ in each_alone(ReferenceStore, tiny_sd, latents):
         theirs = store.class_maps(select[row], 8)
         same = bicubic(store.levels(select[row])["1"], 8) >= 0  # ours has no bicubic overshoot, the reference has
@@ -117,7 +119,7 @@ def test_half_precision_gives_nearly_the_same_maps(tiny_sd, latents, ours, selec
         theirs = store.class_maps(select[0], 8)
     finally:
         tiny_sd.unet.to(torch.float32), tiny_sd.text_encoder.to(torch.float32)
-    assert (theirs.clamp_min(0) - ours.class_maps(OPTIONS)[0]).abs().max() < 0.05
+    assert (theirs.clamp_min(0) - ours.class_maps(MAPS)[0]).abs().max() < 0.05
 
 
 def test_daam_keeps_a_sum_for_each_layer_and_head(tiny_sd, latents, select, recording):
@@ -147,7 +149,7 @@ def test_daams_and_the_references_masks_of_the_embedded_model_are_ours():
         found.append(masks(store.class_maps(select, 64)[None]))
     layers = {"0": 3, "1": 3}  # one layer down and two up at each level
     mean = sum(count * bicubic(ours.levels[key][0], 16) for key, count in layers.items()) / sum(layers.values())
-    assert iou(found[0], masks(ours.class_maps(OPTIONS))) >= 0.98
+    assert iou(found[0], masks(ours.class_maps(MAPS))) >= 0.98
     assert iou(found[1], masks(mean[None])) >= 0.98
 
 
@@ -156,8 +158,8 @@ def test_the_peer_has_our_maps(tiny_sd, latents, ours, select):
         tiny_sd(PROMPTS, latents=latents, **STEPS)
     store.compute()
     theirs = store.class_maps(select, 8)
-    assert (theirs - ours.class_maps(OPTIONS)).abs().max() < 0.05
-    assert iou(masks(theirs), masks(ours.class_maps(OPTIONS))) >= 0.98
+    assert (theirs - ours.class_maps(MAPS)).abs().max() < 0.05
+    assert iou(masks(theirs), masks(ours.class_maps(MAPS))) >= 0.98
 
 
 def test_the_references_mask_follows_the_image():

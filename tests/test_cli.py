@@ -49,7 +49,7 @@ def test_generate_writes_images_and_masks(finished):
     rows = rows_of(out)
     assert summary["images"] == len(rows) == 7 and summary["accepted"] == sum(row["accepted"] for row in rows)
     seconds = summary["seconds"]
-    assert summary["images_per_s"] > 0 and seconds.keys() == {"denoise", "decode", "masks", "write", "all"}
+    assert summary["images_per_s"] > 0 and seconds.keys() == {"denoise", "decode", "masks", "encode", "write", "all"}
     assert min(seconds.values()) > 0 and sum(seconds.values()) <= 2 * seconds["all"]
     assert sorted(p.name for p in out.iterdir()) == ["data", "dataset.json", "preview.png"]
     assert len(list((out / "data").iterdir())) == 3
@@ -126,13 +126,13 @@ def test_without_a_terminal_there_is_no_progress_bar(tmp_path):
         (["--threshold", "high"], ["otsu", "adaptive"]),
         (["--threshold", "2"], ["threshold"]),
         (["--refine", "sharp"], ["guided", "crf", "none"]),
-        (["--min-quality", "2"], ["min_quality"]),
+        (["--min-quality", "2"], ["--min-quality must be a number from 0 to 1"]),
         (["--scheduler", "nonsense"], ["nonsense", "ddim"]),
         (["--batch-size", "many"], ["many"]),
         (["--dtype", "fp8"], ["fp8"]),
         (["--engine", "warp"], ["warp"]),
         (["--classes", "dog", "--classes-per-image", "2"], ["2", "classes"]),
-        (["--steps", "0"], ["--steps"]),
+        (["--steps", "0"], ["--steps must be a whole number from 1 on"]),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, arguments, words):

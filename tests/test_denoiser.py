@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import relative
 
-from diffumask_fast.attention import UNetWithMaps
+from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.check import random_inputs
 from diffumask_fast.export.denoiser import ExportedDenoiser

@@ -24,7 +24,10 @@ PLAIN = MaskOptions(refine="none")
 
 def row(mask, *classes, maps=None, image=None):
     image = np.zeros((*mask.shape, 3), np.uint8) if image is None else image
-    return SimpleNamespace(key="+".join(classes), classes=classes, mask=mask, maps=maps, image=image)
+    ids = [VOC.index(name) for name in classes if name in VOC]
+    return SimpleNamespace(
+        key="+".join(classes), classes=classes, class_ids=ids, mask=mask, maps=maps, image=image
+    )  # fmt: skip
 
 
 def square(value, top, left, side, size=20):
@@ -46,6 +49,15 @@ def test_ious_are_counted_by_hand():
     assert figures["class_agreement"] == pytest.approx(2 / 3)
     assert figures["per_class_agreement"] == {"cat": 1.0, "dog": 0.5}
     assert figures["best_threshold_iou"] is None
+
+
+def test_a_dataset_may_have_ids_of_its_own():
+    ours, own = Tally(), Tally()
+    for value, tally in ((DOG, ours), (1, own)):
+        judged = row(square(value, 0, 0, 10), "dog")
+        judged.class_ids = [value]
+        judge(tally, judged, square(DOG, 0, 5, 10), HOME, PLAIN)
+    assert _figures(own) == _figures(ours) and _figures(own)["miou"] == pytest.approx(50 / 150)
 
 
 def test_the_ignore_band_is_background_and_nothing_seen_is_no_agreement():

@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
-from diffumask_fast import generation
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.generation import GenerateOptions, run_generate
+from diffumask_fast.generation.generate import run_generate
+from diffumask_fast.generation.options import GenerateOptions
 from diffumask_fast.masks.options import MaskOptions
-from diffumask_fast.pipeline import DiffuMaskPipeline
 
 
 @contextlib.contextmanager
@@ -56,7 +57,7 @@ def test_equal_options_spelt_otherwise_are_the_same_run(tiny_folder, tmp_path, m
 
 def test_a_rejected_first_batch_stops_a_run_but_not_its_end(tiny_folder, tmp_path):
     picky = MaskOptions(min_area=0.999, max_area=1.0)
-    with pytest.raises(DiffuMaskError, match="of the first 4 images were rejected"):
+    with pytest.raises(DiffuMaskError, match="6 of the first 6 images were rejected"):
         run_generate(options(tmp_path / "out", tiny_folder, mask=picky), silent)
     assert not list((tmp_path / "out").rglob("*.parquet"))
     run_generate(options(tmp_path / "out", tiny_folder), silent)
@@ -64,19 +65,22 @@ def test_a_rejected_first_batch_stops_a_run_but_not_its_end(tiny_folder, tmp_pat
     assert run_generate(options(tmp_path / "out", tiny_folder), silent)["drawn"] == 2
 
 
-def test_only_the_first_shard_is_judged(tiny_folder, tmp_path, monkeypatch):
+def test_small_shards_are_judged_together_and_none_is_written(tiny_folder, tmp_path):
+    picky = options(tmp_path / "out", tiny_folder, mask=MaskOptions(min_area=0.999, max_area=1.0), shard_size=1)
+    with pytest.raises(DiffuMaskError, match="6 of the first 6 images were rejected.*check `model`"):
+        run_generate(picky, silent)
+    assert not list((tmp_path / "out").rglob("*.parquet"))
+
+
+def test_the_libraries_speak_again_after_a_run(tiny_folder, tmp_path):
+    before = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
     run_generate(options(tmp_path / "out", tiny_folder), silent)
-    (tmp_path / "out" / "data" / "shard-00001.parquet").unlink()
-    monkeypatch.setattr(generation, "_check_first_batch", lambda results: pytest.fail("a later shard was judged"))
-    assert run_generate(options(tmp_path / "out", tiny_folder), silent)["images"] == 6
+    assert (diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()) == before
 
 
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(num=0), "--num 0"),
-        (dict(seed=-1), "--seed -1"),
-        (dict(guidance_scale=float("nan")), "--guidance-scale nan"),
         (dict(device="gpu"), "no device gpu"),
         (dict(device="mps"), "not supported"),
         (dict(attention="xformers"), "xformers draws on CUDA alone.*use --attention sdpa"),
@@ -89,12 +93,3 @@ def test_bad_numbers_are_one_sentence(tiny_folder, tmp_path, changes, words):
     with pytest.raises(DiffuMaskError, match=words):
         run_generate(options(tmp_path / "out", tiny_folder, **changes), silent)
     assert not (tmp_path / "out").exists()
-
-
-def test_captions_whose_phrase_is_lost_are_dropped_and_counted(tiny_folder, monkeypatch, tmp_path):
-    pipe = DiffuMaskPipeline.from_pretrained(tiny_folder, device="cpu")
-    settings = options(tmp_path, tiny_folder)
-    vocabulary = generation.read_vocabulary(settings, pipe)
-    monkeypatch.setattr(pipe.pipe.tokenizer, "model_max_length", 5)
-    with pytest.raises(DiffuMaskError, match="no caption fits"):
-        generation.make_plan(settings, pipe, vocabulary)

@@ -6,7 +6,7 @@ import torch
 from conftest import make_unet
 from diffusers.models.upsampling import Upsample2D
 
-from diffumask_fast.attention import UNetWithMaps
+from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.export.graphs import OPSET, decode_call, unet_call, unet_factor, write_graph
 from diffumask_fast.export.limits import Limits
 

@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffumask_fast import compiled
-from diffumask_fast.attention import UNetWithMaps, forwards, lean
+from diffumask_fast.attention import forwards, lean
 from diffumask_fast.attention.forwards import TransformedWeights, cheaper_forwards, swapped
 from diffumask_fast.attention.lean import LeanUNet
+from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.compiled import CompiledDenoiser
 from diffumask_fast.kernels import ran
 

@@ -10,7 +10,7 @@ from test_generation import options, silent
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.load import load_engine
-from diffumask_fast.generation import run_generate
+from diffumask_fast.generation.generate import run_generate
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 PROMPTS = ["a photo of a dog on the grass", "a photo of a car on the street"]
@@ -53,16 +53,16 @@ def test_sdxl_draws_the_same_images_and_masks(sdxl_folder, sdxl_engine, guidance
 
 @pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
 def test_a_static_engine_draws_the_same(tiny_folder, static_engine, guidance_scale):
-    from diffumask_fast.masks.options import MaskOptions
+    from diffumask_fast.attention.options import MapOptions
 
-    settings = dict(guidance_scale=guidance_scale, height=64, width=96, mask=MaskOptions(propagate="none"))
+    settings = dict(guidance_scale=guidance_scale, height=64, width=96, maps=MapOptions(propagate="none"))
     assert_same(draw(tiny_folder, static_engine, **settings), draw(tiny_folder, **settings))
 
 
 def test_the_engine_draws_without_the_weights_of_the_model(tiny_folder, static_engine, tmp_path):
-    from diffumask_fast.masks.options import MaskOptions
+    from diffumask_fast.attention.options import MapOptions
 
-    settings = dict(height=64, width=96, mask=MaskOptions(propagate="none"))
+    settings = dict(height=64, width=96, maps=MapOptions(propagate="none"))
     truth = draw(tiny_folder, static_engine, **settings)
     model = shutil.copytree(tiny_folder, tmp_path / "model")
     for weights in list(model.rglob("*.safetensors")):

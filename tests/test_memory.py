@@ -74,7 +74,7 @@ def test_between_steps_the_buffers_alone_are_kept_and_a_layers_transient_is_the_
     mapped = between_steps(sides, collector, lambda live: seen.update(found=record_transients(live, monkeypatch)))
     store = collector.store
     buffers = {key: 4 * maps.numel() for key, maps in store.levels.items()}
-    propagated = sum(4 * maps.numel() for maps in store.propagated.values())
+    propagated = sum(orders[-1].mean().nbytes for orders in store._propagated.values())
     assert store.num_bytes == 2 * (sum(buffers.values()) + propagated) and propagated
     known = 4 * sides.select[0].numel() + 4 * 77 * sides.pipe.pipe.unet.config.cross_attention_dim  # of the prompt
     kept = [ours - theirs - known for ours, theirs in zip(mapped, plain, strict=True)]

@@ -1,18 +1,22 @@
-"""masks/options.py: options check themselves and take the command line's words."""
+"""options.py, and the options of maps and masks: they check themselves and take the command line's words."""
 
 import dataclasses
 
 import pytest
 
+from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.generation.options import GenerateOptions
 from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.options import Options, number, option, split_size, whole
 
 
 def test_takes_what_the_command_line_has():
-    options = MaskOptions(threshold="0.45", propagate="2", refine="none", aggregation="paper", ignore_band="3")
-    assert (options.threshold, options.propagate, options.ignore_band) == (0.45, 2, 3)
-    assert options == MaskOptions("paper", 2, 0.45, "none", ignore_band=3)
+    options = MaskOptions(threshold="0.45", refine="none", ignore_band="3")
+    assert (options.threshold, options.ignore_band) == (0.45, 3)
+    assert options == MaskOptions(0.45, "none", ignore_band=3)
     assert MaskOptions(**dataclasses.asdict(options)) == options
+    assert MapOptions("paper", "2") == MapOptions(aggregation="paper", propagate=2)
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.threshold = "otsu"
 
@@ -21,6 +25,25 @@ def test_takes_every_choice():
     options = MaskOptions(threshold="adaptive", refine="crf", radius="cell", colour_steps="0", min_component="0.01")
     assert (options.threshold, options.refine, options.radius) == ("adaptive", "crf", "cell")
     assert (options.colour_steps, options.min_component, options.fill_holes) == (0, 0.01, False)
+
+
+def test_what_is_left_out_may_stay_none():
+    @dataclasses.dataclass(frozen=True)
+    class Some(Options):
+        steps: int | None = option(None, "Steps.", whole(1))
+        guidance: float | None = option(None, "Guidance.", number())
+
+    assert Some() == Some(None, None) and Some("3", "7") == Some(3, 7.0)
+    for wrong in ({"steps": 0}, {"steps": True}, {"guidance": "nan"}, {"guidance": "strong"}):
+        with pytest.raises(DiffuMaskError, match=f"`{next(iter(wrong))}` must be a (whole )?number"):
+            Some(**wrong)
+
+
+def test_a_size_is_height_by_width():
+    assert split_size("512X768", "size") == (512, 768)
+    for wrong in ("512", "x", "1x2x3", "-1x5"):
+        with pytest.raises(DiffuMaskError, match=f"`max_size={wrong}` is not HxW"):
+            split_size(wrong, "max_size")
 
 
 @pytest.mark.parametrize(
@@ -47,9 +70,16 @@ def test_takes_every_choice():
         ("ignore_band", "wide"),
         ("min_area", 1.5),
         ("max_area", -0.1),
+        ("num", 0),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("batch_size", "many"),
+        ("guidance_scale", float("nan")),
     ],
 )
 def test_refuses(name, value):
-    with pytest.raises(DiffuMaskError, match=f"^{name} must be") as caught:
-        MaskOptions(**{name: value})
+    kind = next(kind for kind in (MapOptions, MaskOptions, GenerateOptions) if name in kind.__annotations__)
+    whatever = {"out": "out"} if kind is GenerateOptions else {}
+    with pytest.raises(DiffuMaskError, match=f"^`{name}` must be") as caught:
+        kind(**{name: value}, **whatever)
     assert "\n" not in str(caught.value)

@@ -93,8 +93,7 @@ def test_to_host_gives_each_tensor():
     assert one.tolist() == [0, 1, 2] and other.dtype == np.uint8
 
 
-@pytest.mark.parametrize("group_size, sizes", [(None, [3, 3, 1]), (4, [3, 1, 3]), (9, [3, 3, 1]), (1, [1] * 7)])
-def test_batches_end_with_their_group(tiny_sd, monkeypatch, group_size, sizes):
+def test_batches_are_drawn_as_they_are_handed_in(tiny_sd, monkeypatch):
     pipe, found = DiffuMaskPipeline.from_pipe(tiny_sd), []
     denoise = pipe._denoise
 
@@ -104,9 +103,11 @@ def test_batches_end_with_their_group(tiny_sd, monkeypatch, group_size, sizes):
 
     monkeypatch.setattr(pipe, "_denoise", counting)
     wished = [replace(requests(1)[0], seed=seed) for seed in range(7)]
-    results = list(pipe.stream(wished, 3, group_size=group_size, num_inference_steps=1))
-    assert found == sizes and [result.request for result in results] == wished
-    assert list(pipe.stream([], 3, group_size=group_size)) == []
+    assert [result.request for result in pipe.stream(wished, 3, num_inference_steps=1)] == wished
+    assert found == [3, 3, 1] and list(pipe.stream([], 3)) == []
+    handed_in = iter([wished[:1], wished[1:4], wished[4:]])
+    results = pipe.stream_batches(handed_in, num_phrases=1, use_negative_prompts=False, num_inference_steps=1)
+    assert next(results).request == wished[0] and found[3:] == [1] and len(next(handed_in)) == 3
 
 
 def test_there_is_no_thread_under_autocast(monkeypatch):

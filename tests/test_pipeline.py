@@ -1,12 +1,14 @@
 import json
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
+from diffumask_fast import loading
+from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import names_in, phrases_and_ids
@@ -37,7 +39,7 @@ def latents(batch, side=8):
 def test_images_are_those_of_the_plain_pipeline(pipe, propagate, guidance_scale):
     x = latents(4)
     plain = pipe.pipe(PROMPTS, latents=x, num_inference_steps=4, guidance_scale=guidance_scale, output_type="np").images
-    options = MaskOptions(propagate=propagate)
+    options = MapOptions(propagate=propagate)
     out = pipe(
         PROMPTS,
         CLASSES,
@@ -45,7 +47,7 @@ def test_images_are_those_of_the_plain_pipeline(pipe, propagate, guidance_scale)
         num_inference_steps=4,
         guidance_scale=guidance_scale,
         output_type="np",
-        mask=options,
+        maps=options,
     )
     assert np.array_equal(plain, out.images) and plain.std() > 0
 
@@ -55,7 +57,7 @@ def test_mini_draws_what_plain_diffusers_draws(mini, propagate):
     x = latents(3, 16)
     prompts = ["a photo of a dog on the grass", "a photo of a boat on the water", "a photo of an aeroplane in the sky"]
     plain = mini.pipe(prompts, latents=x, output_type="pil", **STEPS).images
-    out = mini(prompts, [["dog"], ["boat"], ["aeroplane"]], latents=x, mask=MaskOptions(propagate=propagate), **STEPS)
+    out = mini(prompts, [["dog"], ["boat"], ["aeroplane"]], latents=x, maps=MapOptions(propagate=propagate), **STEPS)
     for one, other in zip(plain, out.images, strict=True):
         assert np.array_equal(np.asarray(one), np.asarray(other))
 
@@ -71,7 +73,7 @@ def test_the_output_holds_what_it_says(pipe):
     }  # fmt: skip
     for row, ids in zip(out.masks, out.class_ids, strict=True):
         assert set(np.unique(row)) <= {0, *ids}
-    assert out.provenance["seeds"] == [1, 2, 3, 4] and out.provenance["mask"]["propagate"] == 1
+    assert out.provenance["seeds"] == [1, 2, 3, 4] and out.provenance["maps"]["propagate"] == 1
 
 
 def test_output_types_and_tuples(pipe):
@@ -196,7 +198,7 @@ def test_one_list_of_names_is_for_all_prompts(pipe):
 def test_stream_refuses_what_requests_say(pipe):
     with pytest.raises(DiffuMaskError, match="stream takes negative_prompt"):
         pipe.stream(requests(1), 1, negative_prompt="")
-    with pytest.raises(DiffuMaskError, match="batch size"):
+    with pytest.raises(DiffuMaskError, match="`batch_size` must be auto or a whole number from 1 on"):
         pipe.stream(requests(1), 0)
 
 
@@ -241,3 +243,15 @@ def test_an_fp16_vae_that_must_be_upcast_runs_in_fp32(sd_parts, tiny_sd, tmp_pat
 def test_other_engines_are_refused():
     with pytest.raises(DiffuMaskError, match="no engine warp"):
         DiffuMaskPipeline.from_pretrained("mini", engine="warp")
+
+
+def test_the_weights_are_hashed_when_they_are_asked_for(tiny_folder, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(loading, "weight_hash", lambda folder: hashed.append(folder) or "0123")
+    pipe = DiffuMaskPipeline.from_pretrained(tiny_folder, device="cpu")
+    out = pipe("a red dog", [["dog"]], seeds=[1], **STEPS)
+    assert hashed == []
+    pipe.pipe.scheduler = None
+    copied = pickle.loads(pickle.dumps(out))
+    assert out.provenance["weights"] == "0123" == out.provenance["weights"] and hashed == [tiny_folder.resolve()]
+    assert copied.provenance == out.provenance and out.provenance["scheduler"] != "NoneType"

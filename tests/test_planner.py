@@ -1,12 +1,13 @@
 """prompts/planner.py: samples are functions of (seed, class, index)."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.prompts.planner import article, load_scenes, plan
+from diffumask_fast.prompts.planner import Plan, Recipe, article, load_scenes, plan
 from diffumask_fast.prompts.vocabulary import Vocabulary
 
 SMALL = Vocabulary.parse("aeroplane,dog,car")
@@ -70,10 +71,11 @@ def test_three_classes_read_well():
 
 def test_captions_that_do_not_fit_are_dropped_and_counted():
     requests = plan(SMALL, 30, scenes=SCENES, fits=lambda prompt, phrases: "sky" not in prompt)
-    assert requests.dropped == 3
+    assert requests.dropped == 0 and requests[4] and requests.dropped == 1  # of what was planned
     assert all(request.prompt.endswith("on the grass") for request in requests)
+    assert requests.dropped == 3
     with pytest.raises(DiffuMaskError, match="no caption fits aeroplane: .*77 tokens"):
-        plan(SMALL, 1, fits=lambda prompt, phrases: False)
+        plan(SMALL, 1, fits=lambda prompt, phrases: False)[0]
 
 
 def test_scenes_suit_their_classes():
@@ -99,6 +101,22 @@ def test_shipped_scenes_name_classes_of_voc():
     assert len(scenes) > 20 and scenes["on the grass"] == ()
 
 
+def test_any_request_is_planned_without_the_others():
+    whole = plan(SMALL, 50, seed=2, classes_per_image=2, scenes=SCENES)
+    assert len(whole) == 50 and list(whole) == [whole[index] for index in range(50)]
+    last = plan(SMALL, 50, seed=2, classes_per_image=2, scenes=SCENES)[-3:]
+    assert last == whole[47:] == tuple(whole)[47:]
+    with pytest.raises(IndexError):
+        whole[50]
+
+
+def test_a_recipe_comes_back_from_json():
+    for scenes in (None, ["here"], {"in the sky": ["aeroplane"], "far": []}):
+        recipe = Recipe(SMALL, 20, 3, 2, scenes=scenes, negative_prompt="blurred")
+        again = Recipe.from_json(json.loads(json.dumps(recipe.as_json())))
+        assert again == recipe and list(Plan(again)) == list(Plan(recipe))
+
+
 def test_templates_are_filled_literally(tmp_path):
     path = tmp_path / "list.txt"
     path.write_text("5,odd,{scene} {objects} {0} %s\n")
@@ -112,7 +130,7 @@ def test_templates_are_filled_literally(tmp_path):
         ({"num": 0}, "at least 1"),
         ({"num": -3}, "at least 1"),
         ({"num": 1, "classes_per_image": 4}, "name more classes"),
-        ({"num": 1, "classes_per_image": 0}, "0 classes per image"),
+        ({"num": 1, "classes_per_image": 0}, "`classes_per_image` is 0"),
         ({"num": 1, "templates": ["a photo"]}, "objects"),
         ({"num": 1, "templates": []}, "empty"),
         ({"num": 1, "scenes": []}, "empty"),

@@ -8,8 +8,8 @@ from conftest import draw, footprint, relative
 from diffusers.models.attention_processor import XFormersAttnProcessor
 from test_unet import inputs, plain
 
-from diffumask_fast.attention import UNetWithMaps, collect_maps
-from diffumask_fast.attention.unet import attention_places
+from diffumask_fast.attention.collect import collect_maps
+from diffumask_fast.attention.unet import UNetWithMaps, attention_places
 
 
 @pytest.fixture(params=["sd", "sdxl"])

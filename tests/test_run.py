@@ -30,8 +30,8 @@ def begin(folder, options=OPTIONS, environment=ENVIRONMENT, shard_size=3, model=
 
 def finish(folder, shards=99, **keywords):
     with begin(folder, **keywords) as run:
-        for index, part in run.missing_shards()[:shards]:
-            run.write(index, [draw(request) for request in part])
+        for index in run.missing_shards()[:shards]:
+            run.write(index, [draw(request) for request in run.requests_of(index)])
     return tree(folder)
 
 
@@ -84,7 +84,7 @@ def test_killed_four_times_ends_with_the_same_bytes(tmp_path):
     shards = [[f"data/.shard-0000{index}.parquet.tmp"] for index in range(3)]
     assert leftovers == [[".dataset.json.tmp"], *shards]
     with begin(out) as run:
-        assert [index for index, _ in run.missing_shards()] == [2]
+        assert run.missing_shards() == [2]
     assert finish(out) == finish(tmp_path / "whole")
 
 
@@ -99,7 +99,7 @@ def test_a_lost_shard_is_drawn_again(tmp_path):
     files = finish(tmp_path)
     (tmp_path / "data" / "shard-00001.parquet").unlink()
     with begin(tmp_path) as run:
-        assert run.missing_shards() == [(1, requests(7)[3:6])]
+        assert run.missing_shards() == [1] and run.requests_of(1) == requests(7)[3:6]
     assert finish(tmp_path) == files
 
 
@@ -110,18 +110,18 @@ def change(**changes):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (change(seed=1), "--seed was 0 and is 1 now"),
-        (change(guidance_scale=7.5), "--guidance-scale was 5.0 and is 7.5 now"),
-        (change(classes="dog"), "--classes was null and is dog now"),
-        (change(mask={"threshold": 0.45}), "--mask.threshold was otsu and is 0.45 now"),
-        (change(size="128x128"), "--size was not set and is 128x128 now"),
-        (change(attention="xformers"), "--attention was sdpa and is xformers now"),
-        (change(num=8, seed=2), "--num was 7 and is 8 now, --seed was 0 and is 2 now"),
-        ({"shard_size": 4}, "--shard-size was 3 and is 4 now"),
-        ({"model": {**MODEL, "id": "other"}}, "--model was mini and is other now"),
+        (change(seed=1), "`seed` was 0 and is 1 now"),
+        (change(guidance_scale=7.5), "`guidance_scale` was 5.0 and is 7.5 now"),
+        (change(classes="dog"), "`classes` was null and is dog now"),
+        (change(mask={"threshold": 0.45}), "`mask.threshold` was otsu and is 0.45 now"),
+        (change(size="128x128"), "`size` was not set and is 128x128 now"),
+        (change(attention="xformers"), "`attention` was sdpa and is xformers now"),
+        (change(num=8, seed=2), "`num` was 7 and is 8 now, `seed` was 0 and is 2 now"),
+        ({"shard_size": 4}, "`shard_size` was 3 and is 4 now"),
+        ({"model": {**MODEL, "id": "other"}}, "`model` was mini and is other now"),
         ({"model": {**MODEL, "weights": "4567"}}, "the model's weights was 0123 and is 4567 now"),
         ({"plan": requests(7, seed=9)}, "begun with other prompts"),
-        ({"environment": {"torch": "2.14.0", "threads": 2}}, "torch was 2.13.0 and is 2.14.0 now.*--allow-drift"),
+        ({"environment": {"torch": "2.14.0", "threads": 2}}, "torch was 2.13.0 and is 2.14.0 now.*`allow_drift`"),
     ],
 )
 def test_a_change_is_refused_by_name(tmp_path, changes, words):
@@ -140,11 +140,11 @@ def test_an_option_that_older_runs_have_not_recorded_is_the_default_there(tmp_pa
 def test_drift_is_recorded_once_and_only_where_something_is_drawn(tmp_path):
     with begin(tmp_path) as run:
         run.write(0, [draw(request) for request in requests(7)[:3]])
-    begin(tmp_path, allow_drift=True).finish()
+    begin(tmp_path, allow_drift=True).close()
     assert "drift" not in json.loads((tmp_path / "dataset.json").read_text())
 
     other = {"torch": "2.14.0", "threads": 2}
-    begin(tmp_path, environment=other, allow_drift=True).finish()
+    begin(tmp_path, environment=other, allow_drift=True).close()
     files = finish(tmp_path, environment=other, allow_drift=True)
     manifest = json.loads(files["dataset.json"])
     assert manifest["environment"] == ENVIRONMENT
@@ -162,7 +162,7 @@ def test_two_runs_in_one_folder(tmp_path):
     with begin(tmp_path):
         with pytest.raises(DiffuMaskError, match="another run is writing"):
             begin(tmp_path)
-    begin(tmp_path).finish()
+    begin(tmp_path).close()
     assert list(tree(tmp_path)) == ["dataset.json"]
 
 
@@ -170,13 +170,13 @@ def test_a_run_that_raised_lets_go_of_the_folder(tmp_path):
     with pytest.raises(ZeroDivisionError), begin(tmp_path):
         raise ZeroDivisionError
     finish(tmp_path, shards=1)
-    with pytest.raises(DiffuMaskError, match="--num"):
+    with pytest.raises(DiffuMaskError, match="`num`"):
         begin(tmp_path, **change(num=9))
-    begin(tmp_path).finish()
+    begin(tmp_path).close()
 
 
 def test_a_run_that_has_drawn_nothing_binds_nobody(tmp_path):
-    begin(tmp_path, **change(seed=3)).finish()
+    begin(tmp_path, **change(seed=3)).close()
     assert finish(tmp_path) == finish(tmp_path.with_name("fresh"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "dataset.json").write_text('{"name": "somebody else\'s"}')
@@ -186,7 +186,7 @@ def test_a_run_that_has_drawn_nothing_binds_nobody(tmp_path):
 
 def test_a_shard_takes_its_own_samples(tmp_path):
     with begin(tmp_path) as run:
-        (_, part), *_ = run.missing_shards()
+        part = run.requests_of(0)
         for wrong in (part[:2], part[::-1], requests(7)[3:6]):
             with pytest.raises(DiffuMaskError, match="shard 0 takes the samples of its requests"):
                 run.write(0, [draw(request) for request in wrong])
@@ -196,7 +196,7 @@ def test_a_shard_takes_its_own_samples(tmp_path):
 def test_folders_that_hold_something_else(tmp_path):
     finish(tmp_path)
     (tmp_path / "dataset.json").write_text('{"schema_version": 1, "world": true}')
-    with pytest.raises(DiffuMaskError, match="did not begin"):
+    with pytest.raises(DiffuMaskError, match="no manifest"):
         begin(tmp_path)
     (tmp_path / "dataset.json").write_text("{half")
     with pytest.raises(DiffuMaskError, match="no manifest"):
@@ -218,7 +218,7 @@ def test_requests_that_make_no_run(tmp_path):
         open_run(tmp_path, [*requests(1), *requests(1)], {}, {})
     with pytest.raises(DiffuMaskError, match="at least one request"):
         open_run(tmp_path, [], {}, {})
-    with pytest.raises(DiffuMaskError, match="shard_size is 0"):
+    with pytest.raises(DiffuMaskError, match="`shard_size` is 0"):
         open_run(tmp_path, requests(1), {}, {}, 0)
     assert not list(tmp_path.iterdir())
 

@@ -1,8 +1,7 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 
+from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.attention.store import MapStore, level_size, propagation_times
 from diffumask_fast.errors import DiffuMaskError
 
@@ -18,7 +17,7 @@ def make(**kwargs):
 
 
 def options(aggregation="paper", propagate="auto"):
-    return SimpleNamespace(aggregation=aggregation, propagate=propagate)
+    return MapOptions(aggregation=aggregation, propagate=propagate)
 
 
 def run(store, calls, answer=None):
@@ -67,7 +66,7 @@ def test_the_prior_is_the_mean_of_the_earlier_maps():
     for key in SIZES:
         mean = (calls[0][key] + calls[1][key]) / 2
         assert torch.allclose(priors[2][key], mean)
-        assert torch.allclose(store.propagated[key], mean @ seen[2][key].T)
+        assert torch.allclose(store._propagated[key][-1].mean(), mean @ seen[2][key].T)
 
 
 def test_maps_propagated_n_times_are_later_calls_on_earlier_propagated_means():
@@ -80,8 +79,8 @@ def test_maps_propagated_n_times_are_later_calls_on_earlier_propagated_means():
         once = {i: means[i] @ seen[i][key].T for i in (6, 7, 8)}
         twice = {7: once[6] @ seen[7][key].T, 8: (once[6] + once[7]) / 2 @ seen[8][key].T}
         thrice = twice[7] @ seen[8][key].T
-        assert torch.allclose(store.propagated[key], thrice, atol=1e-6)
         kept = [m.mean() for m in store._propagated[key]]
+        assert torch.allclose(kept[2], thrice, atol=1e-6)
         assert torch.allclose(kept[0], sum(once.values()) / 3) and torch.allclose(kept[1], sum(twice.values()) / 2)
 
 
@@ -177,14 +176,11 @@ def test_level_size_halves_rounding_up(latents):
 def test_wrong_options_are_named():
     assert [propagation_times(p) for p in ("auto", "none", 1, 4)] == [1, 0, 1, 4]
     for wrong in (0, 5, True, "often"):
-        with pytest.raises(DiffuMaskError, match="known are: auto, none, 1, 2, 3, 4"):
+        with pytest.raises(DiffuMaskError, match="`propagate` must be auto or none or a whole number from 1 to 4"):
             make(propagate=wrong)
     store = make()
     with pytest.raises(DiffuMaskError, match="no UNet call gave maps yet"):
         store.class_maps()
-    run(store, [call()])
-    with pytest.raises(DiffuMaskError, match="known are: paper, reference, finest"):
-        store.class_maps(options("global"))
 
 
 def accumulated(calls, attention, times):
@@ -208,7 +204,7 @@ def test_propagation_beside_accumulated_attention_to_a_power(times, jitter, leas
         store.add({"0": maps}, {"0": prior["0"] @ attention.T} if prior else None)
         kept.append(maps)
         seen.append(attention)
-    ours, theirs = store.propagated["0"], accumulated(kept, seen, times)
+    ours, theirs = store._propagated["0"][-1].mean(), accumulated(kept, seen, times)
     both = torch.stack([ours.flatten(0, 1), theirs.flatten(0, 1)])
     for mine, other in both.unbind(1):
         assert torch.corrcoef(torch.stack([mine, other]))[0, 1] > least

@@ -5,8 +5,7 @@ import torch
 from conftest import make_unet, sharpen
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
-from diffumask_fast.attention import UNetWithMaps
-from diffumask_fast.attention.unet import attention_places
+from diffumask_fast.attention.unet import UNetWithMaps, attention_places
 from diffumask_fast.errors import DiffuMaskError
 
 KINDS = ["sd", "sdxl"]

@@ -101,3 +101,10 @@ def test_a_file_is_no_folder(tmp_path, name):
 def test_a_folder_that_cannot_be_made():
     with pytest.raises(DiffuMaskError, match="/proc/nothing"):
         make_folder(Path("/proc/nothing/data"))
+
+
+def test_a_link_at_the_temporary_name_is_not_followed(folder, tmp_path):
+    (tmp_path / "theirs").write_text("theirs")
+    (folder / ".dataset.json.tmp").symlink_to(tmp_path / "theirs")
+    write_file(folder / "dataset.json", b"ours")
+    assert (tmp_path / "theirs").read_text() == "theirs" and (folder / "dataset.json").read_bytes() == b"ours"

@@ -59,7 +59,7 @@ def compile_ahead() -> None:
     """Fill the compiler's cache with what part b runs: UNet with and without propagation, and the decoder."""
     pipe, ours = open_geometry(SD15, "cuda"), open_geometry(SD15, "cuda")
     compile_pipe(ours.pipe)
-    Sides(pipe, BATCH, 3).ours(ours, BATCH, ours.mask_options(None))()
+    Sides(pipe, BATCH, 3).ours(ours, BATCH, like_reference=False)()
 
 
 def tune(out: str) -> None:

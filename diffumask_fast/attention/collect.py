@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffumask_fast.attention.layers import OldPromptLayer, PromptLayer, UNetLayer
+from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.attention.phrases import per_prompt, phrase_columns, token_columns
 from diffumask_fast.attention.store import MapStore, PhraseMaps, propagation_times
 from diffumask_fast.attention.tap import Levels
@@ -134,7 +135,7 @@ class Collector:
         """Mean over heads, layers and calls: level -> [Bc, K, N] fp32, "0" the finest."""
         return self.store.levels
 
-    def class_maps(self, options: Any = None) -> Tensor:
+    def class_maps(self, options: MapOptions | None = None) -> Tensor:
         """Combine the levels into one map for each phrase [Bc, K, h, w] in 0..1; see MapStore.class_maps."""
         return self.store.class_maps(options)
 

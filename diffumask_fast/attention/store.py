@@ -2,19 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.attention.overlay import overlay
 from diffumask_fast.attention.tap import Levels
 from diffumask_fast.errors import DiffuMaskError
 
-AGGREGATIONS = ("paper", "reference", "finest")
-PROPAGATE = ("auto", "none", 1, 2, 3, 4)
 MAX_PROPAGATED_PIXELS = 1024
 
 
@@ -109,11 +107,6 @@ class MapStore:
         return {key: kept.mean() for key, kept in self._maps.items()}
 
     @property
-    def propagated(self) -> Levels:
-        """Mean over heads, layers and propagating calls of the maps propagated most often: level -> [Bc, K, N] fp32."""
-        return {key: ready[-1].mean() for key, orders in self._propagated.items() if (ready := _ready(orders))}
-
-    @property
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Height and width of each level's maps."""
         return {key: level_size(self.latent_size, kept.mean().shape[-1]) for key, kept in self._maps.items()}
@@ -124,15 +117,12 @@ class MapStore:
         means = [*self._maps.values(), *(m for orders in self._propagated.values() for m in orders)]
         return sum(t.nbytes for m in means for t in (m._sum, m._peak_sum) if t is not None)
 
-    def class_maps(self, options: Any = None) -> Tensor:
+    def class_maps(self, options: MapOptions | None = None) -> Tensor:
         """Combine the levels into one map for each phrase, at the size of the finest level.
 
-        "paper": all levels, each call's map over its own maximum. "reference": all levels but the coarsest, mean over
-        the calls first, each level over its maximum. "finest": the finest level alone, over its maximum.
-
         Args:
-            options: has `aggregation` and `propagate`; None is "paper" and "auto" (propagated maps where there are
-                any); a number takes the maps propagated that often, or as often as the number of calls allowed.
+            options: how; here "auto" is "paper", and the maps propagated most often where there are any. A number takes
+                the maps propagated that often, or as often as the number of calls allowed.
 
         Returns:
             [Bc, K, h, w] fp32 in 0..1; zeros for padded phrases.
@@ -142,14 +132,13 @@ class MapStore:
         """
         if not self.calls:
             raise DiffuMaskError("no UNet call gave maps yet: run the pipeline first")
-        aggregation = getattr(options, "aggregation", AGGREGATIONS[0])
-        if aggregation not in AGGREGATIONS:
-            raise DiffuMaskError(f"aggregation is {aggregation!r}, known are: {', '.join(AGGREGATIONS)}")
+        options = options or MapOptions()
+        aggregation = "paper" if options.aggregation == "auto" else options.aggregation
         keys = sorted(self._maps, key=int)
         chosen = {"paper": keys, "reference": keys[:-1] or keys, "finest": keys[:1]}[aggregation]
         sizes, total = self.sizes, 0
         for key in chosen:
-            kept = self._kept(key, getattr(options, "propagate", PROPAGATE[0]))
+            kept = self._kept(key, options.propagate)
             maps = kept.mean(each_over_maximum=aggregation == "paper").unflatten(-1, sizes[key])
             if key != keys[0]:
                 maps = F.interpolate(maps, sizes[keys[0]], mode="bicubic", align_corners=False).clamp_min(0)
@@ -209,8 +198,7 @@ class PhraseMaps:
 
 def propagation_times(propagate: str | int) -> int:
     """Return how often maps are propagated: "auto" once, "none" never, 1 to 4 as often as it says."""
-    if isinstance(propagate, bool) or propagate not in PROPAGATE:
-        raise DiffuMaskError(f"propagate is {propagate!r}, known are: {', '.join(map(str, PROPAGATE))}")
+    propagate = MapOptions(propagate=propagate).propagate
     return {"auto": 1, "none": 0}.get(propagate, propagate)
 
 

@@ -104,7 +104,7 @@ def read_manifest(folder: str | Path) -> dict:
     path = Path(folder) / MANIFEST
     try:
         manifest = json.loads(path.read_text("utf-8"))
-        version = manifest["schema_version"]
+        version, _, _ = (manifest[name] for name in ("schema_version", "options", "plan"))
     except FileNotFoundError as error:
         raise DiffuMaskError(f"{path} is missing: name the folder that generate wrote") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

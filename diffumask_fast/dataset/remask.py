@@ -1,8 +1,9 @@
 """What `diffumask-fast remask` does: new masks from the stored maps and images, without drawing anything."""
 
-from collections.abc import Callable, Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,15 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
-from diffumask_fast.dataset.preview import write_preview
-from diffumask_fast.dataset.reader import Row, read_manifest, read_shard, shard_paths
-from diffumask_fast.dataset.schema import MANIFEST, encode_png
-from diffumask_fast.dataset.writer import dump_manifest, make_folder, write_file, write_shard
+from diffumask_fast.dataset.derive import derive
+from diffumask_fast.dataset.reader import Row, read_manifest
+from diffumask_fast.dataset.schema import encode_png
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.accept import NOT_FINITE, rejections
 from diffumask_fast.masks.make import make_masks
 from diffumask_fast.masks.options import MaskOptions
 
 BATCH = 8
-PREVIEW = 24
-DRAWN_WITH = ("aggregation", "propagate")  # what stored maps cannot undo
 
 
 def remask(
@@ -40,7 +38,7 @@ def remask(
     Args:
         source: a dataset with stored maps.
         out: folder of the new one.
-        options: of the mask stage; `aggregation` and `propagate` are those that the maps were drawn with.
+        options: how masks are made of maps.
         device: where masks are made; on the CPU as many batches at once as torch has threads.
         progress: makes a progress bar of the number of shards.
 
@@ -48,67 +46,34 @@ def remask(
         folder, images, accepted.
 
     Raises:
-        DiffuMaskError: a dataset cannot be read or written, holds no maps, or `out` holds something else.
+        DiffuMaskError: as `derive`; or the source holds no maps.
     """
-    source, out = Path(source), Path(out)
-    if source.resolve() == out.resolve():
-        raise DiffuMaskError(f"remask writes a new dataset: name another folder than {source}")
-    there, paths = read_manifest(source), shard_paths(source)
-    if not paths:
-        raise DiffuMaskError(f"{source} holds no data/shard-*.parquet: name the folder that generate wrote")
-    drawn_with = {name: there["options"][name] for name in DRAWN_WITH if name in there["options"]}
-    options = replace(options or MaskOptions(), **drawn_with)
-    manifest = {**there, "options": {**there["options"], **vars(options)}}
-    _begin(out, dump_manifest(manifest))
-    phrases = {entry["name"]: entry["phrase"] for entry in there.get("classes", [])}
-    images = accepted = 0
-    workers = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
-    with (
-        ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-        progress(len(paths)) as bar,
-    ):
-        task = bar.add_task("masks", total=len(paths))
-        for path in paths:
-            target = out / "data" / path.name
-            if target.exists():
-                values = [row.values for row in read_shard(target, ["accepted"])]
-            else:
-                values = list(_remade(pool, read_shard(path), options, phrases, torch.device(device), path))
-                write_shard(out, int(path.stem.split("-")[1]), values)
-            images += len(values)
-            accepted += sum(row["accepted"] for row in values)
-            bar.advance(task)
-    write_preview(out, PREVIEW)
-    return {"folder": str(out), "images": images, "accepted": accepted}
+    options, device = options or MaskOptions(), torch.device(device)
+    phrases = {entry["name"]: entry["phrase"] for entry in read_manifest(source).get("classes", [])}
+    workers = torch.get_num_threads() if device.type == "cpu" else 1
+
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+
+        def transform(rows: list[Row]) -> list[dict[str, Any]]:
+            if any(row.map_sizes == [] for row in rows):
+                raise DiffuMaskError("it stores no maps to make masks of: remask takes what generate wrote")
+            made = [pool.submit(_remade, batch, options, phrases, device) for batch in _batches(rows)]
+            return [row for batch in made for row in batch.result()]
+
+        return derive(source, out, transform, options, progress=progress)
 
 
-def _begin(out: Path, manifest: bytes) -> None:
-    make_folder(out / "data")
-    path = out / MANIFEST
-    if path.exists() and path.read_bytes() != manifest and shard_paths(out):
-        raise DiffuMaskError(f"{out} holds another dataset, or masks made with other options: use another folder")
-    if not path.exists() and shard_paths(out):
-        raise DiffuMaskError(f"{out} holds shards but no {MANIFEST}: use another folder")
-    write_file(path, manifest)
-
-
-def _remade(
-    pool: ThreadPoolExecutor, rows: list[Row], options: MaskOptions, phrases: dict, device: torch.device, path: Path
-) -> Iterator[dict]:
-    """Yield the values of a shard's rows with new masks, in their order."""
-    if any(row.map_sizes == [] for row in rows):
-        raise DiffuMaskError(f"{path} stores no maps to make masks of: remask takes what generate wrote")
-    jobs = []
-    for _, same in groupby(rows, key=lambda row: (row.image.shape, row.map_sizes)):
-        same = list(same)
-        for start in range(0, len(same), BATCH):
-            jobs.append(pool.submit(_batch, same[start : start + BATCH], options, phrases, device))
-    for job in jobs:
-        yield from job.result()
+def _batches(rows: list[Row]) -> list[list[Row]]:
+    """Put rows together that follow each other and whose images and maps have the same size."""
+    groups = [list(same) for _, same in groupby(rows, key=lambda row: (row.image.shape, row.map_sizes))]
+    return [same[start : start + BATCH] for same in groups for start in range(0, len(same), BATCH)]
 
 
 @torch.inference_mode()
-def _batch(rows: Sequence[Row], options: MaskOptions, phrases: dict, device: torch.device) -> list[dict]:
+def _remade(
+    rows: Sequence[Row], options: MaskOptions, phrases: dict[str, str], device: torch.device
+) -> list[dict[str, Any]]:
+    """Return the values of rows with new masks."""
     maps = torch.from_numpy(np.stack([row.maps for row in rows])).to(device)
     images = torch.from_numpy(np.stack([row.image for row in rows])).to(device)
     ids = torch.tensor([row.class_ids for row in rows], device=device)

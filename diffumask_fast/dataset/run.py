@@ -1,26 +1,15 @@
 """A run in a folder: what it was asked for, which shards are there, which are missing."""
 
-import errno
-import fcntl
 import hashlib
 import json
-import os
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
 
-from diffumask_fast.dataset.reader import Row, read_manifest, read_rows, shard_paths
-from diffumask_fast.dataset.schema import MANIFEST, SCHEMA_VERSION, Sample, make_row
-from diffumask_fast.dataset.writer import (
-    dump_manifest,
-    explain,
-    make_folder,
-    shard_path,
-    temporary_path,
-    write_file,
-    write_shard,
-)
+from diffumask_fast.dataset.folder import DatasetFolder, differences
+from diffumask_fast.dataset.reader import Row, read_rows
+from diffumask_fast.dataset.schema import SCHEMA_VERSION, Sample, make_row
+from diffumask_fast.dataset.writer import dump_manifest, shard_path, write_shard
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import Vocabulary
@@ -48,7 +37,7 @@ def open_run(
 
     Args:
         folder: made if needed.
-        requests: all samples in order; their keys are unique.
+        requests: all samples in order; their keys are unique. A lazy sequence is read once, and shard by shard.
         options: every option that makes a difference to the data, `auto` resolved, named as on the command line with
             underscores; values that JSON can hold.
         environment: device, threads, versions: what may change rounding.
@@ -65,9 +54,9 @@ def open_run(
             environment; the message names each difference.
     """
     if shard_size < 1:
-        raise DiffuMaskError(f"shard_size is {shard_size}: give at least 1")
-    if not requests or len({request.key for request in requests}) < len(requests):
-        raise DiffuMaskError("a run needs at least one request, and each key once")
+        raise DiffuMaskError(f"`shard_size` is {shard_size}: give at least 1")
+    if not requests:
+        raise DiffuMaskError("a run needs at least one request")
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "model": model or {},
@@ -80,32 +69,29 @@ def open_run(
         "environment": environment,
     }
     # what comes back from JSON is compared with what comes back from JSON
-    run = Run(Path(folder), tuple(requests), shard_size, json.loads(dump_manifest(manifest)))
+    manifest = json.loads(dump_manifest(manifest))
+    place = DatasetFolder(folder)
     try:
-        run._begin(allow_drift)
-    except OSError as error:
-        run.finish()
-        raise explain(error, run.folder) from error
+        return Run(place, requests, shard_size, _begin(place, manifest, allow_drift))
     except BaseException:
-        run.finish()
+        place.close()
         raise
-    return run
 
 
 class Run:
     """The shards of one run; made by `open_run`."""
 
-    def __init__(self, folder: Path, requests: tuple[Request, ...], shard_size: int, manifest: dict):
-        self.folder, self.requests, self.shard_size, self.manifest = folder, requests, shard_size, manifest
-        self._unlock = lambda: None
+    def __init__(self, place: DatasetFolder, requests: Sequence[Request], shard_size: int, manifest: dict):
+        self.folder, self.requests, self.shard_size, self.manifest = place.path, requests, shard_size, manifest
+        self._place = place
 
-    def missing_shards(self) -> list[tuple[int, tuple[Request, ...]]]:
-        """List the shards that are still to be drawn, each with its requests."""
-        return [
-            (index, self._requests_of(index))
-            for index in range(self.manifest["plan"]["shards"])
-            if not shard_path(self.folder, index).exists()
-        ]
+    def missing_shards(self) -> list[int]:
+        """List the shards that are still to be drawn."""
+        return _missing(self.folder, self.manifest)
+
+    def requests_of(self, index: int) -> tuple[Request, ...]:
+        """Return the requests of a shard."""
+        return tuple(self.requests[index * self.shard_size : (index + 1) * self.shard_size])
 
     def write(self, index: int, samples: Sequence[Sample]) -> Path:
         """Write a whole shard.
@@ -117,13 +103,13 @@ class Run:
         Raises:
             DiffuMaskError: the samples are not those of the shard, or it cannot be written.
         """
-        if [sample.request for sample in samples] != list(self._requests_of(index)):
+        if [sample.request for sample in samples] != list(self.requests_of(index)):
             raise DiffuMaskError(f"shard {index} takes the samples of its requests, all of them and in their order")
         return self.write_rows(index, [make_row(sample) for sample in samples])
 
     def write_rows(self, index: int, rows: Sequence[dict]) -> Path:
         """Write a whole shard of rows that are already encoded, as `write`."""
-        if [row["key"] for row in rows] != [request.key for request in self._requests_of(index)]:
+        if [row["key"] for row in rows] != [request.key for request in self.requests_of(index)]:
             raise DiffuMaskError(f"shard {index} takes the rows of its requests, all of them and in their order")
         return write_shard(self.folder, index, rows)
 
@@ -135,72 +121,52 @@ class Run:
         """Tell of each row that is there whether it is accepted."""
         return [row.accepted for row in self.rows(accepted_only=False, columns=["accepted"])]
 
-    def finish(self) -> None:
+    def close(self) -> None:
         """Let others open the folder."""
-        self._unlock()
+        self._place.close()
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.finish()
+        self.close()
 
-    def _requests_of(self, index: int) -> tuple[Request, ...]:
-        return self.requests[index * self.shard_size : (index + 1) * self.shard_size]
 
-    def _begin(self, allow_drift: bool) -> None:
-        make_folder(self.folder / "data")
-        self._lock()
-        for name in (MANIFEST, "*.png", "data/shard-*.parquet"):
-            for path in self.folder.glob(str(temporary_path(Path(name)))):
-                path.unlink(missing_ok=True)
-        begun, drawn = (self.folder / MANIFEST).exists(), bool(shard_paths(self.folder))
-        if drawn and not begun:
-            raise DiffuMaskError(f"{self.folder} holds shards but no {MANIFEST}: use another folder")
-        there = read_manifest(self.folder) if begun else {}
-        if not drawn:
-            # a run that has drawn nothing yet binds nobody
-            write_file(self.folder / MANIFEST, dump_manifest(self.manifest))
-            return
-        _compare(there, self.manifest, self.folder)
-        changes = _differences(there["environment"], self.manifest["environment"])
-        if changes and not allow_drift:
-            raise DiffuMaskError(
-                f"{self.folder} was begun in another environment: {_list(changes)}; with --allow-drift the run goes "
-                "on, equal up to rounding, and records it"
-            )
-        drift = {"environment": self.manifest["environment"], "shards": [index for index, _ in self.missing_shards()]}
-        last = (there.get("drift") or [there])[-1]["environment"]
-        if drift["shards"] and last != drift["environment"]:
-            there["drift"] = [*there.get("drift", []), drift]
-            write_file(self.folder / MANIFEST, dump_manifest(there))
-        self.manifest = there
+def _begin(place: DatasetFolder, manifest: dict, allow_drift: bool) -> dict:
+    """Write the manifest, or compare it with the one that is there; return the one that holds."""
+    there = place.begun()
+    if there is None:  # a run that has drawn nothing yet binds nobody
+        place.write_manifest(manifest)
+        return manifest
+    _compare(there, manifest, place.path)
+    changes = _named(there["environment"], manifest["environment"])
+    if changes and not allow_drift:
+        raise DiffuMaskError(
+            f"{place.path} was begun in another environment: {', '.join(changes)}; with `allow_drift` the run goes on, "
+            "equal up to rounding, and records it"
+        )
+    drift = {"environment": manifest["environment"], "shards": _missing(place.path, there)}
+    last = (there.get("drift") or [there])[-1]["environment"]
+    if drift["shards"] and last != drift["environment"]:
+        there["drift"] = [*there.get("drift", []), drift]
+        place.write_manifest(there)
+    return there
 
-    def _lock(self) -> None:
-        descriptor = os.open(self.folder / "data", os.O_RDONLY)
-        self._unlock = weakref.finalize(self, os.close, descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise DiffuMaskError(f"another run is writing in {self.folder}: wait for it to end") from error
-            # a file system without locks: shards are written whole all the same
+
+def _missing(folder: Path, manifest: dict) -> list[int]:
+    return [index for index in range(manifest["plan"]["shards"]) if not shard_path(folder, index).exists()]
 
 
 def _compare(there: dict, now: dict, folder: Path) -> None:
     """Raise unless the folder was begun with the same model, options and plan."""
-    if not now.keys() <= there.keys():
-        raise DiffuMaskError(f"{folder} holds a dataset that generate did not begin: use another folder")
-    changes = [
-        ("--model" if name == "id" else f"the model's {name}", old, new)
-        for name, old, new in _differences(there["model"], now["model"])
-    ]
+    model = {"id": "`model`", "weights": "the model's weights"}
+    changes = _named(there["model"], now["model"], lambda name: model.get(name, f"the model's {name}"))
     options = {name: value for name, value in UNRECORDED.items() if name in now["options"]} | there["options"]
-    changes += [(f"--{name.replace('_', '-')}", old, new) for name, old, new in _differences(options, now["options"])]
+    changes += _named(options, now["options"], lambda name: f"`{name}`")
     if changes:
         raise DiffuMaskError(
-            f"{folder} was begun with other options: {_list(changes)}; give the old ones to finish it, or use another "
-            "folder"
+            f"{folder} was begun with other options: {', '.join(changes)}; give the old ones to finish it, or use "
+            "another folder"
         )
     if there["plan"] != now["plan"] or there["classes"] != now["classes"]:
         raise DiffuMaskError(
@@ -209,29 +175,16 @@ def _compare(there: dict, now: dict, folder: Path) -> None:
         )
 
 
-def _differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, object, object]]:
-    """List (name, old value, new value) of what differs; names of nested values are joined by dots."""
-    found = []
-    for name in dict.fromkeys([*old, *new]):
-        before, after = old.get(name, "not set"), new.get(name, "not set")
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after, f"{prefix}{name}.")
-        elif before != after:
-            found.append((prefix + name, before, after))
-    return found
-
-
-def _list(changes: list[tuple[str, object, object]]) -> str:
-    return ", ".join(f"{name} was {_short(old)} and is {_short(new)} now" for name, old, new in changes)
-
-
-def _short(value: object) -> str:
-    text = " ".join((value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).split())
-    return text if len(text) <= 60 else text[:57] + "..."
+def _named(old: dict, new: dict, title: Callable[[str], str] = str) -> list[str]:
+    return [f"{title(name)} {change}" for name, change in differences(old, new)]
 
 
 def _digest(requests: Sequence[Request]) -> str:
-    digest = hashlib.sha256()
+    """Return the hash of a plan; raises where a key comes twice."""
+    digest, keys = hashlib.sha256(), set()
     for request in requests:
         digest.update(json.dumps(astuple(request)).encode())
+        keys.add(request.key)
+    if len(keys) < len(requests):
+        raise DiffuMaskError("two requests of a run have the same key: give each key once")
     return digest.hexdigest()

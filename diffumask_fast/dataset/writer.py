@@ -64,7 +64,8 @@ def write_file(path: Path, data: bytes | memoryview, *, temporary: Path | None =
     """
     temporary = temporary or temporary_path(path)
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:  # a link that somebody has put there is not followed
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -91,7 +91,7 @@ def evaluate(
                 judge(tally, row, truth, oracle.classes, options)
             bar.advance(task, len(part))
     if not tally.foreground:
-        raise DiffuMaskError(f"{data} holds no row to judge: leave out --accepted, or draw more.")
+        raise DiffuMaskError(f"{data} holds no row to judge: let rejected rows count too, or draw more.")
     if sheet_file is not None:
         write_png(sheet_file, sheet([_worst_tile(iou, found) for iou, found in tally.worst], columns=3))
     return _figures(tally)
@@ -115,15 +115,17 @@ def judge(tally: Tally, row, truth: np.ndarray, classes: Iterable[str], options:
     unknown = set(row.classes) - set(classes)
     if unknown:
         raise DiffuMaskError(f"{row.key} holds {', '.join(sorted(unknown))}, which mini-oracle has never seen.")
-    mask = np.where(row.mask == 255, 0, row.mask)
+    ids = [VOC.index(name) for name in row.classes]  # those of the truth; the dataset may have others
+    mask = np.zeros_like(row.mask)
+    for own, value in zip(row.class_ids, ids, strict=True):
+        mask[row.mask == own] = value
     for value in np.union1d(mask, truth):
         same, either = (mask == value) & (truth == value), (mask == value) | (truth == value)
         tally.inside[value] += (same.sum(), either.sum())
-    tally.wanted |= {name: VOC.index(name) for name in row.classes}
+    tally.wanted |= dict(zip(row.classes, ids, strict=True))
     iou = overlap(mask > 0, truth > 0)
     tally.foreground.append(iou)
     tally.boundary.append(overlap(*(boundary(part > 0) for part in (mask, truth))))
-    ids = [VOC.index(name) for name in row.classes]
     tally.confirmed.append(all((part == value).mean() > VISIBLE for value in ids for part in (mask, truth)))
     if len(ids) == 1:
         counts = np.bincount(truth[truth > 0], minlength=1)

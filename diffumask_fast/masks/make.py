@@ -47,7 +47,7 @@ def make_masks(
     Args:
         class_maps: [B, K, h, w], one map per class; float or uint8.
         images: [B, H, W, 3] uint8.
-        options: of the mask stage; `aggregation` and `propagate` are taken as done.
+        options: how.
         class_ids: [B, K] whole numbers 1..254, the values in the mask; 0 marks a padded column, which never wins.
 
     Returns:

@@ -1,9 +1,12 @@
 """From classes to requests: every sample is a pure function of (run seed, class, index)."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
+from typing import Any
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.prompts.request import Request
@@ -15,23 +18,107 @@ _A = ("eu", "one", "uni", "use", "usu", "ute")  # written with a vowel, spoken w
 _SEED_BITS = 53  # exact in JSON
 
 
+Fits = Callable[[str, tuple[str, ...]], bool]
+
+
 @dataclass(frozen=True)
-class Plan(Sequence):
-    """Requests in the order of drawing.
+class Recipe:
+    """What a plan is made from: with the same recipe every process plans the same requests.
 
     Args:
-        requests: all of them.
-        dropped: the number of captions that were left out because they did not fit.
+        vocabulary: the classes.
+        num: number of samples, at least 1.
+        seed: of the run.
+        classes_per_image: how many different classes one prompt names.
+        templates: captions with `{objects}` and, if wanted, `{scene}`.
+        scenes: such as "on the grass", each with the names of the classes that it suits, none for all of them; also a
+            mapping, or scenes alone. None is the list that comes with the package.
+        negative_prompt: the same for all samples.
+
+    Raises:
+        DiffuMaskError: a number is out of range, or a template cannot be filled.
     """
 
-    requests: tuple[Request, ...]
-    dropped: int = 0
+    vocabulary: Vocabulary
+    num: int
+    seed: int = 0
+    classes_per_image: int = 1
+    templates: tuple[str, ...] = (TEMPLATE,)
+    scenes: tuple[tuple[str, tuple[str, ...]], ...] | Mapping[str, Sequence[str]] | Sequence[str] | None = None
+    negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "templates", tuple(self.templates))
+        object.__setattr__(self, "scenes", _with_classes(load_scenes() if self.scenes is None else self.scenes))
+        if self.num < 1:
+            raise DiffuMaskError(f"`num` is {self.num}: ask for at least 1 image")
+        if not 1 <= self.classes_per_image <= len(self.vocabulary):
+            num = f"`classes_per_image` is {self.classes_per_image} and the number of classes {len(self.vocabulary)}"
+            raise DiffuMaskError(f"{num}: give at least 1, or name more classes")
+        for template in self.templates:
+            if "{objects}" not in template:
+                raise DiffuMaskError(f"template {template!r} must hold {{objects}}, where the classes go")
+        if not self.templates or not self.scenes:
+            raise DiffuMaskError("the list of templates or scenes is empty: give at least one")
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the recipe as JSON types."""
+        return {**asdict(self), "vocabulary": [asdict(entry) for entry in self.vocabulary.entries]}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Recipe:
+        """Return the recipe that `as_json` wrote."""
+        entries = [ClassEntry(**entry) for entry in values["vocabulary"]]
+        return cls(**{**values, "vocabulary": Vocabulary(tuple(entries))})
+
+
+class Plan(Sequence[Request]):
+    """The requests of a recipe in the order of drawing, each made when it is asked for.
+
+    The n-th sample is number n // len(vocabulary) of its class. Its caption, further classes and image seed are hashes
+    of (seed, class name, that number), so a larger `num` adds samples and changes none. A key is the class and the
+    number, `dog-000042`, unique in the plan; with more classes the first one is the one whose turn it is:
+    `car+dog-000003`.
+
+    Args:
+        recipe: what they are made from.
+        fits: tells whether all phrases can be found in a prompt; captions it refuses are dropped.
+
+    Raises:
+        DiffuMaskError: a request is asked for, and no caption of its classes fits.
+    """
+
+    def __init__(self, recipe: Recipe, fits: Fits | None = None) -> None:
+        self.recipe = recipe
+        self._captions = _Captions(recipe, fits)
+
+    @property
+    def dropped(self) -> int:
+        """The number of captions that did not fit, of the classes that were planned so far."""
+        return self._captions.dropped
 
     def __len__(self) -> int:
-        return len(self.requests)
+        return self.recipe.num
 
     def __getitem__(self, index):
-        return self.requests[index]
+        numbers = range(len(self))[index]
+        return self._request(numbers) if isinstance(numbers, int) else tuple(map(self._request, numbers))
+
+    def _request(self, number: int) -> Request:
+        seed, vocabulary = self.recipe.seed, self.recipe.vocabulary
+        index, turn = divmod(number, len(vocabulary))
+        first = vocabulary.entries[turn]
+        entries = (first, *_others(vocabulary, first, index, seed, self.recipe.classes_per_image - 1))
+        choices = self._captions.of(entries)
+        return Request(
+            key=f"{'+'.join(entry.stem for entry in entries)}-{index:06d}",
+            prompt=choices[_hash(seed, "caption", first.name, index) % len(choices)],
+            negative_prompt=self.recipe.negative_prompt,
+            phrases=tuple(entry.phrase for entry in entries),
+            class_ids=tuple(entry.id for entry in entries),
+            seed=_hash(seed, "image", first.name, index) >> (64 - _SEED_BITS),
+            classes=tuple(entry.name for entry in entries),
+        )
 
 
 def plan(
@@ -40,63 +127,27 @@ def plan(
     seed: int = 0,
     classes_per_image: int = 1,
     *,
-    templates: Sequence[str] = (TEMPLATE,),
-    scenes: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
-    negative_prompt: str = "",
-    fits: Callable[[str, tuple[str, ...]], bool] | None = None,
+    fits: Fits | None = None,
+    **keywords: Any,
 ) -> Plan:
-    """Plan `num` samples, the classes of the vocabulary in turn.
-
-    The n-th sample is number n // len(vocabulary) of its class. Its caption, further classes and image seed are hashes
-    of (seed, class name, that number), so a larger `num` adds samples and changes none. A key is the class and the
-    number, `dog-000042`; with more classes the first one is the one whose turn it is: `car+dog-000003`.
+    """Plan `num` samples, the classes of the vocabulary in turn; see `Recipe` and `Plan`.
 
     Args:
         vocabulary: the classes.
         num: number of samples, at least 1.
         seed: of the run.
         classes_per_image: how many different classes one prompt names.
-        templates: captions with `{objects}` and, if wanted, `{scene}`.
-        scenes: such as "on the grass"; a mapping gives the class names that a scene suits, none for all of them. None
-            is the list that comes with the package.
-        negative_prompt: the same for all samples.
-        fits: tells whether all phrases can be found in a prompt; captions it refuses are dropped and counted.
-
-    Returns:
-        The requests; `.dropped` counts captions.
+        fits: tells whether all phrases can be found in a prompt.
+        keywords: the templates, scenes and negative_prompt of the recipe.
 
     Raises:
-        DiffuMaskError: a number is out of range, or no caption of a class fits.
+        DiffuMaskError: a number is out of range, or a template cannot be filled.
 
     Example:
         >>> plan(Vocabulary.parse("dog,cat"), 3)[2].key
         'dog-000001'
     """
-    if num < 1:
-        raise DiffuMaskError(f"num is {num}: ask for at least 1 image")
-    if not 1 <= classes_per_image <= len(vocabulary):
-        raise DiffuMaskError(
-            f"{classes_per_image} classes per image are wanted from {len(vocabulary)}: name more classes"
-        )
-    captions = _Captions(templates, _suited(scenes, vocabulary), fits)
-    requests = []
-    for number in range(num):
-        index, turn = divmod(number, len(vocabulary))
-        first = vocabulary.entries[turn]
-        entries = (first, *_others(vocabulary, first, index, seed, classes_per_image - 1))
-        choices = captions.of(entries)
-        requests.append(
-            Request(
-                key=f"{'+'.join(entry.stem for entry in entries)}-{index:06d}",
-                prompt=choices[_hash(seed, "caption", first.name, index) % len(choices)],
-                negative_prompt=negative_prompt,
-                phrases=tuple(entry.phrase for entry in entries),
-                class_ids=tuple(entry.id for entry in entries),
-                seed=_hash(seed, "image", first.name, index) >> (64 - _SEED_BITS),
-                classes=tuple(entry.name for entry in entries),
-            )
-        )
-    return Plan(tuple(requests), captions.dropped)
+    return Plan(Recipe(vocabulary, num, seed, classes_per_image, **keywords), fits)
 
 
 def load_scenes() -> dict[str, tuple[str, ...]]:
@@ -115,13 +166,9 @@ def article(phrase: str) -> str:
 class _Captions:
     """The captions of each combination of classes, made once."""
 
-    def __init__(self, templates, scenes: dict[str, frozenset[str]], fits):
-        for template in templates:
-            if "{objects}" not in template:
-                raise DiffuMaskError(f"template {template!r} must hold {{objects}}, where the classes go")
-        if not templates or not scenes:
-            raise DiffuMaskError("the list of templates or scenes is empty: give at least one")
-        self.templates, self.scenes, self.fits = templates, scenes, fits
+    def __init__(self, recipe: Recipe, fits: Fits | None) -> None:
+        self.templates, self.fits = recipe.templates, fits
+        self.scenes = _suited(recipe.scenes, recipe.vocabulary)
         self.dropped = 0
         self._known: dict[tuple[str, ...], list[str]] = {}
 
@@ -156,15 +203,18 @@ def _fill(template: str, objects: str, scene: str) -> str:
     return " ".join((before.replace("{scene}", scene) + objects + after.replace("{scene}", scene)).split())
 
 
-def _suited(
-    scenes: Sequence[str] | Mapping[str, Sequence[str]] | None, vocabulary: Vocabulary
-) -> dict[str, frozenset[str]]:
+def _with_classes(
+    scenes: Mapping[str, Sequence[str]] | Sequence[str] | Sequence[tuple[str, Sequence[str]]],
+) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    pairs = scenes.items() if isinstance(scenes, Mapping) else scenes
+    return tuple((pair, ()) if isinstance(pair, str) else (pair[0], tuple(pair[1])) for pair in pairs)
+
+
+def _suited(scenes: tuple[tuple[str, tuple[str, ...]], ...], vocabulary: Vocabulary) -> dict[str, frozenset[str]]:
     """Return each scene with the set of classes it suits; classes that no scene names are suited by all."""
-    scenes = load_scenes() if scenes is None else scenes
-    scenes = scenes if isinstance(scenes, Mapping) else dict.fromkeys(scenes, ())
     every = frozenset(vocabulary.names)
-    named = {name for names in scenes.values() for name in names}
-    return {scene: frozenset(names) | (every - named) if names else every for scene, names in scenes.items()}
+    named = {name for _, names in scenes for name in names}
+    return {scene: frozenset(names) | (every - named) if names else every for scene, names in scenes}
 
 
 def _others(vocabulary: Vocabulary, first: ClassEntry, index: int, seed: int, count: int) -> list[ClassEntry]:

@@ -1,0 +1,136 @@
+"""What `diffumask-fast generate` does: read options, make the job, draw what is missing, write, show."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from importlib import metadata
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from diffumask_fast import __version__
+from diffumask_fast.attention.choice import attention_of
+from diffumask_fast.dataset.preview import write_preview
+from diffumask_fast.dataset.run import Run, open_run
+from diffumask_fast.dataset.shard_writer import ShardWriter
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.generation.draw import draw_shards
+from diffumask_fast.generation.job import Job, make_job, open_pipe
+from diffumask_fast.generation.options import GenerateOptions
+from diffumask_fast.loading import quietly
+from diffumask_fast.pipeline import DiffuMaskPipeline
+from diffumask_fast.results import Result
+
+PREVIEW = 24
+FEWEST = 8  # images that one can judge a run by
+
+
+def run_generate(options: GenerateOptions, progress: Callable[[int], Progress]) -> dict[str, Any]:
+    """Draw a dataset, or finish one that was begun with the same options.
+
+    Args:
+        options: the flags.
+        progress: gets the number of images and gives a rich Progress.
+
+    Returns:
+        images, accepted, drawn (in this call), images_per_s, seconds by stage ("encode" and "write": for how long they
+        held up the drawing), dropped_captions, folder.
+
+    Raises:
+        DiffuMaskError: anything that keeps the run from starting or from going on, in one sentence.
+    """
+    with quietly():
+        pipe = open_pipe(options, options.device)
+        job = make_job(options, pipe)
+        plan = job.plan(pipe)
+        with open_run(
+            options.out, plan, job.options, environment(pipe), job.shard_size, options.allow_drift,
+            model={"id": job.identity, "weights": job.weights}, vocabulary=job.recipe.vocabulary,
+        ) as run:  # fmt: skip
+            start = time.perf_counter()
+            drawn, writing = _draw_missing(pipe, job, run, progress)
+            seconds = time.perf_counter() - start
+            accepted = sum(run.accepted_flags())
+            write_preview(options.out, PREVIEW)
+    return {
+        "folder": str(options.out), "images": len(plan), "accepted": accepted, "drawn": drawn,
+        "dropped_captions": plan.dropped, "images_per_s": drawn / seconds if drawn else 0.0,
+        "seconds": {**pipe.seconds.as_dict(), "write": writing, "all": seconds},
+    }  # fmt: skip
+
+
+def _draw_missing(
+    pipe: DiffuMaskPipeline, job: Job, run: Run, progress: Callable[[int], Progress]
+) -> tuple[int, float]:
+    """Draw and write the missing shards; return the number of images, and for how long writing held up the drawing."""
+    missing, total = run.missing_shards(), job.recipe.num
+    num = sum(map(job.num_rows, missing))
+    first = FirstImages(min(max(job.batch_size, FEWEST), num) if len(missing) == job.num_shards else 0)
+    with progress(total) as bar, ShardWriter(run) as writer:
+        task = bar.add_task("drawing", total=total, completed=total - num)
+
+        def on_result(result: Result) -> None:
+            bar.advance(task)
+            writer.check()
+            first.judge(result)
+
+        waiting = []
+        with closing(draw_shards(pipe, job, missing, on_result)) as shards:
+            for shard in shards:
+                waiting.append(shard)
+                while first.judged and waiting:
+                    writer.add(*waiting.pop(0))
+    return num, writer.waited
+
+
+class FirstImages:
+    """Stop a run whose first images are over 90 % rejected: its settings are wrong, not its luck.
+
+    Args:
+        num: images to judge; fewer than four say nothing.
+    """
+
+    def __init__(self, num: int) -> None:
+        self._num = num
+        self._reasons: list[str] = []
+
+    @property
+    def judged(self) -> bool:
+        """Whether all of them were seen."""
+        return len(self._reasons) == self._num
+
+    def judge(self, result: Result) -> None:
+        """Look at the next image.
+
+        Raises:
+            DiffuMaskError: it is the last of them, and nearly all were rejected.
+        """
+        if self.judged:
+            return
+        self._reasons.append(result.reason)
+        rejected = list(filter(None, self._reasons))
+        if self.judged and self._num >= 4 and len(rejected) > 0.9 * self._num:
+            common = max(set(rejected), key=rejected.count)
+            raise DiffuMaskError(
+                f"{len(rejected)} of the first {self._num} images were rejected ({common}), so nothing was written; "
+                "check `model`, `dtype`, `steps` and `guidance_scale`."
+            )
+
+
+def environment(pipe: DiffuMaskPipeline) -> dict[str, Any]:
+    """Return what else the bytes of a run depend on: device, threads, versions."""
+    device = pipe.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    libraries = ["torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow"]
+    versions = {library: metadata.version(library) for library in libraries}
+    if pipe.engine is not None:
+        versions |= pipe.engine.libraries
+    elif attention_of(pipe.pipe.unet) == "xformers":
+        versions["xformers"] = metadata.version("xformers")
+    return {
+        "device": name, "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability(),
+        "diffumask_fast": __version__, **versions,
+    }  # fmt: skip

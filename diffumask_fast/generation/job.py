@@ -1,0 +1,184 @@
+"""A run as a value: what every shard of it is a function of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from diffumask_fast.attention.options import MapOptions
+from diffumask_fast.attention.phrases import PhraseNotFound, phrase_columns
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.generation.options import GenerateOptions
+from diffumask_fast.loading import DTYPES, check_size, set_scheduler
+from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.options import split_size
+from diffumask_fast.pipeline import DiffuMaskPipeline
+from diffumask_fast.prompts.planner import Plan, Recipe
+from diffumask_fast.prompts.request import Request
+from diffumask_fast.prompts.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run with everything resolved: any process that opens its pipeline can draw any of its shards.
+
+    Args:
+        model: folder or hub id, as `DiffuMaskPipeline.from_pretrained` takes it; the next six as well.
+        revision: of a hub id.
+        scheduler: the class of diffusers.
+        dtype: of the UNet: "fp32", "fp16" or "bf16".
+        engine: what denoises.
+        engine_path: folder of an exported engine.
+        attention: what draws attention where no maps are wanted.
+        identity: the name under which the dataset records the model.
+        weights: hash of the model's weights, None where there is none.
+        engine_sha256: hash of an exported engine, None without one.
+        recipe: of the plan.
+        batch_size: images of a batch.
+        steps: of denoising.
+        guidance_scale: of the drawing.
+        height: in pixels.
+        width: in pixels.
+        maps: how maps are made.
+        mask: how masks are made of maps.
+        shard_size: rows of a shard, the last one excepted; batches do not reach from shard to shard.
+    """
+
+    model: str
+    revision: str | None
+    scheduler: str
+    dtype: str
+    engine: str
+    engine_path: str | None
+    attention: str
+    identity: str
+    weights: str | None
+    engine_sha256: str | None
+    recipe: Recipe
+    batch_size: int
+    steps: int
+    guidance_scale: float
+    height: int
+    width: int
+    maps: MapOptions
+    mask: MaskOptions
+    shard_size: int
+
+    @property
+    def num_shards(self) -> int:
+        """How many shards there are."""
+        return -(-self.recipe.num // self.shard_size)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What decides the data beside the model, named as the flags are: the `options` of `dataset.json`."""
+        engine = {"engine_sha256": self.engine_sha256} if self.engine_sha256 else {}
+        return {
+            "revision": self.revision, "classes": ",".join(self.recipe.vocabulary.names),
+            "classes_per_image": self.recipe.classes_per_image, "num": self.recipe.num, "seed": self.recipe.seed,
+            "batch_size": self.batch_size, "steps": self.steps, "guidance_scale": self.guidance_scale,
+            "scheduler": self.scheduler, "size": f"{self.height}x{self.width}",
+            "dtype": str(DTYPES[self.dtype]).removeprefix("torch."), "engine": self.engine, **engine,
+            "attention": self.attention, **vars(self.maps), **vars(self.mask),
+        }  # fmt: skip
+
+    def plan(self, pipe: DiffuMaskPipeline) -> Plan:
+        """Return the requests, each made when it is asked for; the pipeline's tokenizer says which captions fit."""
+        tokenizer = pipe.pipe.tokenizer
+
+        def fits(prompt: str, phrases: tuple[str, ...]) -> bool:
+            try:
+                phrase_columns(tokenizer, [prompt], [list(phrases)], length=tokenizer.model_max_length)
+            except PhraseNotFound:
+                return False
+            return True
+
+        return Plan(self.recipe, fits)
+
+    def num_rows(self, index: int) -> int:
+        """Return the number of rows of a shard."""
+        return min(self.shard_size, self.recipe.num - index * self.shard_size)
+
+    def batches(self, plan: Sequence[Request], index: int) -> Iterator[Sequence[Request]]:
+        """Yield the batches of a shard."""
+        first = index * self.shard_size
+        last = first + self.num_rows(index)
+        for start in range(first, last, self.batch_size):
+            yield plan[start : min(start + self.batch_size, last)]
+
+    def open(self, device: str = "auto") -> DiffuMaskPipeline:
+        """Load the pipeline that draws the job.
+
+        Raises:
+            DiffuMaskError: it cannot be loaded, or its weights are not those of the job.
+        """
+        pipe = open_pipe(self, device)
+        if pipe.weights != self.weights:
+            raise DiffuMaskError(f"the weights of {self.model} are not those that the job was made with")
+        return pipe
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the job as JSON types."""
+        return {**asdict(self), "recipe": self.recipe.as_json()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Job:
+        """Return the job that `as_json` wrote."""
+        parts = {"recipe": Recipe.from_json(values["recipe"])}
+        parts |= {"maps": MapOptions(**values["maps"]), "mask": MaskOptions(**values["mask"])}
+        return cls(**{**values, **parts})
+
+
+def open_pipe(options: GenerateOptions | Job, device: str) -> DiffuMaskPipeline:
+    """Load the pipeline that options or a job name.
+
+    Raises:
+        DiffuMaskError: no such model, device, engine, dtype, attention or scheduler.
+    """
+    pipe = DiffuMaskPipeline.from_pretrained(
+        options.model, engine=options.engine, engine_path=options.engine_path, dtype=options.dtype, device=device,
+        revision=options.revision, attention=options.attention,
+    )  # fmt: skip
+    if options.scheduler not in (None, type(pipe.pipe.scheduler).__name__):
+        set_scheduler(pipe.pipe, options.scheduler)
+    return pipe
+
+
+def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
+    """Return the job that options ask for: what they leave open is the model's own.
+
+    Raises:
+        DiffuMaskError: classes or a size that the model cannot draw, or that its engine was not exported for.
+    """
+    known = Vocabulary.named(pipe.info.classes) if pipe.info.classes else None
+    vocabulary = Vocabulary.parse(options.classes, known, options.model)
+    asked = split_size(options.size, "size") if options.size else (None, None)
+    check_size(pipe.pipe, *asked)
+    height, width = pipe.size(*asked)
+    batch_size, maps = pipe.batch_size(options.batch_size, height, width), pipe.map_options(options.maps)
+    if pipe.engine is not None:
+        pipe.engine.limits.check(batch_size, height, width, options.classes_per_image, maps.propagate)
+    folder = Path(options.model).expanduser()
+    return Job(
+        model=str(folder.resolve()) if options.model != "mini" and folder.is_dir() else options.model,
+        revision=options.revision,
+        scheduler=type(pipe.pipe.scheduler).__name__,
+        dtype=next(name for name, dtype in DTYPES.items() if dtype == pipe.pipe.unet.dtype),
+        engine=options.engine,
+        engine_path=str(Path(options.engine_path).expanduser().resolve()) if options.engine_path else None,
+        attention=options.attention,
+        identity=pipe.info.identity,
+        weights=pipe.weights,
+        engine_sha256=pipe.engine.sha256 if pipe.engine else None,
+        recipe=Recipe(vocabulary, options.num, options.seed, options.classes_per_image, scenes=pipe.info.scenes),
+        batch_size=batch_size,
+        steps=options.steps or pipe.info.num_inference_steps,
+        guidance_scale=pipe.info.guidance_scale if options.guidance_scale is None else options.guidance_scale,
+        height=height,
+        width=width,
+        maps=maps,
+        mask=options.mask,
+        shard_size=options.shard_size,
+    )

@@ -1,0 +1,39 @@
+"""The options of `diffumask-fast generate`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffumask_fast.attention.options import MapOptions
+from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.options import Options, argument, number, option, whole
+
+
+@dataclass(frozen=True)
+class GenerateOptions(Options):
+    """What to draw, with what, and where to; None is the model's own.
+
+    Raises:
+        DiffuMaskError: a value is not one that the help allows.
+    """
+
+    out: Path = argument("Folder of the dataset; run again to finish it.")
+    model: str = option("mini", "mini, a diffusers folder, or a hub id.")
+    revision: str | None = option(None, "Revision of a hub id.")
+    classes: str | None = option(None, "dog,cat | voc | FILE; all that the model lists, else VOC.")
+    classes_per_image: int = option(1, "Distinct classes joined in one prompt.", whole(1))
+    num: int = option(24, "Images drawn in all, classes taken in turn.", whole(1))
+    seed: int = option(0, "Of the run.", whole(0, 2**63 - 1))
+    batch_size: str | int = option("auto", "Images per batch, or auto.", whole(1, None, "auto"))
+    shard_size: int = option(64, "Images per shard: what a kill can lose.", whole(1))
+    steps: int | None = option(None, "Denoising steps; the model's best when left out.", whole(1))
+    guidance_scale: float | None = option(None, "Guidance; the model's best when left out.", number())
+    scheduler: str | None = option(None, "For example ddim; the model's own when left out.")
+    size: str | None = option(None, "HxW in pixels; the model's own when left out.")
+    dtype: str = option("auto", "auto, fp32, fp16 or bf16.")
+    maps: MapOptions = MapOptions()
+    mask: MaskOptions = MaskOptions()
+    engine: str = option("torch", "torch, compile, onnx or tensorrt.")
+    engine_path: Path | None = option(None, "Folder that export wrote.")
+    attention: str = option("sdpa", "Where no maps are wanted: sdpa, or on CUDA xformers.")
+    device: str = option("auto", "auto, cpu or cuda.")
+    allow_drift: bool = option(False, "Go on in a changed environment.")

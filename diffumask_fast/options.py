@@ -1,0 +1,121 @@
+"""What one option is: its type, default, help and allowed values, written once, in the field of a frozen dataclass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import MISSING, field, fields
+from typing import Any
+
+from diffumask_fast.errors import DiffuMaskError
+
+Reader = Callable[[Any], Any]  # returns the value as it is kept; raises ValueError with what is allowed
+
+
+class Options:
+    """The base of all sets of options: each value is checked, and may be given as the command line has it ("0.45")."""
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            read, value = one.metadata.get("read"), getattr(self, one.name)
+            if read is not None and not (value is None and one.default is None):
+                object.__setattr__(self, one.name, checked(one.name, value, read))
+
+
+def option(default: Any, help: str, read: Reader | None = None) -> Any:
+    """Return the field of an option, which is also a flag of the commands that take its dataclass.
+
+    Args:
+        default: the value when nothing is given.
+        help: what the command line says of it.
+        read: `one_of`, `whole` or `number`: the values that are allowed; None takes any.
+    """
+    return field(default=default, metadata={"help": help, "read": read})
+
+
+def argument(help: str, metavar: str | None = None) -> Any:
+    """Return the field of an option that has no default: on the command line it stands without a flag."""
+    return field(default=MISSING, metadata={"help": help, "metavar": metavar})
+
+
+def checked(name: str, value: Any, read: Reader) -> Any:
+    """Return a parameter's value as it is kept.
+
+    Raises:
+        DiffuMaskError: it is not allowed.
+    """
+    try:
+        return read(value)
+    except ValueError as allowed:
+        raise DiffuMaskError(f"`{name}` must be {allowed}, not {value!r}") from allowed
+
+
+def one_of(*words: str) -> Reader:
+    """Allow some words."""
+
+    def read(value: Any) -> Any:
+        if value not in words:
+            raise ValueError(f"one of {', '.join(words)}")
+        return value
+
+    return read
+
+
+def whole(low: int, high: int | None = None, *words: str) -> Reader:
+    """Allow the whole numbers from low to high (None: without end), and some words."""
+    span = f"from {low} on" if high is None else f"from {low} to {high}"
+    allowed = " or ".join((*words, f"a whole number {span}"))
+
+    def read(value: Any) -> Any:
+        if value in words:
+            return value
+        try:
+            given = int(value)
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(allowed) from None
+        if (
+            isinstance(value, bool)
+            or given < low
+            or (high is not None and given > high)
+            or (not isinstance(value, str) and given != value)
+        ):
+            raise ValueError(allowed)
+        return given
+
+    return read
+
+
+def number(low: float | None = None, high: float | None = None, *words: str, ends: bool = True) -> Reader:
+    """Allow finite numbers in a range, with or without its ends, and some words."""
+    span = (
+        ""
+        if low is None or high is None
+        else f" {'from' if ends else 'between'} {low} {'to' if ends else 'and'} {high}"
+    )
+    allowed = " or ".join((*words, f"a number{span}"))
+
+    def read(value: Any) -> Any:
+        if value in words:
+            return value
+        try:
+            given = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(allowed) from None
+        inside = (low is None or low <= given) and (high is None or given <= high)
+        if not math.isfinite(given) or not inside or (not ends and given in (low, high)):
+            raise ValueError(allowed)
+        return given
+
+    return read
+
+
+def split_size(size: str, name: str) -> tuple[int, int]:
+    """Return height and width of "HxW".
+
+    Raises:
+        DiffuMaskError: it is written otherwise; names the parameter.
+    """
+    parts = size.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise DiffuMaskError(f"`{name}={size}` is not HxW: write height and width in pixels, such as 512x512.")
+    return int(parts[0]), int(parts[1])

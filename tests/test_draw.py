@@ -1,0 +1,102 @@
+"""generation/draw.py: any shard, in any order, in any process, gives the rows of the run; no failure is lost."""
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from samples import draw, requests
+from test_generation import options, silent
+
+from diffumask_fast.dataset.schema import make_row
+from diffumask_fast.dataset.writer import shard_path, write_shard
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.generation import draw as drawing
+from diffumask_fast.generation.draw import Encoders, draw_shards
+from diffumask_fast.generation.generate import run_generate
+from diffumask_fast.generation.job import make_job, open_pipe
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder, tmp_path_factory):
+    """A finished run of shards of 3, 3 and 1 images, its job and a pipeline."""
+    asked = options(tmp_path_factory.mktemp("run") / "out", tiny_folder, num=7, shard_size=3)
+    run_generate(asked, silent)
+    pipe = open_pipe(asked, "cpu")
+    return asked.out, make_job(asked, pipe), pipe
+
+
+def shards_of(folder: Path) -> list[bytes]:
+    return [shard_path(folder, index).read_bytes() for index in range(3)]
+
+
+@pytest.mark.parametrize("indices", [[2, 0], [1], [2, 1, 0]])
+def test_shards_in_any_order_are_those_of_the_run(run, tmp_path, indices):
+    out, job, pipe = run
+    (tmp_path / "data").mkdir()
+    seen = []
+    for index, rows in draw_shards(pipe, job, indices, seen.append):
+        write_shard(tmp_path, index, rows)
+        assert len(seen) == sum(map(job.num_rows, indices[: indices.index(index) + 1]))
+    assert all(shard_path(tmp_path, index).read_bytes() == shards_of(out)[index] for index in indices)
+    assert pipe.seconds.encode > 0
+
+
+OTHER_PROCESS = """
+import json, sys
+from diffumask_fast.dataset.writer import write_shard
+from diffumask_fast.generation.draw import draw_shards
+from diffumask_fast.generation.job import Job
+job = Job.from_json(json.loads(sys.argv[1]))
+for index, rows in draw_shards(job.open("cpu"), job, [2, 0]):
+    write_shard(sys.argv[2], index, rows)
+"""
+
+
+def test_another_process_draws_the_same_bytes(run, tmp_path):
+    out, job, _ = run
+    (tmp_path / "data").mkdir()
+    subprocess.run([sys.executable, "-c", OTHER_PROCESS, json.dumps(job.as_json()), tmp_path], check=True)
+    assert [shard_path(tmp_path, index).read_bytes() for index in (2, 0)] == [shards_of(out)[i] for i in (2, 0)]
+
+
+def test_leaving_early_leaves_a_pipeline_that_draws(run):
+    out, job, pipe = run
+    shards = draw_shards(pipe, job, [0, 1])
+    first = next(shards)
+    shards.close()
+    again = dict(draw_shards(pipe, job, [0]))
+    assert [row["image"] for row in again[0]] == [row["image"] for row in first[1]]
+
+
+def test_no_more_than_so_many_samples_wait(monkeypatch):
+    gate, begun = threading.Event(), []
+
+    def slow(sample):
+        begun.append(sample)
+        gate.wait()
+        return make_row(sample)
+
+    monkeypatch.setattr(drawing, "make_row", slow)
+    samples = [draw(request) for request in requests(5)]
+    with Encoders(2) as encoders:
+        added = threading.Thread(target=lambda: [encoders.add(sample) for sample in samples])
+        added.start()
+        added.join(0.3)
+        assert added.is_alive() and len(encoders._rows) == 2
+        gate.set()
+        added.join()
+        assert [row["key"] for row in encoders.take()] == [sample.request.key for sample in samples]
+        assert encoders.take() == [] and encoders.waited > 0
+
+
+def test_a_sample_that_cannot_be_encoded_is_told():
+    sample = draw(requests(1)[0])
+    sample.image = sample.image.astype(np.float64)
+    with Encoders(2) as encoders:
+        encoders.add(sample)
+        with pytest.raises(DiffuMaskError, match="must be uint8"):
+            encoders.take()

@@ -1,0 +1,74 @@
+"""flags.py: an option is written once, in its dataclass; its flag says the same."""
+
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Literal, get_type_hints
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from diffumask_fast.attention.options import MapOptions
+from diffumask_fast.cli import app
+from diffumask_fast.flags import with_flags
+from diffumask_fast.generation.options import GenerateOptions
+from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.options import Options, argument, one_of, option, whole
+
+COMMANDS = typer.main.get_command(app).commands
+
+
+def flat(kind):
+    for one in fields(kind):
+        inner = get_type_hints(kind)[one.name]
+        yield from flat(inner) if is_dataclass(inner) else [one]
+
+
+@pytest.mark.parametrize("command, kind", [("generate", GenerateOptions), ("remask", MaskOptions)])
+def test_every_field_is_a_flag_with_its_default_and_help(command, kind):
+    flags = {flag.name: flag for flag in COMMANDS[command].params}
+    for one in flat(kind):
+        flag = flags.pop(one.name)
+        assert one.metadata["help"] and flag.help == one.metadata["help"], one.name
+        assert flag.required == (one.default is MISSING)
+        assert flag.required or flag.default == one.default
+        assert flag.param_type_name == "argument" or flag.opts == [f"--{one.name.replace('_', '-')}"]
+        assert not flag.secondary_opts  # no --no-flags
+    rest = {"generate": {"log", "as_json"}, "remask": {"source", "out", "device", "as_json"}}[command]
+    assert flags.keys() - {"help"} == rest
+
+
+def test_the_options_of_maps_are_flags_of_generate_alone():
+    names = {one.name for one in fields(MapOptions)}
+    assert names == {"aggregation", "propagate"}
+    assert not names & {flag.name for flag in COMMANDS["remask"].params}
+
+
+@dataclass(frozen=True)
+class Inner(Options):
+    colour: Literal["red", "blue"] = option("red", "red or blue.", one_of("red", "blue"))
+    size: Literal["all"] | int = option("all", "all, or a number.", whole(1, 9, "all"))
+
+
+@dataclass(frozen=True)
+class Outer(Options):
+    place: str = argument("Where to.")
+    num_parts: int | None = option(None, "How many.", whole(1))
+    inner: Inner = Inner()
+    is_dry: bool = option(False, "Do nothing.")
+
+
+def test_a_command_gets_its_dataclasses():
+    got, program = [], typer.Typer()
+
+    @program.command()
+    @with_flags
+    def command(options: Outer, share: float = 0.5) -> None:
+        """Say what was given."""
+        got.append((options, share))
+
+    run = CliRunner().invoke
+    assert run(program, ["here"]).exit_code == 0
+    assert run(program, ["--num-parts", "3", "there", "--size", "4", "--is-dry", "--share", "1"]).exit_code == 0
+    assert got == [(Outer("here"), 0.5), (Outer("there", 3, Inner("red", 4), True), 1.0)]
+    assert "Say what was given." in run(program, ["--help"]).stdout
+    assert run(program, []).exit_code == 2 and run(program, ["here", "--num-parts", "x"]).exit_code == 2
