@@ -5,7 +5,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from diffumask_fast import DiffuMaskPipeline, doctor
-from diffumask_fast.attention import UNetWithMaps
+from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.export import export_onnx, export_tensorrt
 from diffumask_fast.export.check import TOLERANCE, random_inputs, relative_error
 

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffumask_fast import kernels
-from diffumask_fast.attention.store import AGGREGATIONS, MapStore
+from diffumask_fast.attention.options import MapOptions
+from diffumask_fast.attention.store import MapStore
 from diffumask_fast.masks.accept import rejections
 from diffumask_fast.masks.make import make_masks
 from diffumask_fast.masks.options import MaskOptions
@@ -56,7 +57,7 @@ def made(options, side, device="cpu"):
     flat = torch.randint(0, 256, (2, side // 16, side // 16, 3), generator=rng, dtype=torch.uint8)
     images = flat.repeat_interleave(16, 1).repeat_interleave(16, 2).to(device)
     ids = torch.tensor([[1, 2], [3, 0]])
-    found = [store.class_maps(MaskOptions(aggregation=name, propagate=2)) for name in AGGREGATIONS]
+    found = [store.class_maps(MapOptions(name, propagate=2)) for name in ("paper", "reference", "finest")]
     found += make_masks(found[0], images, options, ids)
     reasons = rejections(images, found[-3], ids, [["dog", "cat"], ["dog"]], options, found[-1])
     return [x.cpu() for x in found], reasons
