@@ -28,8 +28,8 @@ tables: test-env
 	$(BIN)/python -m diffumask_fast.bench.tables .
 
 gpu:
-	bash tools/gpu_run.sh a build/gpu-results
-	bash tools/gpu_run.sh b build/gpu-results
+	bash tools/gpu_run.sh a build/gpu-results/a
+	bash tools/gpu_run.sh b build/gpu-results/b
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.13 found: install one, or say make PYTHON=/path/to/python3.11." >&2; exit 1; }

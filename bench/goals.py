@@ -1,14 +1,13 @@
 """The rows that the GPU goals are judged by: kernels and torch's own, maps on and off, whole runs and diffusers'."""
 
 import copy
-import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
 
 from diffumask_fast.attention.store import MAX_PROPAGATED_PIXELS
 from diffumask_fast.attention.unet import UNetWithMaps
@@ -17,7 +16,7 @@ from diffumask_fast.bench.geometries import check_geometry, cross_layers, open_g
 from diffumask_fast.bench.harness import GRAPH_CALLS, Race, compare, race
 from diffumask_fast.bench.rows import environment, row
 from diffumask_fast.bench.sides import Sides
-from diffumask_fast.compiled import CompiledDenoiser, compile_pipe
+from diffumask_fast.compiled import compile_pipe
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels import attend, bilateral_norm, guided_filter, mean_field
 from diffumask_fast.loading import resolve_device
@@ -27,13 +26,51 @@ from diffumask_fast.masks.threshold import otsu
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 SUITE = "goals"
-PARTS = ("sdpa", "attention", "refinement", "denoising", "graphs", "stock")
+PARTS = ("sdpa", "attention", "refinement", "denoising", "stock", "graphs")
 BATCHES = (8, 32)  # of the denoising
-TOKENS, PHRASES = 77, 2
+TOKENS, PHRASES = 77, 1
 
+UNET_CALLS = 5  # between two events
 REFINEMENT_CALLS = 4  # in a graph: their temporaries are large
 PLAIN = "sdpa_without_maps"
 CRF = {"window": 11, "bilateral": (10.0, 80.0, 13.0), "gaussian": (3.0, 3.0)}
+
+
+class Opened:
+    """A geometry on a device, and beside it the same weights drawn by an engine; each is made when it is asked for.
+
+    Args:
+        geometry: one of `geometries.GEOMETRIES`.
+        where: the device.
+        engine: "compile" or "torch".
+    """
+
+    def __init__(self, geometry: str, where: torch.device, engine: str) -> None:
+        self.geometry, self.where, self.engine = geometry, where, engine
+
+    @cached_property
+    def stock(self) -> DiffuMaskPipeline:
+        """The geometry as it is."""
+        return open_geometry(self.geometry, str(self.where))
+
+    @cached_property
+    def ours(self) -> DiffuMaskPipeline:
+        """The same weights once more, drawn by the engine."""
+        pipe, stock = self.stock.pipe, self.stock
+        copies = {name: copy.deepcopy(getattr(pipe, name)) for name in ("unet", "vae")}
+        made_with = inspect.signature(type(pipe).__init__).parameters.keys() - pipe.components.keys()
+        settings = {name: pipe.config[name] for name in made_with if name in pipe.config}
+        ours = DiffuMaskPipeline(type(pipe)(**{**pipe.components, **copies, **settings}), stock.info)
+        ours.pipe.set_progress_bar_config(disable=True)
+        if self.engine == "compile":
+            compile_pipe(ours.pipe)
+        return ours
+
+    def warm(self, batch: int) -> None:
+        """Let the engine compile all that `stock` and `graphs` run."""
+        Sides(self.stock, batch, 3).ours(self.ours, batch, like_reference=False)()
+        for call in _unet_calls(self, batch).values():
+            call()
 
 
 def run(
@@ -46,6 +83,7 @@ def run(
     steps: int | None = None,
     pairs: int | None = None,
     engines: Sequence[str] = ("compile",),
+    opened: Opened | None = None,
 ) -> Iterator[dict]:
     """Measure what the goals name; on a CPU the same rows without the Triton forms.
 
@@ -58,15 +96,16 @@ def run(
         steps: denoising steps of whole runs, 20 when None; of the denoising, 3 when None.
         pairs: rounds of a comparison; None is the harness' number for the device.
         engines: one, "compile" or "torch": what draws our side of the whole runs.
+        opened: the geometry, where it is open already.
 
     Returns:
         Rows as they are finished. On CUDA, `sdpa`, microseconds of each backend at each width (`bench.sdpa`). For each
         layer and for all of them, over SDPA without maps: `attend_over_...` (the fused kernel), `sdpa_maps_over_...`
         (SDPA and the maps-only kernel), `columns_over_...` (SDPA with the columns in the values); `attend_copy_share`.
         `guided_filter_and_otsu`, `mean_field` and `make_masks` in milliseconds for an image; the `end_to_end` rows
-        `maps_overhead` and `propagation_overhead` (maps on, as by default) at each batch; `unet_maps_overhead` and
-        `unet_propagation_overhead`, a UNet call of the engine with maps over one without; `speedup_over_stock`,
-        diffusers' images without maps over ours with masks.
+        `maps_overhead` and `propagation_overhead` (maps on, as by default) at each batch; `speedup_over_stock`,
+        diffusers' images without maps over ours with masks; `unet_maps_overhead` and `unet_propagation_overhead`, a
+        UNet call of the engine with maps over one without.
 
     Raises:
         DiffuMaskError: an unknown geometry, part or engine.
@@ -78,12 +117,13 @@ def run(
     if tuple(engines) not in (("compile",), ("torch",)):
         raise DiffuMaskError(f"{SUITE} takes one engine, compile or torch, not {', '.join(engines)}.")
     where = resolve_device(device)
-    return _rows(geometry, where, names or PARTS, batch, batches, steps, pairs, engines[0])
+    opened = opened or Opened(geometry, where, engines[0])
+    return _rows(opened, names or PARTS, batch, batches, steps, pairs)
 
 
-def _rows(geometry, where, parts, batch, batches, steps, pairs, engine) -> Iterator[dict]:
+def _rows(opened: Opened, parts, batch, batches, steps, pairs) -> Iterator[dict]:
+    geometry, where = opened.geometry, opened.where
     shared = {"geometry": geometry, **environment(str(where))}
-    opened = functools.cache(functools.partial(open_geometry, geometry, str(where)))
     if "sdpa" in parts and where.type == "cuda":
         yield from sdpa.rows(SUITE, geometry, where, batch, pairs, shared)
     if "attention" in parts:
@@ -91,12 +131,13 @@ def _rows(geometry, where, parts, batch, batches, steps, pairs, engine) -> Itera
     if "refinement" in parts:
         yield from _refinement(geometry, where, batch, pairs, shared)
     for size in batches if "denoising" in parts else ():
-        names, pipe = ("maps_overhead", "propagation_overhead"), opened()
-        yield from end_to_end.run(geometry, str(where), names=names, batch=size, steps=steps, pairs=pairs, pipe=pipe)
-    if "graphs" in parts:
-        yield from _unet_calls(opened(), where, max(1, batch // 2), pairs, engine, shared)
+        names = ("maps_overhead", "propagation_overhead")
+        shapes = {"batch": size, "steps": steps, "pairs": pairs}
+        yield from end_to_end.run(geometry, str(where), names=names, **shapes, pipe=opened.stock)
     if "stock" in parts:
-        yield _stock(opened(), where, max(1, batch // 2), steps or 20, pairs, engine, shared)
+        yield _stock(opened, max(1, batch // 2), steps or 20, pairs, shared)
+    if "graphs" in parts:
+        yield from _graphs(opened, max(1, batch // 2), pairs, shared)
 
 
 def forms(where: torch.device) -> tuple[str, ...]:
@@ -191,46 +232,51 @@ def _per_image(name: str, done: Race, form: str, images: int, config: dict) -> d
     return row(SUITE, name, value, unit="ms/image", low=times[0], high=times[-1], n=len(times), config=config)
 
 
-def _unet_calls(pipe, where, batch, pairs, engine, shared) -> Iterator[dict]:
+def _stock(opened: Opened, batch, steps, pairs, shared) -> dict:
+    """Compare diffusers' images without maps with our images and masks, both in the device's usual precision."""
+    pipe, ours = opened.stock, opened.ours
+    sides, mask = Sides(pipe, batch, steps), {**vars(ours.map_options()), **vars(MaskOptions())}
+    drawn = sides.ours(ours, batch, like_reference=False)
+    ratio = compare(sides.plain("pil"), drawn, pairs=pairs, device=str(opened.where))
+    config = {**shared, "batch": batch, **sides.settings, "engine": opened.engine, "case": "images and masks"}
+    config |= {"dtype": str(pipe.pipe.unet.dtype).removeprefix("torch."), "mask": mask}
+    return row(SUITE, "speedup_over_stock", ratio, config=config)
+
+
+def _graphs(opened: Opened, batch, pairs, shared) -> Iterator[dict]:
     """Compare one UNet call of a guided batch with maps, and with propagation, to the same engine's without maps."""
-    unet, rng = copy.deepcopy(pipe.pipe.unet), torch.Generator().manual_seed(0)
-    if engine == "compile":
-        denoiser = CompiledDenoiser(unet.to(memory_format=torch.channels_last))
-    else:
-        denoiser = UNetWithMaps(unet)
+    calls = {name: _times(call, UNET_CALLS) for name, call in _unet_calls(opened, batch).items()}
+    done = race(calls, control="plain", pairs=pairs, device=str(opened.where), warmup=2)
+    config = {**shared, "batch": batch, "engine": opened.engine, "case": opened.engine}
+    config |= {"dtype": str(opened.ours.pipe.unet.dtype).removeprefix("torch.")}
+    for name in ("maps", "propagation"):
+        yield row(SUITE, f"unet_{name}_overhead", done.ratio(name, "plain"), config=config)
+
+
+def _unet_calls(opened: Opened, batch) -> dict[str, Callable[[], object]]:
+    """Return UNet calls of a guided batch: without maps, with maps, with maps and propagation."""
+    unet, rng = opened.ours.pipe.unet, torch.Generator().manual_seed(0)
+    denoiser = unet.denoiser if opened.engine == "compile" else UNetWithMaps(unet)
     side, width = unet.config.sample_size, unet.config.cross_attention_dim
     latents = torch.randn(batch, unet.config.in_channels, side, side, generator=rng).repeat(2, 1, 1, 1)
     states = torch.randn(2 * batch, TOKENS, width, generator=rng)
-    latents, states = (x.to(where, unet.dtype) for x in (latents, states))
-    select = torch.rand(batch, TOKENS, PHRASES, generator=rng).to(where)
+    latents, states = (x.to(opened.where, unet.dtype) for x in (latents, states))
+    select = torch.rand(batch, TOKENS, PHRASES, generator=rng).to(opened.where)
 
     @torch.no_grad()
     def call(columns, prior=None):
         return denoiser(latents, 500, states, columns, prior, first_conditional=batch)
 
-    prior = {level: maps for level, maps in call(select)[1].items() if maps.shape[-1] <= MAX_PROPAGATED_PIXELS}
-    calls = {"plain": lambda: call(None), "maps": lambda: call(select), "propagation": lambda: call(select, prior)}
-    done = race(calls, control="plain", pairs=pairs, device=str(where), warmup=2)
-    config = {**shared, "batch": batch, "engine": engine, "dtype": str(unet.dtype).removeprefix("torch.")}
-    for name in ("maps", "propagation"):
-        yield row(SUITE, f"unet_{name}_overhead", done.ratio(name, "plain"), config={**config, "case": engine})
+    maps = call(select)[1]
+    prior = {level: kept for level, kept in maps.items() if kept.shape[-1] <= MAX_PROPAGATED_PIXELS}
+    return {"plain": lambda: call(None), "maps": lambda: call(select), "propagation": lambda: call(select, prior)}
 
 
-def _stock(pipe, where, batch, steps, pairs, engine, shared) -> dict:
-    """Compare diffusers' images without maps with our images and masks, both in the device's usual precision."""
-    parts = {**pipe.pipe.components, "unet": copy.deepcopy(pipe.pipe.unet), "vae": copy.deepcopy(pipe.pipe.vae)}
-    ours = DiffuMaskPipeline(type(pipe.pipe)(**parts, **_optional(pipe.pipe)), pipe.info)
-    ours.pipe.set_progress_bar_config(disable=True)
-    if engine == "compile":
-        compile_pipe(ours.pipe)
-    sides, mask = Sides(pipe, batch, steps), {**vars(ours.map_options()), **vars(MaskOptions())}
-    ratio = compare(sides.plain("pil"), sides.ours(ours, batch, like_reference=False), pairs=pairs, device=str(where))
-    config = {**shared, "batch": batch, **sides.settings, "engine": engine, "case": "images and masks"}
-    config |= {"dtype": str(pipe.pipe.unet.dtype).removeprefix("torch."), "mask": mask}
-    return row(SUITE, "speedup_over_stock", ratio, config=config)
+def _times(call: Callable[[], object], count: int) -> Callable[[], None]:
+    """Repeat a call, so that the host's share of the first one hides behind the device's work on it."""
 
+    def repeated() -> None:
+        for _ in range(count):
+            call()
 
-def _optional(pipe: DiffusionPipeline) -> dict[str, object]:
-    """Return what a pipeline was made with beside its components."""
-    named = inspect.signature(type(pipe).__init__).parameters.keys() - pipe.components.keys()
-    return {name: pipe.config[name] for name in named if name in pipe.config}
+    return repeated

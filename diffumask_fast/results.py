@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from diffumask_fast import __version__
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.attention.tap import Levels
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.prompts.request import Request
+
+LIBRARIES = ("torch", "diffusers", "transformers")
 
 
 @dataclass
@@ -63,7 +66,7 @@ class Provenance:
             "dtype": str(pipe.pipe.unet.dtype).removeprefix("torch."),
             "device": pipe.device.type,
             "engine": {"name": pipe.engine_name, **({"sha256": pipe.engine.sha256} if pipe.engine else {})},
-            "versions": {name: version(name) for name in ("diffumask_fast", "torch", "diffusers", "transformers")},
+            "versions": {"diffumask_fast": __version__, **{name: version(name) for name in LIBRARIES}},
         }
         return cls(pipe.info.name, pipe.engine or pipe.info, facts | call)
 

@@ -8,8 +8,6 @@ from diffumask_fast.kernels import reference, tuned
 from diffumask_fast.kernels.record import interpreted, note
 
 IMPLS = ("auto", "torch", "triton", "reference")
-# rows and columns of the upper triangle of a symmetric 3x3 matrix
-_ROWS, _COLUMNS = (0, 0, 0, 1, 1, 2), (0, 1, 2, 1, 2, 2)
 
 
 def guided_filter(guide: Tensor, maps: Tensor, radius: int, eps: float, impl: str = "auto") -> Tensor:
@@ -81,9 +79,13 @@ def _statistics(guide: Tensor, radius: int, eps: float) -> tuple[Tensor, Tensor,
     guide = guide.float()
     # a shift of the guide changes nothing but the rounding of its variances
     guide = guide - guide.mean((2, 3), keepdim=True)
-    pairs = guide[:, _ROWS] * guide[:, _COLUMNS]
-    mean, second = box_mean(torch.cat([guide, pairs], 1), radius).split([3, 6], 1)
-    return guide, mean, _factor(second - mean[:, _ROWS] * mean[:, _COLUMNS], eps)
+    mean, second = box_mean(torch.cat([guide, _products(guide)], 1), radius).split([3, 6], 1)
+    return guide, mean, _factor(second - _products(mean), eps)
+
+
+def _products(planes: Tensor) -> Tensor:
+    """Multiply each two of three planes [B, 3, H, W]: rr rg rb gg gb bb, without an index that a graph had to copy."""
+    return torch.cat([planes[:, i : i + 1] * planes[:, i:] for i in range(3)], 1)
 
 
 def _filter(statistics: tuple[Tensor, Tensor, tuple[Tensor, ...]], maps: Tensor, radius: int) -> Tensor:

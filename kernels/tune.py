@@ -5,26 +5,27 @@ Everything runs on tensors made here from a fixed seed; no map that somebody col
 
 import itertools
 import json
+import logging
 import os
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._library.triton import set_wrap_triton_enabled
-from triton.runtime.errors import OutOfResources
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels import attend_sdpa, tuned
 from diffumask_fast.kernels.account import KEYS, MODELS
 
-Timer = Callable[[Callable[[], object]], float]
+logger = logging.getLogger("diffumask_fast")
+Timer = Callable[[Callable[[], object]], Any]
 Entries = dict[str, list[dict[str, Any]]]
 LAYERS = [(layer.pixels, layer.heads, layer.head_dim) for model in MODELS for layer in model.layers]
-IMAGES, PHRASES, SIDE = 8, 2, 512
+IMAGES, PHRASES, SIDE = 8, 1, 512
 CALLS, REPLAYS = 20, 9  # in a graph; of the graph
 RADII = {8: [1, 16], 32: [17, 4096]}  # of the guided filter: one cell of SD 1.5's finest map is 8 pixels
 
@@ -101,8 +102,7 @@ def warm(part: int, parts: int) -> None:
     forms = [form for case in cases(torch.device("cuda"), quick=True) for form in case.forms.values()]
     launches = [(form, config) for form in forms for config in form.configs]
     for form, config in launches[part::parts]:
-        with suppress(OutOfResources):
-            form.run(config)
+        _timed(form, config, lambda workload: workload())
 
 
 def best(case: Case, milliseconds: Timer) -> dict[str, dict[str, Any]]:
@@ -114,8 +114,8 @@ def best(case: Case, milliseconds: Timer) -> dict[str, dict[str, Any]]:
     for name, form in case.forms.items():
         times = []
         for config in form.configs:
-            with suppress(OutOfResources):
-                times.append((milliseconds(lambda run=form.run, config=config: run(config)), len(times), config))
+            if (found := _timed(form, config, milliseconds)) is not None:
+                times.append((found, len(times), config))
         fastest, _, config = min(times, default=(None, 0, form.configs[0]))
         entries[form.kernel] = {"when": case.when, "launch": config}
         if fastest is not None:
@@ -123,6 +123,15 @@ def best(case: Case, milliseconds: Timer) -> dict[str, dict[str, Any]]:
     us["torch"] = round(1000 * milliseconds(case.plain), 2)
     entries[next(iter(entries))] |= {"impl": min(us, key=lambda name: (us[name], name != "torch")), "us": us}
     return entries
+
+
+def _timed(form: Form, config: dict[str, int], milliseconds: Timer) -> float | None:
+    """Time a configuration; None where it asks for too much or a compiler fails, which is logged."""
+    try:
+        return milliseconds(partial(form.run, config))
+    except Exception as error:  # Triton, its assembler and CUDA have no error in common
+        logger.warning("%s %s: %s: %s", form.kernel, config, type(error).__name__, " ".join(str(error).split())[:200])
+        return None
 
 
 def graphed(workload: Callable[[], object], calls: int) -> Callable[[], None]:

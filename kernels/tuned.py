@@ -25,6 +25,12 @@ def table() -> Table:
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
+def forget() -> None:
+    """Read the table anew at the next question: the file was replaced."""
+    table.cache_clear()
+    _cached_entry.cache_clear()
+
+
 def find(table: Table, kernel: str, names: Sequence[str], facts: dict[str, Any]) -> dict[str, Any]:
     """Return the first entry for a kernel whose conditions hold, those of the first name first, those of "*" last.
 

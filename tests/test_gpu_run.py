@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TRAVELS = ("diffumask_fast", "kernels", "export", "bench", "tests", "tools", "pyproject.toml")
-A = "environment tables warm kernels stream sdpa tune rows".split()
-B = "compiled stock graphs maps-triton maps-sdpa stream engines".split()
+A = "environment warm masks kernels tune rows sdpa timing".split()
+B = "whole_runs maps stream engines".split()
 
 
 def run(root, part, out, **more):
@@ -50,7 +50,7 @@ def test_every_step_is_done(dry):
 
 def test_what_comes_back_is_there_and_fits(dry):
     for part, files in (
-        ("a", "env.json kernels.xml log.txt rows.jsonl stream.xml summary.txt tuned.json"),
+        ("a", "env.json kernels.xml log.txt masks.xml rows.jsonl summary.txt timing.xml tuned.json"),
         ("b", "engines.xml log.txt rows.jsonl stream.xml summary.txt"),
     ):
         found = sorted(path.name for path in dry[part].iterdir())
@@ -58,7 +58,7 @@ def test_what_comes_back_is_there_and_fits(dry):
 
 
 def test_tests_ran_and_passed(dry):
-    for part, name in (("a", "kernels"), ("a", "stream"), ("b", "stream")):
+    for part, name in (("a", "masks"), ("a", "kernels"), ("a", "timing"), ("b", "stream")):
         text = (dry[part] / f"{name}.xml").read_text()
         assert 'errors="0" failures="0"' in text and 'tests="0"' not in text
 

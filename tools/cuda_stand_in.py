@@ -26,6 +26,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 MEMORY = 80 * 2**30
+aten = torch.ops.aten
+WAITS = {aten._local_scalar_dense, aten.equal, aten.nonzero, aten.is_nonzero}  # forbidden in a capture
 # these may take tensors of both places; what they give is where their first argument is, or where they are told
 CROSSING = {Tensor.copy_, Tensor.to, Tensor.cpu, Tensor.__getitem__, Tensor.__setitem__, Tensor.data.__set__}
 
@@ -45,6 +47,8 @@ class _OnCuda(TorchFunctionMode):
             return on_cuda(args[0]) == on_cuda(args[1]) and func(*args)
         if func in (Tensor.pin_memory, Tensor.record_stream):
             return args[0]
+        if _Graph.capturing and func in (Tensor.__getitem__, Tensor.__setitem__) and _copies_index(args[1]):
+            raise RuntimeError("cannot copy an index between CPU and CUDA while a stream is capturing")
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         place = _place(func, args, kwargs, given)
         args, kwargs = tree_map(_on_cpu, (args, kwargs))
@@ -56,6 +60,11 @@ class _OnCuda(TorchFunctionMode):
         if func == Tensor.data.__set__:
             args[0].on_cuda = on_cuda(args[1])
         return tree_map(lambda leaf: _put(leaf, place, given), found)
+
+
+def _copies_index(index: Any) -> bool:
+    """Tell whether an index becomes a tensor on the CPU first: a sequence of numbers in it."""
+    return any(isinstance(one, (list, tuple)) for one in (index if isinstance(index, tuple) else (index,)))
 
 
 def on_cuda(tensor: Tensor) -> bool:
@@ -89,6 +98,8 @@ def _put(leaf: Any, place: bool, given: list[Tensor]) -> Any:
     if any(leaf is tensor for tensor in given):
         if not place and not on_cuda(leaf):
             return leaf
+        if _Graph.capturing:
+            raise RuntimeError("cannot copy between CPU and CUDA while a stream is capturing")
         leaf = leaf.detach().clone()
     leaf.on_cuda = place
     return leaf
@@ -119,6 +130,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if func.overloadpacket in WAITS:
+            raise RuntimeError(f"{func}: operation not permitted when stream is capturing")
         found = func(*args, **kwargs)
         kept = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
 
@@ -134,6 +147,8 @@ class _Recorder(TorchDispatchMode):
 
 class _Graph:
     """torch.cuda.CUDAGraph: the operations of a capture, and the launches of kernels, to be run again."""
+
+    capturing = False
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.calls: list[Callable[[], None]] = []
@@ -161,7 +176,11 @@ def _capture(graph: _Graph, *_: Any, **__: Any) -> Iterator[None]:
         with torch.utils._python_dispatch._disable_current_modes():  # what the interpreter does is not recorded twice
             return launch(executor, *args, **kwargs)
 
-    with mock.patch.object(GridExecutor, "__call__", recorded), recorder:
+    with (
+        mock.patch.object(_Graph, "capturing", True),
+        mock.patch.object(GridExecutor, "__call__", recorded),
+        recorder,
+    ):
         yield
     graph.calls = recorder.calls
 

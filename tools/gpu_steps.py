@@ -1,94 +1,127 @@
 """The steps of tools/gpu_run.sh that are Python: python tools/gpu_steps.py STEP ARGUMENTS"""
 
 import json
+import logging
 import os
 import subprocess
 import sys
+import time
 import traceback
 from collections import Counter
 from pathlib import Path
-
-import torch
-
-from diffumask_fast.bench import goals, sdpa
-from diffumask_fast.bench.geometries import open_geometry
-from diffumask_fast.bench.rows import append_rows, describe
-from diffumask_fast.bench.rows import environment as facts
-from diffumask_fast.bench.sides import Sides
-from diffumask_fast.compiled import compile_pipe
-from diffumask_fast.doctor import examine
-from diffumask_fast.kernels import tune as tuning
-from diffumask_fast.kernels import tuned
+from typing import Any
 
 DRY = os.environ.get("DRY") == "1"
 SD15, SD21, SDXL = ("mini",) * 3 if DRY else ("sd15", "sd21", "sdxl")
-BATCH, STEPS = (1, 3) if DRY else (8, 20)
+BATCH = 1 if DRY else 8
 
 
-def smallest() -> dict:
-    """Return the arguments of the suite for a dry run, and make everything else as small as it can be."""
-    goals.GRAPH_CALLS = goals.REFINEMENT_CALLS = sdpa.GRAPH_CALLS = 1
-    goals.cross_layers = sdpa.cross_layers = lambda geometry: Counter({(16, 2, 16): 1})
-    goals.unet_config = lambda geometry: {"sample_size": 2}
-    tuning.LAYERS, tuning.IMAGES, tuning.SIDE, tuning.RADII = [(16, 2, 16)], 1, 16, {2: [1, 16]}
-    tuning.CALLS = tuning.REPLAYS = 1
-    return {"batch": 2, "batches": (1,), "steps": STEPS, "pairs": 1}
-
-
-SIZES = smallest() if DRY else {}
-
-
-def environment(out: str) -> None:
-    """Write what this machine is to env.json."""
-    done = subprocess.run("nvidia-smi", shell=True, capture_output=True, text=True)
-    found = {"bench": facts("cuda"), "doctor": examine(), "nvidia-smi": done.stdout.splitlines()}
-    Path(out, "env.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-
-
-def tables(folder: str) -> None:
-    """Write tables that say of this architecture, unmeasured, that one form is the fastest: FOLDER/triton.json, ..."""
-    _, architecture = tuned.names(torch.device("cuda"))
+def tables(table: str, folder: str, architecture: str) -> None:
+    """Write tables that say, unmeasured, which form is the fastest: FOLDER/triton.json and sdpa.json. Without torch."""
+    entries = json.loads(Path(table).read_text(encoding="utf-8"))
     for form in ("triton", "sdpa"):
-        impl = {"impl": "triton" if form == "triton" else "torch"}
-        entries = {kernel: [entry | impl for entry in found] for kernel, found in tuned.table()["*"].items()}
-        text = tuning.as_text(tuned.table() | {architecture: entries})
+        own = {kernel: [_says(entry, form) for entry in found] for kernel, found in entries["*"].items()}
+        text = json.dumps(entries | {architecture: own}, indent=1)
         Path(folder, f"{form}.json").write_text(text, encoding="utf-8")
 
 
-def compile_ahead() -> None:
-    """Fill the compiler's cache with what part b runs: UNet with and without propagation, and the decoder."""
-    pipe, ours = open_geometry(SD15, "cuda"), open_geometry(SD15, "cuda")
-    compile_pipe(ours.pipe)
-    Sides(pipe, BATCH, 3).ours(ours, BATCH, like_reference=False)()
+def _says(entry: dict[str, Any], form: str) -> dict[str, Any]:
+    # nobody draws in fp32 on a GPU, and its kernels are the slowest to compile
+    triton = form == "triton" and entry["when"].get("dtype") != "fp32"
+    return entry | {"impl": "triton" if triton else "torch"}
+
+
+def environment(out: str) -> None:
+    """Write what this machine is to env.json: what the bench records, then what doctor finds."""
+    from diffumask_fast.bench.rows import environment as facts
+
+    file, done = Path(out, "env.json"), subprocess.run("nvidia-smi", shell=True, capture_output=True, text=True)
+    found: dict[str, Any] = {"bench": facts("cuda"), "nvidia-smi": done.stdout.splitlines()}
+    file.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    from diffumask_fast.doctor import examine
+
+    file.write_text(json.dumps(found | {"doctor": examine()}, indent=1), encoding="utf-8")
+
+
+def warm(part: str, parts: str) -> None:
+    """Compile a share of the launches that `tune` times."""
+    from diffumask_fast.kernels import tune
+
+    smallest()
+    tune.warm(int(part), int(parts))
 
 
 def tune(out: str) -> None:
     """Tune what Stable Diffusion launches most, into tuned.json."""
-    tuning.tune(Path(out, "tuned.json"), print, quick=True)
+    from diffumask_fast.kernels import tune
+
+    smallest()
+    tune.tune(Path(out, "tuned.json"), print, quick=True)
 
 
-def rows(out: str, kind: str, case: str = "") -> None:
+def rows(out: str, kind: str) -> None:
     """Append rows to rows.jsonl as they are measured; one part that fails does not stop the next."""
     parts = {
-        "sdpa": [(SD15, ("sdpa",)), (SDXL, ("sdpa",))],
-        "kernels": [(SD15, ("attention",)), (SDXL, ("attention",)), (SD15, ("refinement",)), (SD21, ("attention",))],
-        "stock": [(SD15, ("stock",))],
-        "graphs": [(SD15, ("graphs",))],
-        "maps": [(SD15, ("denoising",))],
+        "sdpa": [(SD15, "sdpa"), (SDXL, "sdpa")],
+        "kernels": [(SD15, "attention"), (SDXL, "attention"), (SD21, "attention"), (SD15, "refinement")],
     }
-    done = [keep(Path(out, "rows.jsonl"), geometry, names, case) for geometry, names in dict.fromkeys(parts[kind])]
+    settings = smallest() or ({"pairs": 5} if kind == "sdpa" else {})
+    if not all([keep(out, geometry, (name,), **settings) for geometry, name in dict.fromkeys(parts[kind])]):
+        sys.exit(1)
+
+
+def whole_runs(folder: str) -> None:
+    """Compile Stable Diffusion 1.5, wait for FOLDER/go, which names the folder of the rows, and measure it."""
+    import torch
+
+    from diffumask_fast.bench import goals
+
+    settings = smallest() or {"pairs": 3}
+    opened = goals.Opened(SD15, torch.device("cuda"), "compile")
+    opened.warm(BATCH)
+    print("compiled", {name: dict(found) for name, found in torch._dynamo.utils.counters.items()})
+    go = Path(folder, "go")
+    while not go.exists():
+        time.sleep(0.2)
+    if not all(
+        [keep(go.read_text().strip(), SD15, (name,), opened=opened, **settings) for name in ("stock", "graphs")]
+    ):
+        sys.exit(1)
+
+
+def maps(out: str, folder: str, table: str) -> None:
+    """Compare eager denoising with maps on and off, by the tables triton.json and sdpa.json; the large batch last."""
+    import torch
+
+    from diffumask_fast.bench import goals
+    from diffumask_fast.kernels import tuned
+
+    settings = smallest() or {"pairs": 3}
+    opened = goals.Opened(SD15, torch.device("cuda"), "torch")
+    done = []
+    for batch in (1,) if DRY else goals.BATCHES:
+        for form in ("triton", "sdpa"):
+            Path(table).write_text(Path(folder, f"{form}.json").read_text(encoding="utf-8"), encoding="utf-8")
+            tuned.forget()
+            shape = settings | {"batches": (batch,), "opened": opened, "engines": ("torch",)}
+            done.append(keep(out, SD15, ("denoising",), case=form, **shape))
     if not all(done):
         sys.exit(1)
 
 
-def keep(file: Path, geometry: str, names: tuple[str, ...], case: str) -> bool:
+def keep(out: str, geometry: str, names: tuple[str, ...], case: str = "", **settings: Any) -> bool:
     """Measure parts of the suite and append each row with the version that it is of; tell whether all came."""
-    extra = {"commit": os.environ.get("COMMIT") or None} | ({"case": case} if case else {})
+    import torch
+
+    from diffumask_fast.bench import goals
+    from diffumask_fast.bench.rows import append_rows, describe
+
     torch.cuda.reset_peak_memory_stats()
+    extra = {"commit": os.environ.get("COMMIT") or None} | ({"case": case} if case else {})
     try:
-        for row in goals.run(geometry, "cuda", names=names, **SIZES):
+        for row in goals.run(geometry, "cuda", names=names, **settings):
             row["config"] |= {**extra, "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
-            append_rows(file, [row])
+            append_rows(Path(out, "rows.jsonl"), [row])
             print(describe(row))
     except Exception:  # what comes next is measured all the same
         traceback.print_exc()
@@ -96,14 +129,21 @@ def keep(file: Path, geometry: str, names: tuple[str, ...], case: str) -> bool:
     return True
 
 
-STEPS_BY_NAME = {
-    "environment": environment,
-    "tables": tables,
-    "compile": compile_ahead,
-    "warm": lambda part, parts: tuning.warm(int(part), int(parts)),
-    "tune": tune,
-    "rows": rows,
-}
+def smallest() -> dict[str, Any]:
+    """In a dry run return the smallest arguments of the suite, and make everything else as small as it can be."""
+    if not DRY:
+        return {}
+    from diffumask_fast.bench import goals, sdpa
+    from diffumask_fast.kernels import tune
+
+    goals.GRAPH_CALLS = goals.REFINEMENT_CALLS = goals.UNET_CALLS = sdpa.GRAPH_CALLS = tune.CALLS = tune.REPLAYS = 1
+    goals.cross_layers = sdpa.cross_layers = lambda geometry: Counter({(16, 2, 16): 1})
+    goals.unet_config = lambda geometry: {"sample_size": 2}
+    tune.LAYERS, tune.IMAGES, tune.SIDE, tune.RADII = [(16, 2, 16)], 1, 16, {2: [1, 16]}
+    return {"batch": 2, "batches": (1,), "steps": 3, "pairs": 1}
+
 
 if __name__ == "__main__":
-    STEPS_BY_NAME[sys.argv[1]](*sys.argv[2:])
+    logging.basicConfig(level=logging.WARNING)
+    steps = {step.__name__: step for step in (tables, environment, warm, tune, rows, whole_runs, maps)}
+    steps[sys.argv[1]](*sys.argv[2:])
