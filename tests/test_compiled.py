@@ -62,7 +62,7 @@ def test_a_machine_without_a_compiler_is_told_before_anything_is_drawn(tiny_sd, 
 
 
 def test_an_engine_path_is_for_other_engines(tmp_path):
-    with pytest.raises(DiffuMaskError, match="--engine compile takes no --engine-path"):
+    with pytest.raises(DiffuMaskError, match="`engine=compile` takes no `engine_path`"):
         DiffuMaskPipeline.from_pretrained("mini", engine="compile", engine_path=tmp_path)
 
 
