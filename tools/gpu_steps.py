@@ -26,7 +26,7 @@ def tables(table: str, folder: str, architecture: str) -> None:
 
 
 def _says(kernel: str, entry: dict[str, Any], form: str) -> dict[str, Any]:
-    # nobody draws in fp32 on a GPU, and its kernels are the slowest to compile; whole images take an interpreter minutes
+    # nobody draws in fp32 on a GPU, and its kernels compile slowest; an interpreter takes minutes for a whole image
     slow = entry["when"].get("dtype") == "fp32" or (DRY and kernel != "attend")
     return entry | {"impl": "triton" if form == "triton" and not slow else "torch"}
 
