@@ -30,7 +30,7 @@ def test_every_layer_has_its_rows_and_all_are_summed(rows):
     assert min(ratios) * 0.999 <= whole["value"] <= max(ratios) * 1.001
     shares = named(rows, "attend_copy_share")
     assert len(shares) == len(layers) and all(row["value"] > 0 for row in shares)
-    moved = 4 * (2 * 2 * 256 * 64 + 2 * 2 * 77 * 64 + 2 * 2 * 256 + 77 * 2)
+    moved = 4 * (2 * 2 * 256 * 64 + 2 * 2 * 77 * 64 + 2 * 1 * 256 + 77 * 1)
     assert shares[0]["config"]["bytes"] == moved
 
 

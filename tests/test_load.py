@@ -134,7 +134,7 @@ def test_a_run_is_finished_only_with_the_engine_that_began_it(sdxl_folder, sdxl_
     record = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert record["options"]["engine"] == "onnx" and len(record["options"]["engine_sha256"]) == 64
     assert "onnxruntime" in record["environment"] and str(tmp_path) not in json.dumps(record)
-    with pytest.raises(DiffuMaskError, match="--engine was onnx and is torch now"):
+    with pytest.raises(DiffuMaskError, match="`engine` was onnx and is torch now"):
         run_generate(options(tmp_path / "out", sdxl_folder), silent)
     assert run_generate(settings, silent)["drawn"] == 0
 

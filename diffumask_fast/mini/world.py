@@ -338,7 +338,7 @@ def main() -> None:
     try:
         write_world(args.out, args.num, args.seed, args.assets, args.list, args.objects, args.shard_size)
     except DiffuMaskError as error:
-        sys.exit(str(error))
+        sys.exit(error.as_flags())
 
 
 def write_world(
