@@ -29,7 +29,10 @@ from diffumask_fast.mini.world import HOME, SCENES, World, load_sprites
 
 SAVE_SECONDS = 240
 READ_STEPS = 500  # then --latents is read again: files may have come
-DEFAULTS = {"num_inference_steps": 25, "guidance_scale": 4.0, "scheduler": "DPMSolverMultistepScheduler"}
+DEFAULTS = {
+    "num_inference_steps": 25, "guidance_scale": 4.0, "scheduler": "DPMSolverMultistepScheduler",
+    "mask": {"aggregation": "finest", "propagate": 1},
+}  # fmt: skip
 
 
 def new_vae():
@@ -209,7 +212,7 @@ def load_text(args):
 
 
 def train_unet(args, world: World, device):
-    """Train UNet and text encoder on v-prediction, squared error weighted 1 + share of object; 10 % empty prompts."""
+    """Train UNet and text encoder on v-prediction, squared error, weighted on the object; 10 % empty prompts."""
     from diffusers import AutoencoderTiny, UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor
 
@@ -247,7 +250,7 @@ def train_unet(args, world: World, device):
             states = text(prompt_ids)[0]
             predicted = unet(noisy, timesteps, states).sample
         error = (predicted.float() - target).square()
-        descend((error * (1 + weights[rows].to(device))).mean(), adam, schedule, parameters)
+        descend((error * (1 + args.object_weight * weights[rows].to(device))).mean(), adam, schedule, parameters)
         ema.update()
         if log.step(step, error.detach().mean()):
             save(args.out, ema.averages[0], "unet")
@@ -335,6 +338,7 @@ def main():
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--outline-weight", type=float, default=0.0, help="added to the pixels along an object's edge")
+    parser.add_argument("--object-weight", type=float, default=1.0, help="added to latents full of an object")
     parser.add_argument("--latent-noise", type=float, default=0.1, help="in standard deviations, before decoding")
     parser.add_argument("--two", type=float, default=1 / 3, help="share of scenes with two objects")
     parser.add_argument("--threads", type=int, default=1)
