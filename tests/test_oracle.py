@@ -15,7 +15,7 @@ from diffusers import AutoencoderTiny
 from diffumask_fast.dataset.reader import read_rows
 from diffumask_fast.learning.evaluation import overlap
 from diffumask_fast.mini import folder
-from diffumask_fast.mini.oracle import WEIGHTS, augment, load_oracle
+from diffumask_fast.mini.oracle import WEIGHTS, Oracle, augment, load_oracle, take_weights
 from diffumask_fast.mini.world import VOC, World, load_sprites
 
 BLIND = """
@@ -125,6 +125,15 @@ def test_augmented_pictures_and_labels_move_together():
         inside = labels[i] > 0
         assert moved[i, 0][inside].median() != moved[i, 0][~inside].median()
         assert (moved[i, 0][inside] - moved[i, 0][inside].median()).abs().mean() < 0.1
+
+
+def test_an_oracle_of_other_classes_keeps_what_was_learnt(oracle):
+    more = Oracle(["bottle", *reversed(oracle.classes)]).eval()
+    take_weights(more, oracle)
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    known, found = oracle(x), more(x)
+    assert torch.allclose(found[:, 0], known[:, 0], atol=1e-4)
+    assert torch.allclose(found[:, 2:], known[:, 1:].flip(1), atol=1e-4)
 
 
 def test_training_writes_an_oracle(tmp_path):

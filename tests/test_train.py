@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from diffumask_fast.mini import train
+from diffumask_fast.mini.latents import compose, encode, save_latents
+from diffumask_fast.mini.world import World, load_sprites
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 
@@ -67,6 +69,47 @@ def test_the_decoder_stage_leaves_the_latents_as_they_are(trained, tmp_path):
     changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
     assert changed == {"decoder"}
     assert (out / "vae" / "config.json").read_text() == (trained / "vae" / "config.json").read_text()
+
+
+def test_a_ready_vae_is_taken_and_its_latents_scaled(tmp_path):
+    from diffusers import AutoencoderTiny
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    state = AutoencoderTiny().state_dict()
+    save_file(state, tmp_path / "vae.safetensors")
+    run(tmp_path / "out", "--stage", "ready", "--vae", tmp_path / "vae.safetensors")
+    vae = AutoencoderTiny.from_pretrained(tmp_path / "out" / "vae")
+    assert all(torch.allclose(tensor, state[name], atol=1e-3) for name, tensor in vae.state_dict().items())
+    images = compose(World(load_sprites()), 0, 0, 64)[0]
+    assert (encode(vae, images) * vae.config.scaling_factor).std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_encoded_scenes_take_the_place_of_composed_ones(trained, tmp_path):
+    import shutil
+
+    from transformers import CLIPTokenizer
+
+    out = shutil.copytree(trained, tmp_path / "more")
+    shutil.rmtree(out / "vae")  # nothing is encoded any more
+    tokenizer = CLIPTokenizer.from_pretrained(trained / "tokenizer")
+    (tmp_path / "latents").mkdir()
+    ids = train.tokens(tokenizer, ["a photo of a dog"] * 8)
+    save_latents(tmp_path / "latents" / "0.safetensors", torch.randn(8, 4, 16, 16), ids, torch.rand(8, 1, 16, 16))
+    run(
+        out,
+        "--stage",
+        "unet",
+        "--steps",
+        1,
+        "--batch-size",
+        4,
+        "--init-from",
+        trained,
+        "--latents",
+        tmp_path / "latents",
+    )
+    assert (out / "unet" / "diffusion_pytorch_model.safetensors").exists()
 
 
 def test_outlines_weigh_more_than_insides():

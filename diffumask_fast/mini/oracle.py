@@ -107,10 +107,13 @@ def train(args):
     """Train on exact scenes and VAE round trips, some warped, some half hidden under a part of another scene."""
     from diffusers import AutoencoderTiny
 
-    from diffumask_fast.mini.train import Ema, Log, compose, descend, optimiser
+    from diffumask_fast.mini.latents import compose
+    from diffumask_fast.mini.train import Ema, Log, descend, optimiser
 
     world = World(load_sprites(args.assets, args.list), two=args.two)
-    oracle = load_oracle(args.init_from).train().requires_grad_(True) if args.init_from else Oracle(world.classes)
+    oracle = Oracle(world.classes)
+    if args.init_from:
+        take_weights(oracle, load_oracle(args.init_from))
     oracle = oracle.to(memory_format=torch.channels_last)
     vae = AutoencoderTiny.from_pretrained(args.vae).float().to(memory_format=torch.channels_last)
     labels = torch.zeros(256, dtype=torch.long)
@@ -122,7 +125,7 @@ def train(args):
     refresh = max(1, 8 * args.pool // batch)
     for step in range(args.steps):
         if step % refresh == 0:
-            images, masks, _ = compose(args, args.first + step // refresh * args.pool, args.pool, world)
+            images, masks, _ = compose(world, args.seed, args.first + step // refresh * args.pool, args.pool)
             decoded = round_trips(vae, images, generator, args.latent_noise)
         rows = torch.randint(len(images), (batch,), generator=generator)
         exact = torch.rand(batch, 1, 1, 1, generator=generator) >= args.decoded
@@ -141,6 +144,19 @@ def train(args):
 
 
 @torch.no_grad()
+def take_weights(oracle: Oracle, trained: Oracle):
+    """Give an oracle the weights of a trained one; classes that the trained one does not know start anew."""
+    same = {name: tensor for name, tensor in trained.state_dict().items() if not name.startswith("head")}
+    oracle.load_state_dict(same, strict=False)
+    names, known = ["background", *oracle.classes], ["background", *trained.classes]
+    for name in set(names) & set(known):
+        to, start = 4 * names.index(name), 4 * known.index(name)
+        oracle.head.weight[to : to + 4] = trained.head.weight[start : start + 4]
+        oracle.head.bias[to : to + 4] = trained.head.bias[start : start + 4]
+
+
+@torch.no_grad()
+@torch.autocast("cpu", torch.bfloat16)
 def round_trips(vae, images, generator, noise: float):
     """Return uint8 images after encoding, up to `noise` standard deviations of noise on the latents, and decoding."""
     parts = []
@@ -148,7 +164,7 @@ def round_trips(vae, images, generator, noise: float):
         latents = vae.encode((part.float() / 127.5 - 1).to(memory_format=torch.channels_last)).latents
         strength = noise * latents.std() * torch.rand(len(latents), 1, 1, 1, generator=generator)
         latents = latents + strength * torch.randn(latents.shape, generator=generator)
-        parts.append(((vae.decode(latents).sample + 1) * 127.5).clamp(0, 255).round().to(torch.uint8))
+        parts.append(((vae.decode(latents).sample.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8))
     return torch.cat(parts)
 
 
@@ -196,7 +212,7 @@ def main():
     parser.add_argument(
         "--augmented", type=float, default=1 / 3, help="share that is warped, share that is half hidden"
     )
-    parser.add_argument("--two", type=float, default=0.25)
+    parser.add_argument("--two", type=float, default=1 / 3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--assets", type=Path)
     parser.add_argument("--list", choices=("small", "full"), default="small")

@@ -1,7 +1,9 @@
-"""Train the embedded model on the composed world: first the VAE, then UNet and text encoder.
+"""Train the embedded model on the composed world: first the VAE, or a ready one, then UNet and text encoder.
 
     python -m diffumask_fast.mini.train OUT --stage vae  --steps 3200
-    python -m diffumask_fast.mini.train OUT --stage unet --steps 5000 [--init-from OUT]
+    python -m diffumask_fast.mini.train OUT --stage ready --vae taesd.safetensors       (in place of it)
+    python -m diffumask_fast.mini.latents FOLDER/0.safetensors --vae OUT/vae --num 8000   (encodes once)
+    python -m diffumask_fast.mini.train OUT --stage unet --steps 5000 [--latents FOLDER] [--init-from OUT]
     python -m diffumask_fast.mini.train OUT --stage decoder --steps 6000 --init-from OUT
 
 OUT becomes a diffusers folder of fp16 safetensors with averaged (EMA) weights, saved every few minutes, so that a
@@ -21,11 +23,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from diffumask_fast.mini.latents import compose, encode, encode_scenes, load_latents, load_vae, tokens
 from diffumask_fast.mini.tokenizer import write_tokenizer
 from diffumask_fast.mini.world import HOME, SCENES, World, load_sprites
 
 SAVE_SECONDS = 240
-DEFAULTS = {"num_inference_steps": 25, "guidance_scale": 4.0, "scheduler": "DPMSolverMultistepScheduler"}
+READ_STEPS = 500  # then --latents is read again: files may have come
+DEFAULTS = {
+    "num_inference_steps": 25, "guidance_scale": 4.0, "scheduler": "DPMSolverMultistepScheduler",
+    "mask": {"aggregation": "finest", "propagate": 1},
+}  # fmt: skip
 
 
 def new_vae():
@@ -115,14 +122,6 @@ def save(folder: Path, module, name: str):
     temporary.rmdir()
 
 
-def compose(args, first: int, num: int, world: World):
-    """Compose scenes first .. first + num of the training world: images uint8, masks uint8, prompts."""
-    drawn = [world.scene(args.seed, index) for index in range(first, first + num)]
-    images = torch.stack([torch.from_numpy(scene.image) for scene in drawn]).permute(0, 3, 1, 2).contiguous()
-    masks = torch.stack([torch.from_numpy(scene.mask) for scene in drawn])
-    return images, masks, [scene.prompt for scene in drawn]
-
-
 def train_vae(args, world: World, device):
     """Train the VAE: L1 and squared error, weighted on the object, and gradients at three scales; noisy latents.
 
@@ -141,7 +140,7 @@ def train_vae(args, world: World, device):
     refresh = max(1, 5 * args.pool // batch)
     for step in range(args.steps):
         if step % refresh == 0:
-            images, masks, _ = compose(args, args.first + step // refresh * args.pool, args.pool, world)
+            images, masks, _ = compose(world, args.seed, args.first + step // refresh * args.pool, args.pool)
         rows = torch.randint(len(images), (batch,), generator=generator)
         x = (images[rows].to(device).float() / 127.5 - 1).to(memory_format=torch.channels_last)
         weight = pixel_weights(masks[rows].to(device) > 0, args.outline_weight)
@@ -158,7 +157,7 @@ def train_vae(args, world: World, device):
         if log.step(step, loss, error.detach().square().mean() / 4):
             finish_vae(args, ema.averages[0], images)
     finish_vae(args, ema.averages[0], images)
-    held = compose(args, 10**6, 256, world)[0]
+    held = compose(world, args.seed, 10**6, 256)[0]
     log.close(step, psnr_new_scenes_db=round(psnr(ema.averages[0], held), 2))
 
 
@@ -179,13 +178,6 @@ def gradient_loss(error):
 
 
 @torch.no_grad()
-def encode(vae, images, batch=32):
-    """Return latents fp32 [B, 4, h, w] of uint8 images, before the scaling factor."""
-    parts = [vae.encode(part.to(vae.device).float() / 127.5 - 1).latents.float().cpu() for part in images.split(batch)]
-    return torch.cat(parts)
-
-
-@torch.no_grad()
 def psnr(vae, images):
     """Return the mean PSNR in dB of the round trip of uint8 images."""
     values = []
@@ -197,9 +189,15 @@ def psnr(vae, images):
 
 
 def finish_vae(args, vae, images):
-    if args.stage == "vae":
+    if args.stage != "decoder":
         vae.register_to_config(scaling_factor=1 / encode(vae, images[:512]).std().item())
     save(args.out, vae, "vae")
+
+
+def take_vae(args, world: World, device):
+    """Take a ready VAE, of diffusers' default form, and scale its latents of the world to unit variance."""
+    vae = load_vae(args.vae).to(device)
+    finish_vae(args, vae, compose(world, args.seed, args.first, 512)[0])
 
 
 def load_text(args):
@@ -213,29 +211,13 @@ def load_text(args):
     return tokenizer, CLIPTextModel.from_pretrained(args.init_from, subfolder="text_encoder").float()
 
 
-def latent_pool(args, world: World, vae, tokenizer, first: int):
-    """Compose and encode scenes: scaled latents [P, 4, 16, 16], token ids [P, 77], share of object [P, 1, 16, 16]."""
-    latents, ids, weights = [], [], []
-    for start in range(first, first + args.pool, 500):
-        images, masks, prompts = compose(args, start, min(500, first + args.pool - start), world)
-        latents.append(encode(vae, images) * vae.config.scaling_factor)
-        ids.append(tokens(tokenizer, prompts))
-        weights.append(F.avg_pool2d((masks > 0).float()[:, None], 8))
-    return torch.cat(latents), torch.cat(ids), torch.cat(weights)
-
-
-def tokens(tokenizer, prompts):
-    """Return token ids [B, 77], padded and truncated as the pipeline does."""
-    return tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-
-
 def train_unet(args, world: World, device):
-    """Train UNet and text encoder on v-prediction, squared error weighted 1 + share of object; 10 % empty prompts."""
+    """Train UNet and text encoder on v-prediction, squared error, weighted on the object; 10 % empty prompts."""
     from diffusers import AutoencoderTiny, UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor
 
-    vae = AutoencoderTiny.from_pretrained(args.out, subfolder="vae").float().to(device)
     tokenizer, text = load_text(args)
+    vae = None if args.latents else AutoencoderTiny.from_pretrained(args.out, subfolder="vae").float().to(device)
     init = args.init_from
     unet = UNet2DConditionModel.from_pretrained(init, subfolder="unet").float() if init else new_unet()
     unet, text = unet.to(device), text.to(device)
@@ -249,11 +231,13 @@ def train_unet(args, world: World, device):
     empty = tokens(tokenizer, [""])
     generator = torch.Generator().manual_seed(args.seed)
     log, batch = Log(args, "unet"), args.batch_size or 32
-    refresh = max(1, 8 * args.pool // batch)
+    refresh = READ_STEPS if args.latents else max(1, 8 * args.pool // batch)
     for step in range(args.steps):
         if step % refresh == 0:
             first = args.first + step // refresh * args.pool
-            latents, ids, weights = latent_pool(args, world, vae, tokenizer, first)
+            pool = args.latents and load_latents(args.latents)
+            pool = pool or encode_scenes(vae, world, tokenizer, args.seed, first, args.pool)
+            latents, ids, weights = pool
         rows = torch.randint(len(latents), (batch,), generator=generator)
         x, noise = latents[rows].to(device), torch.randn(batch, 4, 16, 16, generator=generator).to(device)
         dropped = torch.rand(batch, 1, generator=generator) < 0.1
@@ -266,7 +250,7 @@ def train_unet(args, world: World, device):
             states = text(prompt_ids)[0]
             predicted = unet(noisy, timesteps, states).sample
         error = (predicted.float() - target).square()
-        descend((error * (1 + weights[rows].to(device))).mean(), adam, schedule, parameters)
+        descend((error * (1 + args.object_weight * weights[rows].to(device))).mean(), adam, schedule, parameters)
         ema.update()
         if log.step(step, error.detach().mean()):
             save(args.out, ema.averages[0], "unet")
@@ -343,8 +327,10 @@ class Log:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--stage", choices=("vae", "decoder", "unet"), required=True)
-    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--stage", choices=("vae", "ready", "decoder", "unet"), required=True)
+    parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--vae", type=Path, help="stage ready: weights of an AutoencoderTiny, such as TAESD's")
+    parser.add_argument("--latents", type=Path, help="folder of encoded scenes, in place of composing them")
     parser.add_argument("--init-from", type=Path, help="folder whose weights to start from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="first scene of the training world to use")
@@ -352,8 +338,9 @@ def main():
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--outline-weight", type=float, default=0.0, help="added to the pixels along an object's edge")
+    parser.add_argument("--object-weight", type=float, default=1.0, help="added to latents full of an object")
     parser.add_argument("--latent-noise", type=float, default=0.1, help="in standard deviations, before decoding")
-    parser.add_argument("--two", type=float, default=0.25, help="share of scenes with two objects")
+    parser.add_argument("--two", type=float, default=1 / 3, help="share of scenes with two objects")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--assets", type=Path)
     parser.add_argument("--list", choices=("small", "full"), default="small")
@@ -363,7 +350,8 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = World(load_sprites(args.assets, args.list), two=args.two)
-    (train_unet if args.stage == "unet" else train_vae)(args, world, device)
+    stages = {"vae": train_vae, "ready": take_vae, "decoder": train_vae, "unet": train_unet}
+    stages[args.stage](args, world, device)
 
 
 if __name__ == "__main__":
