@@ -28,9 +28,7 @@ def tables(table: str, folder: str, architecture: str) -> None:
 def _says(kernel: str, entry: dict[str, Any], form: str) -> dict[str, Any]:
     # nobody draws in fp32 on a GPU, and its kernels compile slowest
     triton = form == "triton" and entry["when"].get("dtype") != "fp32"
-    if (
-        DRY and kernel == "attend"
-    ):  # an interpreter takes minutes for the fine levels, and for the masks of whole images
+    if DRY and kernel == "attend":  # an interpreter takes minutes for fine levels, and for masks of whole images
         entry = entry | {"when": {**entry["when"], "pixels": [1, 64]}}
     return entry | {"impl": "triton" if triton and not (DRY and kernel != "attend") else "torch"}
 
