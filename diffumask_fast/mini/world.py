@@ -11,7 +11,6 @@ import csv
 import hashlib
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.mini.grounds import BACKGROUNDS
 
 ASSETS = Path(__file__).parent / "assets"
 VOC = (
@@ -37,9 +37,11 @@ SCENES = {
     "room": "in a room",
 }
 HOME = {
-    "aeroplane": ("sky", "street"), "bird": ("sky", "grass", "water"), "boat": ("water", "sand"), "bus": ("street",),
-    "car": ("street", "sand"), "cat": ("room", "grass"), "cow": ("grass", "sand"), "dog": ("grass", "room"),
-    "horse": ("grass", "sand"), "pottedplant": ("room", "street"), "sofa": ("room",), "train": ("street", "grass"),
+    "aeroplane": ("sky", "street"), "bird": ("sky", "grass", "water"), "boat": ("water", "sand"), "bottle": ("room",),
+    "bus": ("street",), "car": ("street", "sand"), "cat": ("room", "grass"), "chair": ("room",),
+    "cow": ("grass", "sand"), "dog": ("grass", "room"), "horse": ("grass", "sand"), "motorbike": ("street",),
+    "person": ("street", "grass", "room"), "pottedplant": ("room", "street"), "sheep": ("grass",), "sofa": ("room",),
+    "train": ("street", "grass"), "tvmonitor": ("room",),
 }  # fmt: skip
 PERMISSIVE = ("CC0", "Public domain", "MIT", "Apache-2.0", "CC-BY-3.0", "CC-BY-4.0")
 
@@ -72,7 +74,7 @@ def load_sprites(assets: Path | None = None, names: str = "small", objects: str 
     Args:
         assets: a folder with `sprites.csv` (columns path, class, model, kind, licence, and perhaps objects); the
             packaged one when None.
-        names: "small" (the 12 classes that the folder packaged here holds) or "full" (all 20 VOC classes).
+        names: "small" (the 18 classes that the folder packaged here holds) or "full" (all 20 VOC classes).
         objects: "kept" (those the packaged weights were trained on) or "held-out" (others of the same classes, to test
             on). Where `sprites.csv` has no column objects, a fifth of the models is held out, by a hash of their names.
 
@@ -119,7 +121,7 @@ class World:
         two: share of the scenes with two objects of different classes.
     """
 
-    def __init__(self, sprites: list[Sprite], size: int = 128, two: float = 0.2):
+    def __init__(self, sprites: list[Sprite], size: int = 128, two: float = 1 / 3):
         self.size, self.two = size, two
         models: dict[str, dict[str, list[Sprite]]] = defaultdict(lambda: defaultdict(list))
         for sprite in sprites:
@@ -134,32 +136,39 @@ class World:
             count = 2 if rng.random() < self.two else 1
             classes = tuple(self.classes[i] for i in rng.choice(len(self.classes), size=count, replace=False))
         home = HOME.get(classes[0], tuple(SCENES))
-        at_home = rng.random() < 0.6
+        at_home = rng.random() < 0.75
         place = str(rng.choice(home if at_home else list(SCENES)))
         canvas = BACKGROUNDS[place](rng, self.size)
         image = Image.fromarray(canvas)
         mask = np.zeros((self.size, self.size), np.uint8)
-        used = []
+        used, sun = [], rng.uniform(-1, 1)
+        apart = len(classes) == 1 or rng.random() < 0.65
         for slot, name in enumerate(classes):
             views = self.models[name][rng.integers(len(self.models[name]))]
             sprite = views[rng.integers(len(views))]
             used.append(sprite.model)
-            image = self._paste(rng, image, mask, sprite, slot, len(classes), place)
+            image = self._paste(rng, image, mask, sprite, place, sun, self._span(slot, len(classes), apart))
         return Scene(_light(rng, image), mask, _caption(rng, classes, place), classes, place, tuple(used))
 
-    def _paste(self, rng, image, mask, sprite, slot, count, place):
-        size = self.size
+    def _span(self, slot, count, apart):
+        """Return the columns that the object of a slot may take; those of two that are not apart overlap."""
+        if count == 1:
+            return 0, self.size
+        low, high = ((0, 0.5), (0.5, 1))[slot] if apart else ((0.06, 0.56), (0.44, 0.94))[slot]
+        return low * self.size, high * self.size
+
+    def _paste(self, rng, image, mask, sprite, place, sun, span):
+        size, (left, right) = self.size, span
         # Objects are alike in area, not in length: a train seen from the side must not vanish between latent cells.
-        extent, longest = (rng.uniform(0.42, 0.66), 0.94) if count == 1 else (rng.uniform(0.32, 0.42), 0.49)
+        extent, longest = (rng.uniform(0.44, 0.68), 0.94) if right - left == size else (rng.uniform(0.34, 0.44), 0.5)
         w, h = sprite.image.size
-        cut = _vary(rng, sprite.image, size * min(longest, extent * (max(w, h) / min(w, h)) ** 0.5))
+        cut = _vary(rng, sprite.image, size * min(longest, extent * (max(w, h) / min(w, h)) ** 0.5), sun)
         w, h = cut.size
-        low, high = (0, size - w) if count == 1 else (slot * size // 2 - 2, (slot + 1) * size // 2 - w + 2)
-        middle, spread = (low + high) / 2, max((high - low) / 2, 0)
+        middle, spread = (left + right - w) / 2, max((right - left - w) / 2, 0)
         x = int(round(np.clip(middle + spread * rng.uniform(-0.9, 0.9), 0, size - w)))
-        y = int(round(rng.uniform(0.15, 0.95) * (size - h)))
-        if place != "sky" and rng.random() < 0.7:
-            image = _shadow(rng, image, x, y, w, h)
+        y = int(round(rng.uniform(0.15 if place == "sky" else 0.4, 0.97) * (size - h)))
+        if place != "sky" and rng.random() < 0.85:
+            image = _shadow(rng, image, x, y, w, h, sun)
         image.paste(cut, (x, y), cut)
         alpha = np.asarray(cut)[..., 3]
         region = mask[y : y + h, x : x + w]
@@ -177,8 +186,11 @@ def _caption(rng, classes, place):
     return f"a photo of {names}" if draw < 0.9 else f"a picture of {names} {SCENES[place]}"
 
 
-def _vary(rng, cut: Image.Image, side: float) -> Image.Image:
-    """Resize to `side` pixels, flip, turn a little and jitter the colours of a cut-out; trimmed to its alpha."""
+def _vary(rng, cut: Image.Image, side: float, sun: float) -> Image.Image:
+    """Resize to `side` pixels, flip, turn, light and jitter the colours of a cut-out; trimmed to its alpha.
+
+    The side that looks to the `sun` (-1 left, 1 right) and the top are brighter.
+    """
     if rng.random() < 0.5:
         cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     angle = rng.uniform(-8, 8)
@@ -192,16 +204,20 @@ def _vary(rng, cut: Image.Image, side: float) -> Image.Image:
     cut = cut.crop(cut.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox())
     pixels = np.asarray(cut, np.float32).copy()
     colour = pixels[..., :3] / np.maximum(pixels[..., 3:] / 255, 1 / 255)
-    colour = (colour - 128) * rng.uniform(0.85, 1.15) + 128 + rng.uniform(-14, 14)
+    colour = (colour - 128) * rng.uniform(0.9, 1.15) + 128 + rng.uniform(-12, 12)
+    across, down = (np.linspace(-1, 1, edge, dtype=np.float32) for edge in (cut.size[0], cut.size[1]))
+    colour = colour * (1 + rng.uniform(0, 0.2) * (0.6 * sun * across[None, :] - 0.5 * down[:, None]))[..., None]
     pixels[..., :3] = np.clip(colour * rng.uniform(0.93, 1.07, 3), 0, 255)
     return Image.fromarray(pixels.round().astype(np.uint8), "RGBA")
 
 
-def _shadow(rng, image, x, y, w, h):
+def _shadow(rng, image, x, y, w, h, sun):
+    """Darken the ground under an object: close to it, and softly away from the sun."""
     layer = Image.new("L", image.size, 0)
-    lift, lean = 0.1 * h, rng.uniform(-0.1, 0.1) * w
-    box = (x + 0.05 * w + lean, y + h - lift, x + 0.95 * w + lean, y + h + lift * 0.6)
-    ImageDraw.Draw(layer).ellipse(box, fill=int(rng.uniform(60, 130)))
+    draw, lift, lean = ImageDraw.Draw(layer), 0.1 * h, -0.25 * sun * w
+    far = (x + 0.05 * w + min(lean, 0), y + h - lift, x + 0.95 * w + max(lean, 0), y + h + lift * 0.6)
+    draw.ellipse(far, fill=int(rng.uniform(50, 100)))
+    draw.ellipse((x + 0.1 * w, y + h - 0.5 * lift, x + 0.9 * w, y + h + 0.3 * lift), fill=int(rng.uniform(100, 150)))
     layer = layer.filter(ImageFilter.GaussianBlur(image.size[0] / 50))
     return Image.composite(Image.new("RGB", image.size, (12, 12, 16)), image, layer)
 
@@ -210,118 +226,6 @@ def _light(rng, image):
     pixels = np.asarray(image, np.float32)
     pixels = (pixels - 128) * rng.uniform(0.92, 1.08) + 128 + rng.uniform(-8, 8)
     return np.clip(pixels * rng.uniform(0.97, 1.03, 3), 0, 255).round().astype(np.uint8)
-
-
-def _noise(rng, size, cells_x, cells_y=None):
-    """Smooth noise [size, size] in -1..1 with about cells_x by cells_y bumps."""
-    grid = rng.uniform(-1, 1, (max(2, cells_y or cells_x), max(2, cells_x))).astype(np.float32)
-    return np.asarray(Image.fromarray(grid).resize((size, size), Image.Resampling.BICUBIC))
-
-
-def _blend(low, high, weight):
-    return np.asarray(low, np.float32) + (np.asarray(high, np.float32) - low) * weight[..., None]
-
-
-def _finish(canvas):
-    return np.clip(canvas, 0, 255).round().astype(np.uint8)
-
-
-def _rows(size):
-    return np.repeat(np.linspace(0, 1, size, dtype=np.float32)[:, None], size, 1)
-
-
-def _sky_canvas(rng, size):
-    top = np.array([90, 150, 215]) + rng.uniform(-25, 25, 3)
-    canvas = _blend(top, top + rng.uniform(30, 70), _rows(size))
-    cloud = _noise(rng, size, 4, 6) + 0.5 * _noise(rng, size, 9, 12)
-    return _blend(canvas, np.full(3, 240.0), np.clip(cloud - rng.uniform(0.0, 0.6), 0, 1) * 0.8)
-
-
-def _ground(rng, size, horizon, near, far, texture):
-    """A plane from the horizon down to the viewer, sky above it; `texture` is added to its brightness."""
-    sky = _sky_canvas(rng, size)
-    rows = _rows(size)
-    depth = np.clip((rows - horizon) / max(1 - horizon, 1e-3), 0, 1)
-    plane = _blend(np.asarray(far, np.float32), near, depth) + texture[..., None]
-    return np.where((rows > horizon)[..., None], plane, sky)
-
-
-def _grass(rng, size):
-    green = np.array([88, 145, 60]) + rng.uniform(-22, 22, 3)
-    texture = 9 * _noise(rng, size, 40, 24) + 9 * _noise(rng, size, 8) + rng.normal(0, 4, (size, size))
-    canvas = _ground(rng, size, rng.uniform(-0.2, 0.35), green, green + (18, 14, 10), texture)
-    return _finish(canvas)
-
-
-def _street(rng, size):
-    horizon = rng.uniform(0.25, 0.5)
-    grey = np.full(3, rng.uniform(85, 125)) + rng.uniform(-5, 5, 3)
-    texture = 4 * _noise(rng, size, 30) + 5 * _noise(rng, size, 6) + rng.normal(0, 3, (size, size))
-    image = Image.fromarray(_finish(_ground(rng, size, horizon, grey, grey + 20, texture)))
-    draw = ImageDraw.Draw(image)
-    line = int(horizon * size)
-    x = -rng.integers(0, 12)
-    while x < size:
-        width, height = int(rng.uniform(0.14, 0.32) * size), int(rng.uniform(0.4, 1.1) * line)
-        wall = tuple(int(c) for c in np.array([150, 125, 110]) + rng.uniform(-45, 45) + rng.uniform(-15, 15, 3))
-        draw.rectangle((x, line - height, x + width, line), fill=wall)
-        pane = tuple(max(0, c - 45) for c in wall)
-        for wy in range(line - height + 4, line - 5, 9):
-            for wx in range(x + 3, x + width - 4, 8):
-                draw.rectangle((wx, wy, wx + 3, wy + 4), fill=pane)
-        x += width
-    draw.rectangle((0, line, size, line + max(2, size // 40)), fill=(165, 162, 155))
-    middle = size * rng.uniform(0.35, 0.65)
-    for k in range(4):
-        y0, y1 = (line + (size - line) * ((k + d) / 4) ** 1.6 for d in (0.15, 0.65))
-        half = 0.5 + 2.5 * (k + 0.5) / 4
-        draw.polygon(
-            [(middle - half, y0), (middle + half, y0), (middle + 1.3 * half, y1), (middle - 1.3 * half, y1)],
-            fill=(225, 220, 200),
-        )
-    return np.asarray(image)
-
-
-def _sky(rng, size):
-    return _finish(_sky_canvas(rng, size))
-
-
-def _water(rng, size):
-    blue = np.array([40, 100, 150]) + rng.uniform(-20, 20, 3)
-    texture = 14 * _noise(rng, size, 5, 30) + 8 * _noise(rng, size, 12, 50)
-    return _finish(_ground(rng, size, rng.uniform(0.0, 0.45), blue, blue + 35, texture))
-
-
-def _sand(rng, size):
-    beige = np.array([205, 178, 130]) + rng.uniform(-18, 18, 3)
-    ripple = 5 * np.sin(_rows(size) * rng.uniform(50, 110) + 3 * _noise(rng, size, 4))
-    texture = ripple + 7 * _noise(rng, size, 7) + rng.normal(0, 3, (size, size))
-    return _finish(_ground(rng, size, rng.uniform(-0.2, 0.35), beige, beige + 15, texture))
-
-
-def _room(rng, size):
-    floor_line = int(size * rng.uniform(0.55, 0.75))
-    wall = np.array([200, 190, 175]) + rng.uniform(-35, 35) + rng.uniform(-14, 14, 3)
-    canvas = np.broadcast_to(wall, (size, size, 3)) + 4 * _noise(rng, size, 3)[..., None]
-    image = Image.fromarray(_finish(canvas))
-    draw = ImageDraw.Draw(image)
-    for _ in range(rng.integers(0, 3)):
-        w, h = (int(size * rng.uniform(0.15, 0.3)) for _ in range(2))
-        x, y = int(rng.uniform(0, size - w)), int(rng.uniform(0, max(1, floor_line - h)))
-        draw.rectangle((x - 2, y - 2, x + w + 2, y + h + 2), fill=(110, 85, 60))
-        draw.rectangle((x, y, x + w, y + h), fill=tuple(int(c) for c in rng.uniform(130, 225, 3)))
-    wood = np.array([150, 110, 70]) + rng.uniform(-25, 25, 3)
-    for y in range(floor_line, size, 7):
-        shade = wood + rng.uniform(-8, 8)
-        draw.rectangle((0, y, size, y + 6), fill=tuple(int(c) for c in shade))
-        draw.line((0, y, size, y), fill=tuple(int(c - 22) for c in shade))
-    draw.rectangle((0, floor_line - 3, size, floor_line), fill=(235, 232, 225))
-    return np.asarray(image)
-
-
-BACKGROUNDS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
-    "grass": _grass, "street": _street, "sky": _sky, "water": _water, "sand": _sand, "room": _room,
-}  # fmt: skip
 
 
 def main() -> None:
