@@ -96,7 +96,7 @@ def main():
     parser.add_argument("--num", type=int, required=True)
     parser.add_argument("--first", type=int, default=0, help="first scene of the training world to use")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--two", type=float, default=1 / 3, help="share of scenes with two objects")
+    parser.add_argument("--two", type=float, default=0.25, help="share of scenes with two objects")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--assets", type=Path)
     parser.add_argument("--list", choices=("small", "full"), default="small")

@@ -212,7 +212,7 @@ def main():
     parser.add_argument(
         "--augmented", type=float, default=1 / 3, help="share that is warped, share that is half hidden"
     )
-    parser.add_argument("--two", type=float, default=1 / 3)
+    parser.add_argument("--two", type=float, default=0.25)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--assets", type=Path)
     parser.add_argument("--list", choices=("small", "full"), default="small")

@@ -340,7 +340,7 @@ def main():
     parser.add_argument("--outline-weight", type=float, default=0.0, help="added to the pixels along an object's edge")
     parser.add_argument("--object-weight", type=float, default=1.0, help="added to latents full of an object")
     parser.add_argument("--latent-noise", type=float, default=0.1, help="in standard deviations, before decoding")
-    parser.add_argument("--two", type=float, default=1 / 3, help="share of scenes with two objects")
+    parser.add_argument("--two", type=float, default=0.25, help="share of scenes with two objects")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--assets", type=Path)
     parser.add_argument("--list", choices=("small", "full"), default="small")
