@@ -11,14 +11,14 @@ import torch
 
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.bench import baselines, memory
+from diffumask_fast.bench.contenders import REFERENCE_MAPS, REFERENCE_MASK, Contenders, mask_iou
 from diffumask_fast.bench.geometries import check_geometry, check_memory, open_geometry
 from diffumask_fast.bench.harness import Race, Workload, race
 from diffumask_fast.bench.rows import environment, row
-from diffumask_fast.bench.sides import REFERENCE_MAPS, REFERENCE_MASK, Sides, mask_iou
-from diffumask_fast.compiled import compile_pipe
+from diffumask_fast.engines.compiled import compile_pipe
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.loading import resolve_device
 from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.models.device import resolve_device
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 logger = logging.getLogger("diffumask_fast")
@@ -104,7 +104,7 @@ def _available(known: Sequence[str], names: Sequence[str] | None) -> tuple[str, 
 
 def _once(names, geometry, model, steps, config) -> Iterator[dict]:
     """Run each side once, one image, all threads; wall clock, and the live tensors of the denoising."""
-    sides = Sides(open_geometry(geometry, "cpu", model=model), 1, steps)
+    sides = Contenders(open_geometry(geometry, "cpu", model=model), 1, steps)
     config |= {"batch": 1, **sides.settings, "clock": "wall", "repeated": False}
     config |= environment("cpu", torch.get_num_threads())
     calls = {"seconds_plain": sides.plain("pil"), "seconds_ours": sides.ours(), "seconds_reference": sides.reference()}
@@ -136,7 +136,7 @@ class _Job:
         if set(SPEEDUPS) & set(names):
             yield from self._speedups(names)
         if "peak_memory_vs_reference" in names:
-            value, sizes = memory.against_reference(Sides(self.pipe, 1, 2))
+            value, sizes = memory.against_reference(Contenders(self.pipe, 1, 2))
             yield row(SUITE, "peak_memory_vs_reference", value, config={**self.config, "batch": 1, **sizes})
         if "memory_vs_steps" in names:
             few, many = memory.over_steps(self.pipe)
@@ -144,7 +144,7 @@ class _Job:
             yield row(SUITE, "memory_vs_steps", many[1] / few[1], config=config)
 
     def _overheads(self, names: Sequence[str]) -> Iterator[dict]:
-        sides, whole = Sides(self.pipe, self.batch, self.steps), Sides(self.pipe, self.batch, self.mask_steps)
+        sides, whole = Contenders(self.pipe, self.batch, self.steps), Contenders(self.pipe, self.batch, self.mask_steps)
         kinds = {"maps_overhead": "none", "propagation_overhead": self.pipe.map_options().propagate}
         kinds = {name: propagate for name, propagate in kinds.items() if name in names}
         calls: dict[str, Workload] = {}
@@ -165,7 +165,7 @@ class _Job:
             yield row(SUITE, "masks_overhead", done.ratio("masks_overhead", "images"), config=config)
 
     def _speedups(self, names: Sequence[str]) -> Iterator[dict]:
-        sides = Sides(self.pipe, self.batch, self.speedup_steps)
+        sides = Contenders(self.pipe, self.batch, self.speedup_steps)
         tried = {}
         half = "bf16" if self.where.type == "cpu" else "fp16"
         fp32, fp32_engine = self._best_engine("fp32", tried)
@@ -195,7 +195,7 @@ class _Job:
             yield row(SUITE, "speedup_vs_peer", done.ratio("peer", "ours"), config={**shared, "peer_version": "1.0.0"})
         yield from self._against_masks(names, sides, done, best, {**shared, "engine": best_engine}, half)
 
-    def _against_masks(self, names, sides: Sides, done: Race, best, config, half) -> Iterator[dict]:
+    def _against_masks(self, names, sides: Contenders, done: Race, best, config, half) -> Iterator[dict]:
         """The rows that need the reference's own masks."""
         alike = [name for name in ("speedup_vs_reference_best", "iou_vs_reference") if name in names]
         theirs = [sides.reference(index)() for index in range(self.batch)] if alike else []
@@ -248,13 +248,13 @@ class _Job:
 
     def _probe(self, pipe: DiffuMaskPipeline) -> float:
         """Time two steps once after a warm-up, which also compiles; one thread, as the race."""
-        call = Sides(self.pipe, self.batch, 2).ours(pipe)
+        call = Contenders(self.pipe, self.batch, 2).ours(pipe)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the compiler's advice about diffusers
             done = race({"call": call}, pairs=3, device=str(self.where))
         return min(done.times["call"])
 
-    def _settings(self, sides: Sides) -> dict:
+    def _settings(self, sides: Contenders) -> dict:
         return {**self.config, "batch": self.batch, **sides.settings}
 
 

@@ -13,13 +13,13 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
 
 from diffumask_fast.attention.choice import check_attention
-from diffumask_fast.attention.forwards import swapped
+from diffumask_fast.bench.contenders import Contenders
 from diffumask_fast.bench.geometries import check_geometry, cross_layers
 from diffumask_fast.bench.harness import compare, race
 from diffumask_fast.bench.rows import environment, row
-from diffumask_fast.bench.sides import Sides
+from diffumask_fast.borrow import patched
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.loading import resolve_device
+from diffumask_fast.models.device import resolve_device
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 logger = logging.getLogger("diffumask_fast")
@@ -142,7 +142,7 @@ def _rows(model, where, engine_path, engines, pairs, threads, config) -> Iterato
                 other = _open(model, engine.removesuffix("_bf16"), path, where, its_dtype, count)
                 libraries = other.engine.libraries if other.engine else {}
                 facts = config | {"dtype": its_dtype, **environment(str(where)), **libraries, "threads": count}
-                both = [Sides(pipe, config["batch"], config["num_inference_steps"]) for pipe in (other, eager)]
+                both = [Contenders(pipe, config["batch"], config["num_inference_steps"]) for pipe in (other, eager)]
                 calls = {
                     "plain": map(_plain, both),
                     "maps": (sides.mapped(1) for sides in both),
@@ -196,7 +196,7 @@ def _open(model, engine, engine_path, where, dtype, threads) -> DiffuMaskPipelin
     return pipe
 
 
-def _plain(sides: Sides) -> Callable[[], None]:
+def _plain(sides: Contenders) -> Callable[[], None]:
     """Draw latents by the diffusers pipeline alone, its UNet under torch.compile where that is the engine."""
     call, unet = sides.plain(), sides.pipe.pipe.unet
     if sides.pipe.engine_name != "compile":
@@ -204,7 +204,7 @@ def _plain(sides: Sides) -> Callable[[], None]:
     compiled = torch.compile(unet.forward, dynamic=False)
 
     def compiled_call() -> None:
-        with swapped("forward", {unet: compiled}):
+        with patched("forward", {unet: compiled}):
             call()
 
     return compiled_call

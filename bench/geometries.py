@@ -12,7 +12,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from diffumask_fast import mini
 from diffumask_fast.attention.unet import attention_places
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.loading import ModelInfo, quietly, resolve_device, resolve_dtype
+from diffumask_fast.models.device import resolve_device, resolve_dtype
+from diffumask_fast.models.find import ModelInfo
+from diffumask_fast.models.loading import quietly
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 GEOMETRIES = ("mini", "sd15", "sd21", "sdxl")

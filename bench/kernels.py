@@ -12,7 +12,7 @@ from pathlib import Path
 from diffumask_fast.bench.geometries import check_geometry
 from diffumask_fast.bench.rows import environment, row
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.loading import resolve_device
+from diffumask_fast.models.device import resolve_device
 
 SUITE = "kernels"
 CASES = Path(__file__).with_name("kernel_cases.py")

@@ -8,10 +8,10 @@ from diffumask_fast.bench.geometries import check_geometry, unet_config
 from diffumask_fast.bench.harness import race
 from diffumask_fast.bench.rows import environment, row
 from diffumask_fast.kernels.guided_filter import guided_filter
-from diffumask_fast.loading import resolve_device
 from diffumask_fast.masks.make import make_masks
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.masks.threshold import otsu
+from diffumask_fast.models.device import resolve_device
 
 SUITE = "masks"
 CASES: dict[str, MaskOptions] = {

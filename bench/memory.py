@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from diffumask_fast.bench.baselines import ReferenceStore
+from diffumask_fast.bench.contenders import Contenders
 from diffumask_fast.bench.harness import live_tensor_bytes
-from diffumask_fast.bench.sides import Sides
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 GIB = 2**30
@@ -24,7 +24,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return live.peak
 
 
-def against_reference(sides: Sides) -> tuple[float, dict]:
+def against_reference(sides: Contenders) -> tuple[float, dict]:
     """Return our peak over the reference store's while one image is denoised, and both, and what each store keeps."""
     reference, ours = ReferenceStore(sides.pipe.pipe), sides.collector()
     theirs = peak_bytes(lambda: sides.denoise_alone(reference))
@@ -39,4 +39,4 @@ def against_reference(sides: Sides) -> tuple[float, dict]:
 def over_steps(pipe: DiffuMaskPipeline, steps: tuple[int, ...] = (10, 50)) -> Iterator[tuple[int, int]]:
     """Yield the peak bytes of denoising one image with maps and propagation, for each number of steps."""
     for count in steps:
-        yield count, peak_bytes(Sides(pipe, 1, count).mapped(1))
+        yield count, peak_bytes(Contenders(pipe, 1, count).mapped(1))

@@ -13,10 +13,10 @@ from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.bench.rows import environment, row
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.learning.evaluation import boundary, look, overlap
-from diffumask_fast.loading import resolve_device
 from diffumask_fast.masks.make import make_masks, quantise_maps
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.mini.oracle import load_oracle
+from diffumask_fast.models.device import resolve_device
 from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.planner import plan
 from diffumask_fast.prompts.vocabulary import Vocabulary

@@ -10,7 +10,7 @@ from typing import Any
 from diffumask_fast.bench import SUITES
 from diffumask_fast.bench.rows import append_rows, describe, environment, results_file
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.loading import resolve_device
+from diffumask_fast.models.device import resolve_device
 
 STOPPED = 130
 

@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from diffumask_fast.bench.contenders import Contenders
 from diffumask_fast.bench.geometries import check_geometry, check_memory, open_geometry
 from diffumask_fast.bench.harness import race
 from diffumask_fast.bench.memory import GIB, over_steps, peak_bytes
 from diffumask_fast.bench.rows import environment, row
-from diffumask_fast.bench.sides import Sides
-from diffumask_fast.loading import resolve_device
+from diffumask_fast.models.device import resolve_device
 
 SUITE = "scaling"
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -53,7 +53,7 @@ def _rows(geometry, where, model, batches, numbers, steps, pairs) -> Iterator[di
     pipe = open_geometry(geometry, str(where), model=model)
     shared = {"geometry": geometry, "model": str(model or geometry), **environment(str(where))}
     for batch in batches:
-        sides = Sides(pipe, batch, steps)
+        sides = Contenders(pipe, batch, steps)
         call = sides.ours(like_reference=False)
         before = pipe.seconds.as_dict()
         done = race({"ours": call}, pairs=pairs, device=str(where))

@@ -57,7 +57,7 @@ def remask(
 ) -> None:
     """Make new masks of a dataset's stored maps, without drawing."""
     from diffumask_fast.dataset import remask as remasking
-    from diffumask_fast.loading import resolve_device
+    from diffumask_fast.models.device import resolve_device
 
     summary = remasking.remask(source, out, options, device=resolve_device(device), progress=_progress)
     if as_json:

@@ -119,7 +119,7 @@ def has_bf16() -> bool:
 
 
 def _embedded_model() -> None:
-    from diffumask_fast.loading import find_model
+    from diffumask_fast.models.find import find_model
 
     find_model("mini")
 
@@ -136,7 +136,7 @@ def _maps() -> None:
 
 
 def _torch_engine() -> None:
-    from diffumask_fast.loading import quietly
+    from diffumask_fast.models.loading import quietly
 
     with quietly():
         importlib.import_module("diffusers").StableDiffusionPipeline  # noqa: B018 - a lazy import that can fail

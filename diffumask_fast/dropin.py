@@ -30,8 +30,8 @@ from diffumask_fast.attention.phrases import PhraseNotFound, phrase_columns
 from diffumask_fast.attention.store import over_maximum
 from diffumask_fast.dataset.folder import differences, lock
 from diffumask_fast.dataset.writer import make_folder, write_file
-from diffumask_fast.decoding import timed_decoding
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.models.decoding import timed_decoding
 from diffumask_fast.options import checked, number, whole
 from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.planner import plan

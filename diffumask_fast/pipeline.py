@@ -21,24 +21,17 @@ from PIL import Image
 from diffumask_fast.attention.choice import check_attention, set_attention
 from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.attention.options import MapOptions
-from diffumask_fast.compiled import compile_pipe
-from diffumask_fast.decoding import decode, decodes_later, timed_decoding
+from diffumask_fast.engines.compiled import compile_pipe
+from diffumask_fast.engines.worker import IN_FLIGHT, Beside, to_host
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.loading import (
-    ModelInfo,
-    check_size,
-    find_model,
-    load_pipe,
-    resolve_device,
-    resolve_dtype,
-    says_force_upcast,
-    without_bars,
-)
-from diffumask_fast.masks.accept import NOT_FINITE, rejections
 from diffumask_fast.masks.make import make_masks, quantise_maps
 from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.masks.rejection import NOT_FINITE, rejections
+from diffumask_fast.models.decoding import decode, decodes_later, timed_decoding
+from diffumask_fast.models.device import resolve_device, resolve_dtype
+from diffumask_fast.models.find import ModelInfo, find_model
+from diffumask_fast.models.loading import check_size, load_pipe, says_force_upcast, without_bars
 from diffumask_fast.options import checked, whole
-from diffumask_fast.overlap import IN_FLIGHT, Beside, to_host
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import names_of, phrases_and_ids
 from diffumask_fast.results import Denoised, Drawn, Output, Provenance, Result, Seconds

@@ -11,14 +11,16 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.export.components import engine_decoder, engine_text_encoder, engine_unet
 from diffumask_fast.export.denoiser import ExportedDenoiser
-from diffumask_fast.export.hollow import hollow_decoder, hollow_text_encoder, hollow_unet
 from diffumask_fast.export.limits import Limits
 from diffumask_fast.export.manifest import Manifest, check_build, check_runtime, check_sources, read_manifest
 from diffumask_fast.export.session import Runs, Session, runtime
 from diffumask_fast.export.tensorrt_library import compute_capability, library
 from diffumask_fast.export.tensorrt_session import TensorRTSession
-from diffumask_fast.loading import DTYPES, ModelInfo, find_model, load_pipe, quietly, resolve_device, resolve_dtype
+from diffumask_fast.models.device import DTYPES, resolve_device, resolve_dtype
+from diffumask_fast.models.find import ModelInfo, find_model
+from diffumask_fast.models.loading import load_pipe, quietly
 
 # --engine -> what its folder may say of itself
 ENGINES = {"onnx": ("onnx",), "tensorrt": ("tensorrt", "tensorrt-rtx")}
@@ -91,11 +93,11 @@ def load_components(manifest: Manifest, folder: Path, open_graph: Open) -> dict[
     for name, part in manifest.parts.items():
         session, config = open_graph(folder / part.graph), folder / part.config
         if name == "unet":
-            found[name] = hollow_unet(config, ExportedDenoiser(session, manifest.limits))
+            found[name] = engine_unet(config, ExportedDenoiser(session, manifest.limits))
         elif name == "vae":
-            found[name] = hollow_decoder(part.kind, config, session, manifest.limits.vae_factor)
+            found[name] = engine_decoder(part.kind, config, session, manifest.limits.vae_factor)
         else:
-            found[name] = hollow_text_encoder(part.kind, config, session)
+            found[name] = engine_text_encoder(part.kind, config, session)
     return found
 
 

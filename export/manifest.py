@@ -13,7 +13,7 @@ from typing import Any
 from diffumask_fast import __version__
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.limits import Limits
-from diffumask_fast.loading import combined_hash, file_hashes
+from diffumask_fast.models.hashing import combined_hash, file_hashes
 
 FORMAT = 1
 MANIFEST = "engine.json"

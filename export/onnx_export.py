@@ -23,7 +23,10 @@ from diffumask_fast.export.graphs import OPSET, Call, decode_call, text_call, un
 from diffumask_fast.export.limits import Limits
 from diffumask_fast.export.manifest import Manifest, Part, hash_files, versions, write_manifest
 from diffumask_fast.export.session import extra
-from diffumask_fast.loading import DTYPES, ModelInfo, file_hashes, find_model, load_pipe, says_force_upcast
+from diffumask_fast.models.device import DTYPES
+from diffumask_fast.models.find import ModelInfo, find_model
+from diffumask_fast.models.hashing import file_hashes
+from diffumask_fast.models.loading import load_pipe, says_force_upcast
 
 EXTERNAL_BYTES = 2**29
 Size = tuple[int, int]

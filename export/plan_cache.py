@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from diffumask_fast.loading import cache_folder
+from diffumask_fast.models.cache import cache_folder
 
 MOST_BYTES = 16 * 2**30
 _DIGEST = hashlib.sha256().digest_size

@@ -14,7 +14,7 @@ from diffumask_fast.export.manifest import Manifest, hash_files, versions, write
 from diffumask_fast.export.onnx_export import check_out, export_onnx, staged
 from diffumask_fast.export.tensorrt_library import compute_capability as local_capability
 from diffumask_fast.export.tensorrt_library import is_rtx, keeping_logger, library, words_of
-from diffumask_fast.loading import cache_folder
+from diffumask_fast.models.cache import cache_folder
 
 
 def export_tensorrt(

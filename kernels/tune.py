@@ -19,7 +19,7 @@ from torch._library.triton import set_wrap_triton_enabled
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels import attend_sdpa, tuned
-from diffumask_fast.kernels.account import KEYS, MODELS
+from diffumask_fast.kernels.shapes import KEYS, MODELS
 
 logger = logging.getLogger("diffumask_fast")
 Timer = Callable[[Callable[[], object]], Any]

@@ -11,9 +11,10 @@ from dataclasses import astuple
 
 import pytest
 
-from diffumask_fast.kernels.account import COLUMN, ISSUED, MODELS, WARP_PIXELS, Layer, grid
-from diffumask_fast.kernels.aot import SHARED, turn
-from diffumask_fast.kernels.variants import CAPABILITIES, LAYERS, PHRASES, Variant, variants
+from diffumask_fast.bench.aot import SHARED, turn
+from diffumask_fast.bench.launch_specs import CAPABILITIES, LAYERS, PHRASES, Variant, variants
+from diffumask_fast.bench.roofline import COLUMN, ISSUED, WARP_PIXELS, grid
+from diffumask_fast.kernels.shapes import MODELS, Layer
 
 # Shared memory of a multiprocessor, bytes; the driver keeps 1024 of each program's.
 MULTIPROCESSOR = {80: 167936, 86: 102400, 89: 102400, 90: 233472, 100: 233472}
@@ -28,7 +29,7 @@ WORST += [Variant("attend_maps", "fp16", (4096, 8, 40), 77), Variant("attend_map
 WORST += [Variant(name, "fp32") for name in ("step", "products", "lines")]
 SCRIPT = """
 import json, sys
-from diffumask_fast.kernels.variants import Variant
+from diffumask_fast.bench.launch_specs import Variant
 for line in sys.stdin:
     capability, (kernel, dtype, layer, keys) = json.loads(line)
     needs = Variant(kernel, dtype, tuple(layer), keys).needs(capability)

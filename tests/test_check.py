@@ -9,7 +9,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export import check
 from diffumask_fast.export.graphs import decode_call, write_graph
 from diffumask_fast.export.manifest import read_manifest
-from diffumask_fast.loading import DTYPES
+from diffumask_fast.models.device import DTYPES
 
 
 def test_the_figures_of_an_export_are_small_and_complete(mini_engine, sdxl_engine, static_engine):

@@ -11,13 +11,13 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffumask_fast import compiled
 from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.attention.unet import UNetWithMaps
-from diffumask_fast.compiled import CompiledDenoiser, compile_pipe
+from diffumask_fast.engines import compiled
+from diffumask_fast.engines.compiled import CompiledDenoiser, compile_pipe
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels import native, source_hash
-from diffumask_fast.loading import cache_folder
+from diffumask_fast.models.cache import cache_folder
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 

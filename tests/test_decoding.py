@@ -6,7 +6,7 @@ import torch
 from conftest import draw
 from diffusers import AutoencoderKL, ConsistencyDecoderVAE, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
-from diffumask_fast.decoding import decode, decodes_later, timed_decoding
+from diffumask_fast.models.decoding import decode, decodes_later, timed_decoding
 from diffumask_fast.results import Seconds
 
 

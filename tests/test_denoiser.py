@@ -8,7 +8,8 @@ from diffumask_fast.export.check import random_inputs
 from diffumask_fast.export.denoiser import ExportedDenoiser
 from diffumask_fast.export.manifest import read_manifest
 from diffumask_fast.export.session import Session
-from diffumask_fast.loading import find_model, load_pipe
+from diffumask_fast.models.find import find_model
+from diffumask_fast.models.loading import load_pipe
 
 CPU = torch.device("cpu")
 

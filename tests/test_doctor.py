@@ -2,9 +2,10 @@ import sys
 
 import pytest
 
-from diffumask_fast import doctor, loading
+from diffumask_fast import doctor
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels import native
+from diffumask_fast.models import loading
 
 
 def test_the_report_names_versions_devices_and_what_works():

@@ -53,7 +53,7 @@ def test_a_ratio_is_the_engine_over_eager(tiny_folder, monkeypatch):
     sides = []
     monkeypatch.setattr(engines, "_plain", lambda sides: sides.pipe.engine_name)
     for name in ("mapped", "ours"):
-        monkeypatch.setattr(engines.Sides, name, lambda sides, *_, **__: sides.pipe.engine_name)
+        monkeypatch.setattr(engines.Contenders, name, lambda sides, *_, **__: sides.pipe.engine_name)
     monkeypatch.setattr(engines, "compare", lambda one, other, **_: sides.append((one, other)) or 1.0)
     rows = list(engines.run("mini", "cpu", model=tiny_folder, engines=["compile"], steps=1, threads=(1,)))
     assert sides == [("compile", "torch")] * 3 == [("compile", "torch")] * len(rows)

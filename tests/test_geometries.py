@@ -31,10 +31,10 @@ def test_the_references_store_of_sd15_is_what_was_published():
 
 
 def test_the_references_store_of_mini_is_what_it_holds():
+    from diffumask_fast.bench.contenders import Contenders
     from diffumask_fast.bench.memory import against_reference
-    from diffumask_fast.bench.sides import Sides
 
-    _, config = against_reference(Sides(open_geometry("mini", "cpu"), 1, 1))
+    _, config = against_reference(Contenders(open_geometry("mini", "cpu"), 1, 1))
     assert 2 * config["reference_kept_gib"] == pytest.approx(reference_bytes("mini") / 2**30, abs=2e-4)
 
 

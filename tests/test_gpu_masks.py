@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_leaves
 from diffumask_fast import kernels
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.attention.store import MapStore
-from diffumask_fast.masks.accept import rejections
 from diffumask_fast.masks.make import make_masks
 from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.masks.rejection import rejections
 
 aten = torch.ops.aten
 # what CUDA does in an order that it does not fix, of all that torch.use_deterministic_algorithms names

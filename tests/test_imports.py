@@ -11,11 +11,11 @@ import diffumask_fast
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("errors",),
-    ("options", "kernels"),
+    ("options", "borrow", "kernels"),
     ("masks", "attention", "prompts", "mini"),
-    ("loading", "results"),
-    ("compiled", "decoding", "overlap"),
-    ("export",),
+    ("results",),
+    ("models",),
+    ("engines", "export"),
     ("pipeline",),
     ("dataset",),
     ("generation",),

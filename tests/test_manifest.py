@@ -12,7 +12,7 @@ from diffumask_fast.export.manifest import (
     read_manifest,
     versions,
 )
-from diffumask_fast.loading import weight_hash
+from diffumask_fast.models.hashing import weight_hash
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import torch
 from diffumask_fast.attention import processor
 from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.bench import memory
+from diffumask_fast.bench.contenders import Contenders
 from diffumask_fast.bench.geometries import open_geometry
 from diffumask_fast.bench.harness import live_tensor_bytes
-from diffumask_fast.bench.sides import Sides
-from diffumask_fast.kernels.transients import transient
+from diffumask_fast.bench.workspace_memory import transient
 
 GEOMETRIES = ("mini", pytest.param("sd15", marks=pytest.mark.slow))
 
@@ -60,7 +60,7 @@ def test_peak_bytes_counts_what_lives_at_once():
 
 def test_ours_is_smaller_and_flat_in_steps():
     pipe = open_geometry("mini", "cpu")
-    value, config = memory.against_reference(Sides(pipe, 1, 1))
+    value, config = memory.against_reference(Contenders(pipe, 1, 1))
     assert value == pytest.approx(config["peak_gib"] / config["reference_peak_gib"], rel=0.02) and value < 0.3
     peaks = dict(memory.over_steps(pipe, (3, 9)))
     assert peaks[9] / peaks[3] <= 1.02
@@ -68,7 +68,7 @@ def test_ours_is_smaller_and_flat_in_steps():
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_between_steps_the_buffers_alone_are_kept_and_a_layers_transient_is_the_accounts(geometry, monkeypatch):
-    sides, seen = Sides(open_geometry(geometry, "cpu"), 1, 3 if geometry == "mini" else 2), {}
+    sides, seen = Contenders(open_geometry(geometry, "cpu"), 1, 3 if geometry == "mini" else 2), {}
     plain = between_steps(sides, nullcontext())
     collector = collect_maps(sides.pipe.pipe, sides.phrases[0], propagate=1)
     mapped = between_steps(sides, collector, lambda live: seen.update(found=record_transients(live, monkeypatch)))
@@ -88,5 +88,5 @@ def test_between_steps_the_buffers_alone_are_kept_and_a_layers_transient_is_the_
 
 @pytest.mark.slow
 def test_stable_diffusion_takes_a_tenth_of_the_reference_stores_memory():
-    value, config = memory.against_reference(Sides(open_geometry("sd15", "cpu"), 1, 2))
+    value, config = memory.against_reference(Contenders(open_geometry("sd15", "cpu"), 1, 2))
     assert value <= 0.10 and config["kept_gib"] < 0.001 * config["reference_kept_gib"]

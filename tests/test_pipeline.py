@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
-from diffumask_fast import loading
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.models import loading
 from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import names_in, phrases_and_ids

@@ -15,9 +15,9 @@ from diffumask_fast.dataset.remask import remask
 from diffumask_fast.dataset.run import open_run
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.generate import run_generate
-from diffumask_fast.masks.accept import NOT_FINITE
 from diffumask_fast.masks.make import make_masks
 from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.masks.rejection import NOT_FINITE
 from diffumask_fast.prompts.vocabulary import Vocabulary
 
 

@@ -99,7 +99,7 @@ def test_attention_in_fp32_is_built_decomposed_and_refused_otherwise(mini_engine
 
 
 def test_the_unet_of_mini_is_built_in_fp16_with_fused_attention(tmp_path):
-    from diffumask_fast.loading import find_model
+    from diffumask_fast.models.find import find_model
 
     unet = UNet2DConditionModel.from_pretrained(find_model("mini").folder / "unet")
     limits = written(unet, tmp_path / "unet.onnx", 16, sizes=2)

@@ -76,10 +76,10 @@ def whole_runs(folder: str) -> None:
     """Compile Stable Diffusion 1.5, wait for FOLDER/go, which names the folder of the rows, and measure it."""
     import torch
 
-    from diffumask_fast.bench import goals
+    from diffumask_fast.bench import gpu_targets
 
     settings = smallest() or {"pairs": 3}
-    opened = goals.Opened(SD15, torch.device("cuda"), "compile")
+    opened = gpu_targets.Opened(SD15, torch.device("cuda"), "compile")
     opened.warm(BATCH)
     print("compiled", {name: dict(found) for name, found in torch._dynamo.utils.counters.items()})
     go = Path(folder, "go")
@@ -95,13 +95,13 @@ def maps(out: str, folder: str, table: str) -> None:
     """Compare eager denoising with maps on and off, by the tables triton.json and sdpa.json; the large batch last."""
     import torch
 
-    from diffumask_fast.bench import goals
+    from diffumask_fast.bench import gpu_targets
     from diffumask_fast.kernels import tuned
 
     settings = smallest() or {"pairs": 3}
-    opened = goals.Opened(SD15, torch.device("cuda"), "torch")
+    opened = gpu_targets.Opened(SD15, torch.device("cuda"), "torch")
     done = []
-    for batch in (1,) if DRY else goals.BATCHES:
+    for batch in (1,) if DRY else gpu_targets.BATCHES:
         for form in ("triton", "sdpa"):
             Path(table).write_text(Path(folder, f"{form}.json").read_text(encoding="utf-8"), encoding="utf-8")
             tuned.forget()
@@ -115,13 +115,13 @@ def keep(out: str, geometry: str, names: tuple[str, ...], case: str = "", **sett
     """Measure parts of the suite and append each row with the version that it is of; tell whether all came."""
     import torch
 
-    from diffumask_fast.bench import goals
+    from diffumask_fast.bench import gpu_targets
     from diffumask_fast.bench.rows import append_rows, describe
 
     torch.cuda.reset_peak_memory_stats()
     extra = {"commit": os.environ.get("COMMIT") or None} | ({"case": case} if case else {})
     try:
-        for row in goals.run(geometry, "cuda", names=names, **settings):
+        for row in gpu_targets.run(geometry, "cuda", names=names, **settings):
             row["config"] |= {**extra, "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
             append_rows(Path(out, "rows.jsonl"), [row])
             print(describe(row))
@@ -135,12 +135,13 @@ def smallest() -> dict[str, Any]:
     """In a dry run return the smallest arguments of the suite, and make everything else as small as it can be."""
     if not DRY:
         return {}
-    from diffumask_fast.bench import goals, sdpa
+    from diffumask_fast.bench import gpu_targets, sdpa
     from diffumask_fast.kernels import tune
 
-    goals.GRAPH_CALLS = goals.REFINEMENT_CALLS = goals.UNET_CALLS = sdpa.GRAPH_CALLS = tune.CALLS = tune.REPLAYS = 1
-    goals.cross_layers = sdpa.cross_layers = lambda geometry: Counter({(16, 2, 16): 1})
-    goals.unet_config = lambda geometry: {"sample_size": 2}
+    gpu_targets.GRAPH_CALLS = gpu_targets.REFINEMENT_CALLS = gpu_targets.UNET_CALLS = 1
+    sdpa.GRAPH_CALLS = tune.CALLS = tune.REPLAYS = 1
+    gpu_targets.cross_layers = sdpa.cross_layers = lambda geometry: Counter({(16, 2, 16): 1})
+    gpu_targets.unet_config = lambda geometry: {"sample_size": 2}
     tune.LAYERS, tune.IMAGES, tune.SIDE, tune.RADII = [(16, 2, 16)], 1, 16, {2: [1, 16]}
     return {"batch": 2, "batches": (1,), "steps": 3, "pairs": 1}
 

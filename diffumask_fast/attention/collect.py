@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from diffumask_fast.attention.layers import OldPromptLayer, PromptLayer, UNetLayer
+from diffumask_fast.attention.intercept import OldPromptLayer, PromptLayer, UNetLayer
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.attention.phrases import per_prompt, phrase_columns, token_columns
 from diffumask_fast.attention.store import MapStore, PhraseMaps, propagation_times

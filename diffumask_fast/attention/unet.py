@@ -8,9 +8,9 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import XFormersAttnProcessor
 from torch import Tensor, nn
 
-from diffumask_fast.attention.forwards import swapped
 from diffumask_fast.attention.processor import MapProcessor, XFormersMapProcessor, beside, draws_like
 from diffumask_fast.attention.tap import Levels, Place, Tap
+from diffumask_fast.borrow import patched
 from diffumask_fast.errors import DiffuMaskError
 
 
@@ -76,7 +76,7 @@ class UNetWithMaps(nn.Module):
         **unet_kwargs: Any,
     ) -> tuple[Tensor, Levels, Levels]:
         """Call the UNet with a tap that nothing has been put into; the rest as for `forward`."""
-        with swapped("processor", {attn: self._processor(attn) for attn in self.places}):
+        with patched("processor", {attn: self._processor(attn) for attn in self.places}):
             noise_pred = self._unet()(
                 latents,
                 timestep,

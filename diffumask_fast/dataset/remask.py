@@ -16,9 +16,9 @@ from diffumask_fast.dataset.derive import derive
 from diffumask_fast.dataset.reader import Row, read_manifest
 from diffumask_fast.dataset.schema import encode_png
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.masks.accept import NOT_FINITE, rejections
 from diffumask_fast.masks.make import make_masks
 from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.masks.rejection import NOT_FINITE, rejections
 
 BATCH = 8
 

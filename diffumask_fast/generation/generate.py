@@ -20,7 +20,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.draw import draw_shards
 from diffumask_fast.generation.job import Job, make_job, open_pipe
 from diffumask_fast.generation.options import GenerateOptions
-from diffumask_fast.loading import quietly
+from diffumask_fast.models.loading import quietly
 from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.results import Result
 

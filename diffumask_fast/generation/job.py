@@ -11,8 +11,10 @@ from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.attention.phrases import PhraseNotFound, phrase_columns
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.options import GenerateOptions
-from diffumask_fast.loading import DTYPES, check_size, set_scheduler
 from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.models.device import DTYPES
+from diffumask_fast.models.loading import check_size
+from diffumask_fast.models.scheduler import set_scheduler
 from diffumask_fast.options import split_size
 from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.planner import Plan, Recipe

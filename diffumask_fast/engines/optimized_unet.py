@@ -8,16 +8,17 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from diffumask_fast.attention.forwards import cheaper_forwards, has_amx, swapped
 from diffumask_fast.attention.processor import MapProcessor, draws_like
 from diffumask_fast.attention.tap import Levels, Tap
 from diffumask_fast.attention.unet import UNetWithMaps, first_row
+from diffumask_fast.borrow import patched
+from diffumask_fast.engines.cpu_forwards import cheaper_forwards, has_amx
 from diffumask_fast.kernels.attend import cpp_takes
 
 KeysValues = Sequence[tuple[Tensor, Tensor]]
 
 
-class LeanUNet(UNetWithMaps):
+class OptimizedUNet(UNetWithMaps):
     """The results of UNetWithMaps up to rounding, from fewer and on the CPU also cheaper products.
 
     - Keys and values of the prompts are the caller's to make once, by `text`, instead of at each step.
@@ -29,7 +30,7 @@ class LeanUNet(UNetWithMaps):
 
     def __init__(self, unet: nn.Module, impl: str = "auto") -> None:
         super().__init__(unet, impl)
-        self.processor = _LeanProcessor(impl)
+        self.processor = _TextProcessor(impl)
 
     def text(self, encoder_hidden_states: Tensor) -> KeysValues | None:
         """Make keys and values of all cross-attention layers.
@@ -73,32 +74,32 @@ class LeanUNet(UNetWithMaps):
             weights: what TransformedWeights has of the UNet; on the CPU only.
         """
         first = first_row(latents, select, first_conditional)
-        tap = _LeanTap(self.places, select, prior or {}, first)
+        tap = _TextTap(self.places, select, prior or {}, first)
         if text is not None:
             tap.text = dict(zip(self._cross(), text, strict=True))
         forwards = cheaper_forwards(self.unet, weights) if latents.device.type == "cpu" else {}
         if twins:
             forwards |= {module: _once(module, tap) for module in _before_text(self.unet)}
-        with swapped("forward", forwards):
+        with patched("forward", forwards):
             return self.run(tap, latents, timestep, encoder_hidden_states, added, **unet_kwargs)
 
     def _cross(self) -> list[Attention]:
         return [attn for attn, place in self.places.items() if place.cross]
 
 
-class _LeanTap(Tap):
+class _TextTap(Tap):
     """A tap that brings keys and values."""
 
     text: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
-    def alone(self) -> "_LeanTap":
+    def alone(self) -> "_TextTap":
         """Return the tap for a call of the conditional rows alone."""
-        tap = _LeanTap(self.places, self.select, self.prior, 0)
+        tap = _TextTap(self.places, self.select, self.prior, 0)
         tap.maps, tap.propagated = self.maps, self.propagated
         return tap
 
 
-class _LeanProcessor(MapProcessor):
+class _TextProcessor(MapProcessor):
     def project(self, attn, hidden_states, context, attention_mask, tap):
         if attn not in tap.text:
             return super().project(attn, hidden_states, context, attention_mask, tap)
@@ -118,7 +119,7 @@ def _before_text(unet: nn.Module) -> list[nn.Module]:
     return [unet.conv_in, block.resnets[0], *first]
 
 
-def _once(module: nn.Module, tap: _LeanTap) -> Callable:
+def _once(module: nn.Module, tap: _TextTap) -> Callable:
     """Run a module on the second half of its rows and give the result for both."""
     forward, first, alone = module.forward, tap.first, tap.alone()
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from diffumask_fast.bench.aot import Needs, compile_for
 from diffumask_fast.kernels import attend_triton, guided_filter_triton, mean_field_triton, tuned
-from diffumask_fast.kernels.aot import Needs, compile_for
 from diffumask_fast.kernels.attend import MAX_KEYS
 
 CAPABILITIES = (80, 86, 89, 90, 100)

@@ -1,6 +1,6 @@
 """Write `docs/kernels.md`: what each kernel must move and compute, what that takes at the GPU's limits, what it needs.
 
-    PYTHONSAFEPATH=1 python -m diffumask_fast.kernels.account docs/kernels.md
+    PYTHONSAFEPATH=1 python -m diffumask_fast.bench.roofline docs/kernels.md
 
 The account is arithmetic and takes no time; the table of registers compiles every kernel for five GPUs that need not be
 here, which takes about five minutes.
@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
+from diffumask_fast.bench.launch_specs import compiled
+from diffumask_fast.bench.workspace_memory import FORMS, transient
 from diffumask_fast.kernels import tuned
 from diffumask_fast.kernels.attend_triton import constants, two_powers
-from diffumask_fast.kernels.transients import FORMS, transient
-from diffumask_fast.kernels.variants import compiled
+from diffumask_fast.kernels.shapes import KEYS, MODELS, Layer, Model
 
-KEYS = 77
 PHRASES = (1, 5, 16)  # of the page's columns
 BOUND = 0.002  # what maps may add
 WARP_PIXELS = 16  # of query pixels in fp16
@@ -46,40 +46,6 @@ class Gpu:
 
 
 GPUS = (Gpu("H100", 3.35e12), Gpu("H200", 4.8e12))
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Cross-attention layers of one shape in a UNet."""
-
-    count: int
-    pixels: int
-    heads: int
-    head_dim: int
-
-
-@dataclass(frozen=True)
-class Model:
-    """A UNet: FLOPs of one forward of one sample (1 MAC = 2, by torch's FlopCounterMode), its cross-attention."""
-
-    name: str
-    flops: float
-    layers: tuple[Layer, ...]
-
-
-MODELS = (
-    Model(
-        "SD1.5, 512 x 512",
-        0.803e12,
-        (Layer(5, 4096, 8, 40), Layer(5, 1024, 8, 80), Layer(5, 256, 8, 160), Layer(1, 64, 8, 160)),
-    ),
-    Model(
-        "SD2.1, 768 x 768",
-        2.149e12,
-        (Layer(5, 9216, 5, 64), Layer(5, 2304, 10, 64), Layer(5, 576, 20, 64), Layer(1, 144, 20, 64)),
-    ),
-    Model("SDXL, 1024 x 1024", 6.761e12, (Layer(10, 4096, 10, 64), Layer(60, 1024, 20, 64))),
-)
 
 
 @dataclass(frozen=True)
@@ -314,7 +280,7 @@ def _launch_table(text: str, costs: dict[str, Cost]) -> str:
 _HEAD = """\
 # The kernels: an account
 
-`PYTHONSAFEPATH=1 python -m diffumask_fast.kernels.account docs/kernels.md` writes this page. **Nothing on it was
+`PYTHONSAFEPATH=1 python -m diffumask_fast.bench.roofline docs/kernels.md` writes this page. **Nothing on it was
 measured on a GPU**: times are what bytes and operations take at the limits of an H100 SXM and an H200 SXM. They have
 3.35 and 4.8 TB/s of device memory; both give 5.5 TB/s from the second-level cache (about what others measured), 989
 TFLOP/s dense fp16, 67 TFLOP/s fp32, 7.4 T loads/s of 4 bytes from the first-level caches (132 multiprocessors, 128
@@ -374,7 +340,7 @@ window 11. A pair's weight is made once for 4 candidates."""
 def main() -> None:
     """Write the page to the file named on the command line."""
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m diffumask_fast.kernels.account docs/kernels.md")
+        sys.exit("usage: python -m diffumask_fast.bench.roofline docs/kernels.md")
     Path(sys.argv[1]).write_text(account() + "\n" + compiled(), encoding="utf-8")
 
 

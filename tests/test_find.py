@@ -2,19 +2,10 @@ import json
 import shutil
 
 import pytest
-import torch
 
 from diffumask_fast import mini
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.loading import (
-    check_folder,
-    find_model,
-    load_pipe,
-    resolve_device,
-    resolve_dtype,
-    set_scheduler,
-    weight_hash,
-)
+from diffumask_fast.models.find import check_folder, find_model
 
 
 @pytest.fixture
@@ -78,43 +69,3 @@ def test_a_damaged_diffumask_json_is_one_sentence(copy):
     (copy / "diffumask.json").write_text(json.dumps({"classes": 3}))
     with pytest.raises(DiffuMaskError, match="diffumask.json is damaged"):
         find_model(copy)
-
-
-def test_the_hash_sees_every_weight(copy):
-    before = weight_hash(copy)
-    weights = next((copy / "unet").glob("*.safetensors"))
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    assert weight_hash(copy) != before
-
-
-def test_dtype_and_device():
-    assert resolve_dtype(None, torch.device("cpu")) is torch.float32
-    assert resolve_dtype("auto", torch.device("cuda")) is torch.float16
-    assert resolve_dtype("bf16", torch.device("cpu")) is torch.bfloat16
-    with pytest.raises(DiffuMaskError, match="no dtype int8"):
-        resolve_dtype("int8", torch.device("cpu"))
-    if not torch.cuda.is_available():
-        assert resolve_device(None).type == "cpu"
-        with pytest.raises(DiffuMaskError, match="no CUDA device"):
-            resolve_device("cuda")
-
-
-def test_schedulers_by_name(tiny_folder):
-    pipe = load_pipe(find_model(tiny_folder), torch.float32, torch.device("cpu"))
-    before = pipe.scheduler.config.beta_end
-    set_scheduler(pipe, "euler")
-    assert type(pipe.scheduler).__name__ == "EulerDiscreteScheduler"
-    assert pipe.scheduler.config.beta_end == before
-    set_scheduler(pipe, "DDIMScheduler")
-    assert type(pipe.scheduler).__name__ == "DDIMScheduler"
-    with pytest.raises(DiffuMaskError, match="no scheduler nonsense.*ddim"):
-        set_scheduler(pipe, "nonsense")
-
-
-def test_a_scheduler_does_not_clip_latents():
-    pipe = load_pipe(find_model("mini"), torch.float32, torch.device("cpu"))
-    assert "clip_sample" not in pipe.scheduler.config
-    set_scheduler(pipe, "ddim")
-    assert not pipe.scheduler.config.clip_sample

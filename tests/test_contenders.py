@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 import torch
 
+from diffumask_fast.bench.contenders import Contenders, mask_iou
 from diffumask_fast.bench.geometries import open_geometry
-from diffumask_fast.bench.sides import Sides, mask_iou
 
 
 @pytest.fixture(scope="module")
 def sides():
-    return Sides(open_geometry("mini", "cpu"), 2, 2)
+    return Contenders(open_geometry("mini", "cpu"), 2, 2)
 
 
 def test_all_sides_draw_the_same_image(sides):

@@ -27,7 +27,7 @@ CHANGES = (
 )  # fmt: skip
 
 
-class Hollow:
+class EngineComponent:
     """What all of them share: where they are, in which type they work, and that they cannot be changed."""
 
     where: torch.device
@@ -43,7 +43,7 @@ class Hollow:
         """What the engine works in."""
         return self.works_in
 
-    def to(self, *args: Any, **kwargs: Any) -> Hollow:
+    def to(self, *args: Any, **kwargs: Any) -> EngineComponent:
         """Stay; raises DiffuMaskError for another kind of device or another floating type."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if device is not None and device.type != self.where.type:
@@ -54,13 +54,13 @@ class Hollow:
 
 
 def _refuse(name: str) -> Callable[..., Any]:
-    def refuse(self: Hollow, *_: Any, **__: Any) -> Any:
+    def refuse(self: EngineComponent, *_: Any, **__: Any) -> Any:
         raise DiffuMaskError(f"An exported {type(self).__name__} has no {name}: use --engine torch, or export again.")
 
     return refuse
 
 
-class HollowUNet(Hollow, UNet2DConditionModel):
+class EngineUNet(EngineComponent, UNet2DConditionModel):
     """A UNet whose calls an exported graph answers, with maps or without."""
 
     denoiser: ExportedDenoiser
@@ -88,7 +88,7 @@ class HollowUNet(Hollow, UNet2DConditionModel):
         return UNet2DConditionOutput(sample=noise_pred) if return_dict else (noise_pred,)
 
 
-class HollowDecoder(Hollow):
+class EngineDecoder(EngineComponent):
     """The decoding side of a VAE."""
 
     session: Runs
@@ -102,7 +102,7 @@ class HollowDecoder(Hollow):
         return DecoderOutput(sample=image) if return_dict else (image,)
 
 
-class HollowTextEncoder(Hollow):
+class EngineTextEncoder(EngineComponent):
     """A CLIP text encoder."""
 
     session: Runs
@@ -141,32 +141,32 @@ class _Penultimate:
 
 
 for _name in CHANGES:
-    setattr(Hollow, _name, _refuse(_name))
+    setattr(EngineComponent, _name, _refuse(_name))
 
 
-def hollow_unet(config: Path, denoiser: ExportedDenoiser) -> HollowUNet:
+def engine_unet(config: Path, denoiser: ExportedDenoiser) -> EngineUNet:
     """Make the UNet of an engine.
 
     Args:
         config: its config.json.
         denoiser: answers its calls.
     """
-    unet = _without_weights(HollowUNet, config, denoiser.session.device, denoiser.dtype)
+    unet = _without_weights(EngineUNet, config, denoiser.session.device, denoiser.dtype)
     unet.denoiser = denoiser
     return unet
 
 
-def hollow_decoder(kind: str, config: Path, session: Runs, vae_factor: int) -> Any:
+def engine_decoder(kind: str, config: Path, session: Runs, vae_factor: int) -> Any:
     """Make the VAE of an engine; `kind` is its class in diffusers."""
-    vae = _without_weights(_mixed(HollowDecoder, "diffusers", kind), config, session.device, session.inputs["latents"])
+    vae = _without_weights(_mixed(EngineDecoder, "diffusers", kind), config, session.device, session.inputs["latents"])
     vae.session, vae.vae_factor = session, vae_factor
     return vae
 
 
-def hollow_text_encoder(kind: str, config: Path, session: Runs) -> Any:
+def engine_text_encoder(kind: str, config: Path, session: Runs) -> Any:
     """Make a text encoder of an engine; `kind` is its class in transformers."""
     dtype = session.outputs["last_hidden_state"]
-    encoder = _without_weights(_mixed(HollowTextEncoder, "transformers", kind), config, session.device, dtype)
+    encoder = _without_weights(_mixed(EngineTextEncoder, "transformers", kind), config, session.device, dtype)
     encoder.session = session
     return encoder
 

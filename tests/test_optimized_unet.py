@@ -10,12 +10,12 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffumask_fast import compiled
-from diffumask_fast.attention import forwards, lean
-from diffumask_fast.attention.forwards import TransformedWeights, cheaper_forwards, swapped
-from diffumask_fast.attention.lean import LeanUNet
 from diffumask_fast.attention.unet import UNetWithMaps
-from diffumask_fast.compiled import CompiledDenoiser
+from diffumask_fast.borrow import patched
+from diffumask_fast.engines import compiled, cpu_forwards, optimized_unet
+from diffumask_fast.engines.compiled import CompiledDenoiser
+from diffumask_fast.engines.cpu_forwards import TransformedWeights, cheaper_forwards
+from diffumask_fast.engines.optimized_unet import OptimizedUNet
 from diffumask_fast.kernels import ran
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -36,14 +36,14 @@ def inputs(unet, images=2, twins=True, size=8):
 def convolved(monkeypatch):
     """Name the sizes of what was convolved in Winograd's way."""
     sizes: list[tuple[int, ...]] = []
-    own = forwards.winograd.convolve
+    own = cpu_forwards.winograd.convolve
 
     def convolve(*given):
         found = own(*given)
         sizes.append(tuple(found.shape[2:]))
         return found
 
-    monkeypatch.setattr(forwards.winograd, "convolve", convolve)
+    monkeypatch.setattr(cpu_forwards.winograd, "convolve", convolve)
     return sizes
 
 
@@ -65,7 +65,7 @@ def flops(call, **arguments):
 @pytest.mark.parametrize("twins", [True, False])
 def test_what_is_found_is_the_plain_units(size, twins):
     unet = make_unet()
-    call, lean, weights = inputs(unet, twins=twins, size=8), LeanUNet(unet), TransformedWeights(unet).now()
+    call, lean, weights = inputs(unet, twins=twins, size=8), OptimizedUNet(unet), TransformedWeights(unet).now()
     if size != 8:
         call |= {"latents": F.interpolate(call["latents"], (size, size)), "prior": {}}
     kept = dict(text=lean.text(call["encoder_hidden_states"]), weights=weights)
@@ -77,7 +77,7 @@ def test_what_is_found_is_the_plain_units(size, twins):
 @torch.no_grad()
 def test_nothing_selected_makes_no_maps():
     unet = make_unet()
-    call, lean = inputs(unet) | {"select": None, "prior": None}, LeanUNet(unet)
+    call, lean = inputs(unet) | {"select": None, "prior": None}, OptimizedUNet(unet)
     truth = unet(call["latents"], call["timestep"], call["encoder_hidden_states"]).sample
     for denoise in (lean, UNetWithMaps(unet)):
         noise, *levels = denoise(**call)
@@ -88,7 +88,7 @@ def test_nothing_selected_makes_no_maps():
 
 def test_each_saving_takes_products_away():
     unet = make_unet()
-    call, lean = inputs(unet), LeanUNet(unet)
+    call, lean = inputs(unet), OptimizedUNet(unet)
     with torch.no_grad():
         text = lean.text(call["encoder_hidden_states"])
     plain = flops(UNetWithMaps(unet), **call)
@@ -102,12 +102,12 @@ def test_a_feed_forward_in_pieces_is_the_whole(monkeypatch):
     call = inputs(unet)
     with torch.no_grad():
         truth = UNetWithMaps(unet)(**call)
-        monkeypatch.setattr(forwards, "PIECE_BYTES", 1)
+        monkeypatch.setattr(cpu_forwards, "PIECE_BYTES", 1)
         for module in unet.modules():
             if isinstance(module, FeedForward):
                 module.net[0].register_forward_hook(lambda _, given, __: rows.add(len(given[0])))
         rows: set[int] = set()
-        same(LeanUNet(unet)(**call), truth)
+        same(OptimizedUNet(unet)(**call), truth)
     assert rows == {1}
 
 
@@ -117,7 +117,7 @@ def test_a_decoder_is_the_same(convolved):
     latents = torch.randn(2, 4, 5, 7)
     truth, weights = decoder(latents), TransformedWeights(decoder).now()
     assert len(weights) == 4 * 3 + 3  # all but the first and the last
-    with swapped("forward", cheaper_forwards(decoder, weights)):
+    with patched("forward", cheaper_forwards(decoder, weights)):
         assert relative(decoder(latents), truth) < 1e-5
     assert convolved == [(10, 14)] * 4 + [(20, 28)] * 4 + [(40, 56)] * 4  # 5x7 would fill too little of its tiles
 
@@ -127,7 +127,7 @@ def test_an_upsampler_convolves_what_it_doubles(convolved):
     layer = Upsample2D(32, use_conv=True, out_channels=48)
     image, weights = torch.randn(2, 32, 3, 4), TransformedWeights(layer).now()
     truth = layer(image)
-    with swapped("forward", cheaper_forwards(layer, weights)):
+    with patched("forward", cheaper_forwards(layer, weights)):
         for size in (None, (6, 8), [6, 8]):
             assert relative(layer(image, size), truth) < 1e-5
         assert convolved == [(6, 8)] * 3
@@ -146,7 +146,7 @@ def test_transformed_weights_follow_the_models():
     for change in (lambda: conv[0].weight.data.mul_(2), conv.bfloat16, lambda: conv.load_state_dict(others)):
         change()
         truth = conv(image.to(conv[0].weight.dtype))
-        with swapped("forward", cheaper_forwards(conv, weights.now())):
+        with patched("forward", cheaper_forwards(conv, weights.now())):
             assert relative(conv(image.to(truth.dtype)), truth) < (1e-5 if truth.dtype == torch.float32 else 2e-2)
     conv[0].register_forward_hook(lambda *_: None)
     assert weights.now() == {}
@@ -155,7 +155,7 @@ def test_transformed_weights_follow_the_models():
 @torch.no_grad()
 def test_an_image_of_another_dtype_or_too_small_keeps_the_layers_forward(convolved):
     conv = nn.Conv2d(32, 32, 3, padding=1)
-    with swapped("forward", cheaper_forwards(conv, TransformedWeights(conv).now())):
+    with patched("forward", cheaper_forwards(conv, TransformedWeights(conv).now())):
         assert conv(torch.randn(32, 8, 8)).shape == (32, 8, 8)
         with torch.autocast("cpu", torch.bfloat16):
             assert conv(torch.randn(2, 32, 8, 8).bfloat16()).dtype == torch.bfloat16
@@ -169,13 +169,13 @@ def test_which_convolutions_are_transformed(monkeypatch):
     def taken(*args, dtype=torch.float32, **kwargs):
         return bool(TransformedWeights(nn.Conv2d(*args, **{"padding": 1, **kwargs}).to(dtype)).now())
 
-    monkeypatch.setattr(forwards, "has_amx", lambda: False)
+    monkeypatch.setattr(cpu_forwards, "has_amx", lambda: False)
     assert taken(32, 64, 3) and taken(32, 48, 3, bias=False) and taken(32, 32, 3, dtype=torch.bfloat16)
     assert not any(taken(*sizes, 3) for sizes in ((16, 64), (64, 16), (40, 64), (64, 40), (640, 656)))
     others = ({"stride": 2}, {"dilation": 2}, {"groups": 2}, {"padding": 0}, {"padding_mode": "circular"})
     assert not any(taken(32, 64, 3, **other) for other in others)
     assert not taken(32, 64, 1) and not taken(32, 64, 3, dtype=torch.float16) and not taken(32, 64, 3, device="meta")
-    monkeypatch.setattr(forwards, "has_amx", lambda: True)
+    monkeypatch.setattr(cpu_forwards, "has_amx", lambda: True)
     assert taken(32, 64, 3) and not taken(32, 64, 3, dtype=torch.bfloat16)
 
 
@@ -184,7 +184,7 @@ def test_a_doubling_sequence_under_autocast_and_with_shared_or_hooked_layers(con
     def relative_of(sequence, calls):
         image = torch.randn(2, 32, 8, 8)
         truth, weights = sequence(image), TransformedWeights(sequence).now()
-        with swapped("forward", cheaper_forwards(sequence, weights)):
+        with patched("forward", cheaper_forwards(sequence, weights)):
             convolved.clear()
             assert relative(sequence(image), truth) < 1e-5 and len(convolved) == calls
             with torch.autocast("cpu", torch.bfloat16):
@@ -216,10 +216,10 @@ def test_what_changes_after_the_weights_were_made_keeps_its_own_forward(convolve
     conv, model[0] = model[0], Adapter(model[0])
     adapted = TransformedWeights(model).now()
     for given in (weights, adapted):
-        with swapped("forward", cheaper_forwards(model, given)):
+        with patched("forward", cheaper_forwards(model, given)):
             assert relative(model(image), truth + 1) < 1e-5
     model[0] = conv
-    with swapped("forward", cheaper_forwards(model, adapted)):
+    with patched("forward", cheaper_forwards(model, adapted)):
         assert torch.equal(model(image), truth)
     convolved.clear()
     for change in (
@@ -228,7 +228,7 @@ def test_what_changes_after_the_weights_were_made_keeps_its_own_forward(convolve
         lambda: setattr(conv, "padding_mode", "circular"),
     ):
         change()
-        with swapped("forward", cheaper_forwards(model, weights)):
+        with patched("forward", cheaper_forwards(model, weights)):
             model(image)
         conv._forward_pre_hooks.clear()
         vars(conv).pop("_conv_forward", None)
@@ -258,29 +258,29 @@ def test_which_attention_is_in_cpp(monkeypatch):
             name: x.to(dtype) if name in ("latents", "encoder_hidden_states") else x for name, x in inputs(unet).items()
         }
         with ran() as forms:
-            LeanUNet(unet)(**call, **given)
+            OptimizedUNet(unet)(**call, **given)
         return {form for kernel, form in forms if kernel == "attend"}
 
-    monkeypatch.setattr(lean, "has_amx", lambda: False)
+    monkeypatch.setattr(optimized_unet, "has_amx", lambda: False)
     assert used() == {"sdpa"}  # gradients are wanted
     with torch.no_grad():
         assert used() == used(torch.bfloat16) == {"cpp"}
         assert used(encoder_attention_mask=torch.ones(4, 77, dtype=torch.bool)) == {"cpp", "sdpa"}
-        monkeypatch.setattr(lean, "has_amx", lambda: True)
+        monkeypatch.setattr(optimized_unet, "has_amx", lambda: True)
         assert used(torch.bfloat16) == {"sdpa"} and used() == {"cpp"}
 
 
 def test_forwards_are_back_after_an_exception():
     layer = nn.Linear(2, 2)
     own = layer.forward
-    with pytest.raises(ZeroDivisionError), swapped("forward", {layer: lambda x: 1 / 0}):
+    with pytest.raises(ZeroDivisionError), patched("forward", {layer: lambda x: 1 / 0}):
         layer(torch.ones(2))
     assert "forward" not in vars(layer) and layer.forward == own
 
 
 def test_text_is_left_to_layers_with_a_processor_of_their_own():
     unet = make_unet()
-    lean, states = LeanUNet(unet), torch.randn(2, 77, unet.config.cross_attention_dim)
+    lean, states = OptimizedUNet(unet), torch.randn(2, 77, unet.config.cross_attention_dim)
     assert lean.text(states)[0][0].shape[1] == 77
     unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(AttnProcessor())
     assert lean.text(states) is None
@@ -291,7 +291,7 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
     unet, decoder = make_unet(), make_vae(32).decoder.eval()
     found = CompiledDenoiser(unet)
-    monkeypatch.setattr(found, "model", LeanUNet(unet))
+    monkeypatch.setattr(found, "model", OptimizedUNet(unet))
     eager = decoder.forward
     compiled._compile_decoder(decoder, 8)
     return found, UNetWithMaps(unet), decoder, eager
@@ -335,8 +335,10 @@ def test_the_engine_has_gradients(monkeypatch):
 def test_compiled_twins_and_text_are_found_by_looking(monkeypatch):
     unet = make_unet()
     found, truth, seen = CompiledDenoiser(unet), UNetWithMaps(unet), []
-    monkeypatch.setattr(found, "model", LeanUNet(unet))  # what it asks for, not what a compiler makes of it
-    monkeypatch.setattr(found.model, "text", lambda states: seen.append(states) or LeanUNet.text(found.model, states))
+    monkeypatch.setattr(found, "model", OptimizedUNet(unet))  # what it asks for, not what a compiler makes of it
+    monkeypatch.setattr(
+        found.model, "text", lambda states: seen.append(states) or OptimizedUNet.text(found.model, states)
+    )
     run = found.model.forward
     monkeypatch.setattr(found.model, "forward", lambda **given: (asked.append(given["twins"]), run(**given))[1])
     asked: list[bool] = []
@@ -364,7 +366,7 @@ def test_text_is_not_made_by_a_layer_with_an_adapter():
         pass
 
     attn.to_k.__class__ = Adapted
-    assert LeanUNet(unet).text(torch.randn(2, 77, unet.config.cross_attention_dim)) is None
+    assert OptimizedUNet(unet).text(torch.randn(2, 77, unet.config.cross_attention_dim)) is None
 
 
 @torch.no_grad()

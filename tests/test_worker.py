@@ -9,7 +9,7 @@ import torch
 from test_pipeline import requests
 
 from diffumask_fast import pipeline
-from diffumask_fast.overlap import IN_FLIGHT, Beside, to_host
+from diffumask_fast.engines.worker import IN_FLIGHT, Beside, to_host
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 

@@ -1,4 +1,4 @@
-"""The compiled engine: LeanUNet and the VAE's decoder through torch.compile, on CUDA one graph per UNet call."""
+"""The compiled engine: OptimizedUNet and the VAE's decoder through torch.compile, on CUDA one graph per UNet call."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from diffumask_fast.attention.forwards import PIECE_BYTES, TransformedWeights, cheaper_forwards, swapped
-from diffumask_fast.attention.lean import KeysValues, LeanUNet
 from diffumask_fast.attention.tap import Levels
 from diffumask_fast.attention.unet import first_row
+from diffumask_fast.borrow import patched
+from diffumask_fast.engines.cpu_forwards import PIECE_BYTES, TransformedWeights, cheaper_forwards
+from diffumask_fast.engines.optimized_unet import KeysValues, OptimizedUNet
 from diffumask_fast.kernels import native, source_hash
-from diffumask_fast.loading import cache_folder
+from diffumask_fast.models.cache import cache_folder
 
 VARIANTS = 128
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of numbers of so many bytes
@@ -59,7 +60,7 @@ def _compile_decoder(decoder: torch.nn.Module, scale: int) -> None:
     channels = [module for module in decoder.modules() if isinstance(module, torch.nn.Conv2d)][-1].in_channels
 
     def lean(transformed: dict[str, Tensor], latents: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with swapped("forward", cheaper_forwards(decoder, transformed) if latents.device.type == "cpu" else {}):
+        with patched("forward", cheaper_forwards(decoder, transformed) if latents.device.type == "cpu" else {}):
             return forward(latents, *args, **kwargs)
 
     compiled = torch.compile(lean, dynamic=False)
@@ -82,7 +83,7 @@ def _compile_decoder(decoder: torch.nn.Module, scale: int) -> None:
 
 
 class CompiledDenoiser:
-    """A compiled LeanUNet with the signature of UNetWithMaps; images are those of the eager one up to rounding.
+    """A compiled OptimizedUNet with the signature of UNetWithMaps; images are those of the eager one up to rounding.
 
     Calls of fewer rows than the first are padded with zeros, so that a run's last batch compiles nothing. What is kept
     between steps, keys and values of the prompts and the transformed weights of convolutions, is made when a tensor of
@@ -97,7 +98,7 @@ class CompiledDenoiser:
     """
 
     def __init__(self, unet: torch.nn.Module) -> None:
-        self.model = LeanUNet(unet)
+        self.model = OptimizedUNet(unet)
         self.model.compile(fullgraph=True, dynamic=False)
         # each set of shapes is code of its own, and past the limit a call would fail
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)

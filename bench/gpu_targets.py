@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from diffumask_fast.attention.store import MAX_PROPAGATED_PIXELS
 from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.bench import end_to_end, sdpa
+from diffumask_fast.bench.contenders import Contenders
 from diffumask_fast.bench.geometries import check_geometry, cross_layers, open_geometry, unet_config
 from diffumask_fast.bench.harness import GRAPH_CALLS, Race, compare, race
 from diffumask_fast.bench.rows import environment, row
-from diffumask_fast.bench.sides import Sides
-from diffumask_fast.compiled import compile_pipe
+from diffumask_fast.engines.compiled import compile_pipe
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels import attend, bilateral_norm, guided_filter, mean_field
-from diffumask_fast.loading import resolve_device
 from diffumask_fast.masks.make import make_masks
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.masks.threshold import otsu
+from diffumask_fast.models.device import resolve_device
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 SUITE = "goals"
@@ -68,7 +68,7 @@ class Opened:
 
     def warm(self, batch: int) -> None:
         """Let the engine compile all that `stock` and `graphs` run."""
-        Sides(self.stock, batch, 3).ours(self.ours, batch, like_reference=False)()
+        Contenders(self.stock, batch, 3).ours(self.ours, batch, like_reference=False)()
         for call in _unet_calls(self, batch).values():
             call()
 
@@ -235,7 +235,7 @@ def _per_image(name: str, done: Race, form: str, images: int, config: dict) -> d
 def _stock(opened: Opened, batch, steps, pairs, shared) -> dict:
     """Compare diffusers' images without maps with our images and masks, both in the device's usual precision."""
     pipe, ours = opened.stock, opened.ours
-    sides, mask = Sides(pipe, batch, steps), {**vars(ours.map_options()), **vars(MaskOptions())}
+    sides, mask = Contenders(pipe, batch, steps), {**vars(ours.map_options()), **vars(MaskOptions())}
     drawn = sides.ours(ours, batch, like_reference=False)
     ratio = compare(sides.plain("pil"), drawn, pairs=pairs, device=str(opened.where))
     config = {**shared, "batch": batch, **sides.settings, "engine": opened.engine, "case": "images and masks"}

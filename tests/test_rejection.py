@@ -2,8 +2,8 @@
 
 import torch
 
-from diffumask_fast.masks.accept import rejections
 from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.masks.rejection import rejections
 
 
 def test_reasons():

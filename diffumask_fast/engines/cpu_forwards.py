@@ -1,7 +1,6 @@
 """Forwards that give the same as a layer's own, up to rounding, and cost a CPU less."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -17,25 +16,6 @@ FEWEST = 32  # channels, below which a direct convolution is faster
 MOST = 640 * 640  # channels by channels, whose transformed weights take 59 MB
 
 Forwards = dict[nn.Module, Callable]
-
-
-@contextmanager
-def swapped(name: str, values: dict[nn.Module, Any]) -> Iterator[None]:
-    """Let an attribute of modules be other values, and put their own back, whatever happens.
-
-    Works on `__dict__`, which shadows a method of the class and a registered module alike.
-    """
-    kept = [(module, module.__dict__.get(name)) for module in values]
-    try:
-        for module, value in values.items():
-            module.__dict__[name] = value
-        yield
-    finally:
-        for module, value in kept:
-            if value is None:
-                module.__dict__.pop(name, None)
-            else:
-                module.__dict__[name] = value
 
 
 @torch.compiler.assume_constant_result

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from diffumask_fast.bench.memory import peak_bytes
+from diffumask_fast.bench.workspace_memory import FORMS, transient
 from diffumask_fast.kernels import attend, attend_triton
-from diffumask_fast.kernels.transients import FORMS, transient
 
 # B, N, T, H, D, K: cross-attention, small and split over heads, fewer pixels than keys, self-attention without and with
 SHAPES = [

@@ -24,7 +24,7 @@ REFERENCE_MASK = MaskOptions(threshold=0.45, refine="none")
 REFERENCE_SIZE = 512
 
 
-class Sides:
+class Contenders:
     """One model, one set of prompts, latents and seeds.
 
     Args:

@@ -1,17 +1,17 @@
-"""bench/goals.py: the rows of the GPU goals, on a CPU in small."""
+"""bench/gpu_targets.py: the rows of the GPU goals, on a CPU in small."""
 
 import pytest
 import torch
 
 from diffumask_fast import DiffuMaskError
-from diffumask_fast.bench import goals, tables
+from diffumask_fast.bench import gpu_targets, tables
 from diffumask_fast.bench.geometries import cross_layers
 from diffumask_fast.bench.rows import append_rows
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return list(goals.run("mini", "cpu", batch=2, batches=(1, 2), steps=2, pairs=1, engines=("torch",)))
+    return list(gpu_targets.run("mini", "cpu", batch=2, batches=(1, 2), steps=2, pairs=1, engines=("torch",)))
 
 
 def named(rows, name):
@@ -55,7 +55,7 @@ def test_refinement_is_timed_for_an_image_in_each_form_that_runs_here(rows):
         (row,) = named(rows, name)
         assert (row["unit"], row["config"]["case"], row["config"]["batch"]) == ("ms/image", case, images)
         assert 0 < row["low"] <= row["value"] <= row["high"]
-    assert goals.forms(torch.device("cuda")) == ("torch", "triton")
+    assert gpu_targets.forms(torch.device("cuda")) == ("torch", "triton")
 
 
 def test_the_rows_are_read_back_each_as_itself(rows, tmp_path):
@@ -66,6 +66,6 @@ def test_the_rows_are_read_back_each_as_itself(rows, tmp_path):
 
 def test_unknown_parts_and_engines_are_said():
     with pytest.raises(DiffuMaskError, match="no part speed"):
-        goals.run("mini", "cpu", names=("speed",))
+        gpu_targets.run("mini", "cpu", names=("speed",))
     with pytest.raises(DiffuMaskError, match="takes one engine"):
-        goals.run("mini", "cpu", engines=("torch", "compile"))
+        gpu_targets.run("mini", "cpu", engines=("torch", "compile"))

@@ -1,0 +1,1 @@
+"""Models: find, check, hash and load them; devices, schedulers, decoding."""

@@ -1,0 +1,41 @@
+"""The device and the dtype of a model."""
+
+from __future__ import annotations
+
+import torch
+
+from diffumask_fast.errors import DiffuMaskError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """Return the device: what was asked for, else CUDA where there is one, else the CPU.
+
+    Raises:
+        DiffuMaskError: CUDA was asked for and there is none.
+    """
+    if device in (None, "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise DiffuMaskError(f"There is no device {device}: use auto, cpu or cuda.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise DiffuMaskError(f"Device {device} is not supported: use auto, cpu or cuda.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DiffuMaskError(
+            f"There is no CUDA device {device} here (torch sees {torch.cuda.device_count()}): use `device=cpu`."
+        )
+    return device
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """Return the dtype: what was asked for, else fp16 on CUDA and fp32 on the CPU."""
+    if dtype in (None, "auto"):
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise DiffuMaskError(f"There is no dtype {dtype}: use auto, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]

@@ -1,0 +1,150 @@
+"""Find a model and check its folder before anything is drawn."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.models.hashing import weight_hash
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+WEIGHTLESS = ("scheduler", "tokenizer", "feature_extractor")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model folder says of itself beside its weights (`diffumask.json`); defaults for folders that say nothing.
+
+    Args:
+        name: as the user gave it.
+        folder: where it lies; None for a pipeline that was composed in Python.
+        classes: class names that it can draw; empty when anything can be asked for.
+        scenes: places that its prompts name, each with the classes that it suits; None for the general list.
+        num_inference_steps: steps that suit it best.
+        guidance_scale: guidance that suits it best.
+        mask: mask options that were measured best for it.
+    """
+
+    name: str
+    folder: Path | None = None
+    classes: tuple[str, ...] = ()
+    scenes: dict[str, tuple[str, ...]] | None = None
+    num_inference_steps: int = 30
+    guidance_scale: float = 7.5
+    mask: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def weights(self) -> str | None:
+        """SHA-256 of the folder's weights and configuration, which are read when this is first asked for."""
+        return weight_hash(self.folder) if self.folder else None
+
+    @property
+    def identity(self) -> str:
+        """The name that a dataset records: a folder's own name, wherever it lies; the hash of its weights decides."""
+        return self.folder.name if self.folder and Path(self.name).expanduser().is_dir() else self.name
+
+
+def find_model(model: str | Path, revision: str | None = None, held: Collection[str] = ()) -> ModelInfo:
+    """Resolve "mini", a diffusers folder or a hub id to a checked local folder.
+
+    Args:
+        model: as the user gave it.
+        revision: of a hub id.
+        held: components whose weights an exported engine holds, so that the folder need not.
+
+    Raises:
+        DiffuMaskError: no such model, a half-written folder, or weights that exist only as pickles.
+    """
+    if str(model) == "mini":
+        from diffumask_fast import mini
+
+        folder = mini.folder()
+    elif Path(model).expanduser().is_dir():
+        folder = Path(model).expanduser().resolve()
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not str(model).startswith("."):
+        folder = _download(str(model), revision)
+    else:
+        raise DiffuMaskError(
+            f"There is no model folder {model}: give mini, a diffusers folder or a hub id (owner/name)."
+        )
+    check_folder(folder, held)
+    return _read_info(str(model), folder)
+
+
+def _download(model: str, revision: str | None) -> Path:
+    try:
+        return Path(DiffusionPipeline.download(model, revision=revision, use_safetensors=True))
+    except Exception as error:
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DiffuMaskError(
+            f"{model} is neither a folder here nor could it be fetched from the hub as safetensors ({cause[:200]}): "
+            "check the name and the connection, or give a local folder."
+        ) from error
+
+
+def check_folder(folder: Path, held: Collection[str] = ()) -> None:
+    """Check that a diffusers folder is whole and holds safetensors.
+
+    Raises:
+        DiffuMaskError: naming the first file that is missing, cut off, or a pickle.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise DiffuMaskError(f"{folder} is no diffusers model: it has no model_index.json.")
+    try:
+        components = json.loads(index.read_text("utf-8"))
+    except ValueError as error:
+        raise DiffuMaskError(f"{index} is not valid JSON: the folder is half-written, fetch it again.") from error
+    if not isinstance(components, dict):
+        raise DiffuMaskError(f"{index} is no index of a diffusers model: fetch the model again.")
+    for name, value in components.items():
+        empty = not isinstance(value, list) or not value or value[0] is None
+        if name.startswith("_") or empty or name in held:
+            continue
+        part = folder / name
+        if not part.is_dir() or not any(part.iterdir()):
+            raise DiffuMaskError(f"{folder} is half-written: it names {name}, which is missing; fetch the model again.")
+        if not name.startswith(WEIGHTLESS):
+            _check_weights(part)
+
+
+def _check_weights(part: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(part.glob("*.safetensors"))
+    if not files:
+        pickles = [path.name for path in sorted(part.iterdir()) if path.suffix in PICKLES]
+        if pickles:
+            raise DiffuMaskError(
+                f"{part} has its weights only as a pickle ({pickles[0]}), which can run code and is never loaded: "
+                "convert them to safetensors."
+            )
+        raise DiffuMaskError(f"{part} has no weights (*.safetensors): the folder is half-written, fetch it again.")
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise DiffuMaskError(f"{path} is cut off or damaged ({error}): fetch the model again.") from error
+
+
+def _read_info(name: str, folder: Path) -> ModelInfo:
+    path = folder / "diffumask.json"
+    if not path.exists():
+        return ModelInfo(name, folder)
+    try:
+        known = json.loads(path.read_text("utf-8"))
+        return ModelInfo(
+            name, folder, tuple(known["classes"]), {k: tuple(v) for k, v in known["scenes"].items()},
+            int(known["num_inference_steps"]), float(known["guidance_scale"]), dict(known.get("mask", {})),
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DiffuMaskError(f"{path} is damaged ({error}): fetch the model again or delete that file.") from error

@@ -1,0 +1,94 @@
+"""Load a checked folder as a diffusers pipeline, quietly and from safetensors alone."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.models.find import ModelInfo
+
+
+def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **components: Any) -> DiffusionPipeline:
+    """Load a checked folder as the diffusers pipeline that it names, quietly and from safetensors alone.
+
+    Args:
+        info: of the folder.
+        dtype: of the weights.
+        device: where the pipeline is to be.
+        components: what stands for those of the folder.
+
+    Raises:
+        DiffuMaskError: diffusers cannot load it, or it has no UNet2DConditionModel.
+    """
+    from diffusers import UNet2DConditionModel
+
+    try:
+        with quietly():
+            pipe = DiffusionPipeline.from_pretrained(
+                info.folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **components
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise DiffuMaskError(f"diffusers cannot load {info.folder}: {cause}") from error
+    if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel):
+        raise DiffuMaskError(f"{info.name} has no UNet2DConditionModel: use a Stable Diffusion 1.x, 2.x or XL model.")
+    return pipe.to(device)
+
+
+def says_force_upcast(folder: Path) -> bool:
+    """Tell whether the folder's VAE says that it overflows in fp16; diffusers fills in True where it is silent."""
+    path = folder / "vae" / "config.json"
+    return bool(path.is_file() and json.loads(path.read_text("utf-8")).get("force_upcast", False))
+
+
+def check_size(pipe: DiffusionPipeline, height: int | None, width: int | None) -> None:
+    """Refuse a size that the VAE cannot make.
+
+    Raises:
+        DiffuMaskError: height or width is no positive multiple of the VAE's factor.
+    """
+    factor = pipe.vae_scale_factor
+    for name, value in (("height", height), ("width", width)):
+        if value is not None and (value <= 0 or value % factor):
+            raise DiffuMaskError(
+                f"{name} {value} is not a multiple of {factor}: use {max(1, round(value / factor)) * factor}."
+            )
+
+
+@contextmanager
+def without_bars(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Hide a pipeline's own progress bars."""
+    config = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**config | {"disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**config)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Hide loading bars and advice of diffusers and transformers; errors are raised all the same."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    levels = [(module, module.get_verbosity()) for module in (diffusers_logging, transformers_logging)]
+    try:
+        for module, _ in levels:
+            module.set_verbosity_error()
+            module.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for module, level in levels:
+            module.set_verbosity(level)
+            module.enable_progress_bar()
