@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import draw, make_unet, make_vae, relative
 from fake_cuda import WAITS, fake_cuda
-from test_lean import inputs, same
+from test_optimized_unet import inputs, same
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
