@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,12 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from diffumask_fast.attention.call import Denoiser
 from diffumask_fast.attention.choice import check_attention, set_attention
 from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.attention.options import MapOptions
-from diffumask_fast.engines.compiled import compile_pipe
-from diffumask_fast.engines.worker import IN_FLIGHT, Beside, to_host
+from diffumask_fast.engines.compiled import CompiledEngine, compile_pipe
+from diffumask_fast.engines.worker import IN_FLIGHT, StreamWorker, to_host
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.make import make_masks, quantise_maps
 from diffumask_fast.masks.options import MaskOptions
@@ -46,6 +47,7 @@ class DiffuMaskPipeline:
         pipe: any diffusers pipeline whose denoiser is a `UNet2DConditionModel`.
         info: what its model folder says; the general defaults when None.
         engine: the export.load.Engine that runs it in torch's place.
+        compiled: what `compile_pipe` made of it.
 
     Example:
         >>> pipe = DiffuMaskPipeline.from_pretrained("mini", device="cpu")
@@ -54,10 +56,17 @@ class DiffuMaskPipeline:
         ((128, 128), (1, 128, 128))
     """
 
-    def __init__(self, pipe: DiffusionPipeline, info: ModelInfo | None = None, engine: Any = None):
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        info: ModelInfo | None = None,
+        engine: Any = None,
+        compiled: CompiledEngine | None = None,
+    ) -> None:
         self.pipe = pipe
         self.info = info or ModelInfo(type(pipe).__name__)
         self.engine = engine
+        self.compiled = compiled
         self.seconds = Seconds()
 
     @classmethod
@@ -102,10 +111,8 @@ class DiffuMaskPipeline:
         pipe = load_pipe(info, dtype, device)
         if dtype == torch.float16 and says_force_upcast(info.folder):
             pipe.vae.to(torch.float32)
-        if engine == "compile":
-            compile_pipe(pipe)
         set_attention(pipe.unet, attention)
-        return cls(pipe, info)
+        return cls(pipe, info, compiled=compile_pipe(pipe) if engine == "compile" else None)
 
     @classmethod
     def from_pipe(cls, pipe: DiffusionPipeline) -> DiffuMaskPipeline:
@@ -131,7 +138,12 @@ class DiffuMaskPipeline:
         """What denoises: "torch", "compile", or the engine's name."""
         if self.engine is not None:
             return self.engine.name
-        return "compile" if hasattr(self.pipe.unet, "denoiser") else "torch"
+        return "torch" if self.compiled is None else "compile"
+
+    @property
+    def denoiser(self) -> Denoiser | None:
+        """What runs the UNet's calls with maps; None is the UNet itself. `collect_maps` takes it."""
+        return None if self.compiled is None else self.compiled.denoiser
 
     @property
     def device(self) -> torch.device:
@@ -184,9 +196,11 @@ class DiffuMaskPipeline:
         repeat = kwargs.get("num_images_per_prompt") or 1
         generator = self._generators(seeds, generator, len(names) * repeat)
         maps, mask = self.map_options(maps), mask or MaskOptions()
+        phrases, ids = phrases_and_ids(names)
         denoised = self._denoise(
-            prompts or None, names, maps, repeat, generator=generator, token_indices=token_indices, **kwargs
-        )
+            prompts or None, phrases, ids, maps, repeat=repeat, generator=generator, token_indices=token_indices,
+            **kwargs,
+        )  # fmt: skip
         drawn = self._finish(denoised, mask)
         images = self.pipe.image_processor.pt_to_numpy(drawn.pixels) if output_type != "pt" else drawn.pixels
         if output_type == "pil":
@@ -201,9 +215,8 @@ class DiffuMaskPipeline:
             num_inference_steps=kwargs.get("num_inference_steps", self.info.num_inference_steps),
             guidance_scale=kwargs.get("guidance_scale", self.info.guidance_scale),
         )  # fmt: skip
-        return Output(
-            images, masks, drawn.qualities(), drawn.levels, drawn.class_maps.cpu().numpy(), class_ids, provenance
-        )
+        class_maps = drawn.class_maps.cpu().numpy()
+        return Output(images, masks, drawn.qualities(), denoised.store.levels, class_maps, class_ids, provenance)
 
     def stream(
         self,
@@ -267,19 +280,19 @@ class DiffuMaskPipeline:
         use_negative_prompts: bool, kwargs: dict[str, Any],
     ) -> Iterator[Result]:  # fmt: skip
         waiting: deque[Future] = deque()
-        with Beside(self.device) as beside:
+        with StreamWorker(self.device) as worker:
             for batch in batches:
                 negative = {}
                 if use_negative_prompts:
                     negative["negative_prompt"] = [request.negative_prompt for request in batch]
                 with without_bars(self.pipe):
                     denoised = self._denoise(
-                        [request.prompt for request in batch], [list(request.phrases) for request in batch], maps,
+                        [request.prompt for request in batch], [request.phrases for request in batch],
+                        [request.class_ids for request in batch], maps, num_phrases=num_phrases,
                         generator=self._generators([request.seed for request in batch], None, len(batch)),
-                        class_ids=[request.class_ids for request in batch], num_phrases=num_phrases,
                         **kwargs, **negative,
                     )  # fmt: skip
-                waiting.append(beside.submit(partial(self._results, batch, denoised, mask)))
+                waiting.append(worker.submit(partial(self._results, batch, denoised, mask)))
                 while waiting and (len(waiting) == IN_FLIGHT or waiting[0].done()):
                     yield from waiting.popleft().result()
             for future in waiting:
@@ -287,8 +300,8 @@ class DiffuMaskPipeline:
 
     def _results(self, batch: Sequence[Request], denoised: Denoised, mask: MaskOptions) -> list[Result]:
         drawn = self._finish(denoised, mask)
-        names = [request.phrases for request in batch]
-        reasons = rejections(drawn.images, drawn.mask, drawn.ids, names, mask, drawn.quality)
+        phrases = [request.phrases for request in batch]
+        reasons = rejections(drawn.images, drawn.mask, drawn.ids, phrases, mask, drawn.quality)
         reasons = [reason if finite else NOT_FINITE for reason, finite in zip(reasons, drawn.finite, strict=True)]
         images, masks, class_maps = to_host(drawn.images, drawn.mask, drawn.class_maps)
         quality = drawn.qualities()
@@ -303,49 +316,58 @@ class DiffuMaskPipeline:
     def _denoise(
         self,
         prompts: list[str] | None,
-        names: Sequence[Sequence[str]],
+        phrases: Sequence[Sequence[str]],
+        ids: Sequence[Sequence[int]],
         maps: MapOptions,
-        repeat: int = 1,
         *,
-        class_ids: Sequence[Sequence[int]] | None = None,
+        repeat: int = 1,
         num_phrases: int | None = None,
         token_indices: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> Denoised:
-        """The first half of the flow: phrase columns, denoise while the store fills."""
+        """The first half of the flow: the diffusers pipeline denoises while the store fills."""
         kwargs.setdefault("num_inference_steps", self.info.num_inference_steps)
         kwargs.setdefault("guidance_scale", self.info.guidance_scale)
         check_size(self.pipe, kwargs.get("height"), kwargs.get("width"))
-        phrases, ids = (names, class_ids) if class_ids is not None else phrases_and_ids(names)
         width = num_phrases or max(map(len, ids))
         if self.engine is not None:
             size = self.size(kwargs.get("height"), kwargs.get("width"))
             self.engine.limits.check(len(ids), *size, width, maps.propagate)
-        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids]).repeat_interleave(repeat, 0)
         later = self.engine is None and decodes_later(self.pipe)
         start, before = time.perf_counter(), self.seconds.decode
-        with torch.no_grad(), nullcontext() if later else timed_decoding(self.pipe, self.seconds):
-            settings = {"propagate": maps.propagate, "pad_to": width, "token_indices": token_indices}
-            with collect_maps(self.pipe, phrases, **settings) as store:
-                kind = "latent" if later else "pt"
-                found = self.pipe(prompts, output_type=kind, return_dict=False, **kwargs)[0]
-        if found.is_cuda:
-            torch.cuda.current_stream(found.device).synchronize()
+        collecting = collect_maps(
+            self.pipe, phrases, denoiser=self.denoiser, token_indices=token_indices, propagate=maps.propagate,
+            aggregation=maps.aggregation, pad_to=width,
+        )  # fmt: skip
+        with torch.no_grad(), collecting, ExitStack() as borrowed:
+            if not later:
+                borrowed.enter_context(self._decoder())
+                borrowed.enter_context(timed_decoding(self.pipe, self.seconds))
+            output_type = "latent" if later else "pt"
+            output = self.pipe(prompts, output_type=output_type, return_dict=False, **kwargs)[0]
+        if output.is_cuda:
+            torch.cuda.current_stream(output.device).synchronize()
         in_call = 0 if later else self.seconds.decode - before
         self.seconds.denoise += time.perf_counter() - start - in_call
-        return Denoised(found, later, store, maps, ids)
+        padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids])
+        return Denoised(output, later, collecting.store, maps, padded.repeat_interleave(repeat, 0))
+
+    def _decoder(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.compiled is None else self.compiled.decoding()
 
     @torch.no_grad()
     def _finish(self, denoised: Denoised, options: MaskOptions) -> Drawn:
         """The second half: decode, class maps, masks."""
-        store, ids = denoised.store, denoised.ids
-        pixels = decode(self.pipe, denoised.found, self.seconds) if denoised.is_latent else denoised.found
+        pixels = denoised.output
+        if denoised.is_latent:
+            with self._decoder():
+                pixels = decode(self.pipe, denoised.output, self.seconds)
         start = time.perf_counter()
         finite = pixels.isfinite().flatten(1).all(1)
         images = (pixels.nan_to_num(0).permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8)
-        class_maps = quantise_maps(store.class_maps(denoised.maps))
-        mask, _, quality = make_masks(class_maps, images, options, ids)
-        drawn = Drawn(images, finite.tolist(), pixels, mask, quality, class_maps, store.levels, ids)
+        class_maps = quantise_maps(denoised.store.class_maps(denoised.maps))
+        mask, _, quality = make_masks(class_maps, images, options, denoised.ids)
+        drawn = Drawn(pixels, images, finite.tolist(), mask, class_maps, quality, denoised.ids)
         self.seconds.masks += time.perf_counter() - start
         return drawn
 

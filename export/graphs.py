@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.export import Dim
 
+from diffumask_fast.attention.call import UNetCall
 from diffumask_fast.attention.unet import UNetWithMaps
+from diffumask_fast.borrow import patched
 from diffumask_fast.export.limits import Limits
 
 OPSET = 23  # the first with Attention
@@ -48,7 +51,7 @@ class Call:
         ]
 
 
-class _UNetCall(nn.Module):
+class _UNetInputs(nn.Module):
     """UNetWithMaps with one row of select and prior for each row of the latents, zeros for the unconditional ones."""
 
     def __init__(self, model: UNetWithMaps) -> None:
@@ -66,8 +69,8 @@ class _UNetCall(nn.Module):
         time_ids: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
-        args = (latents, timestep, encoder_hidden_states, select, prior, added)
-        noise_pred, maps, propagated = self.model(*args, first_conditional=0)
+        inputs = (latents, timestep, encoder_hidden_states, select, prior or {}, added)
+        noise_pred, maps, propagated = self.model(UNetCall(*inputs, first_conditional=0))
         return noise_pred, *maps.values(), *propagated.values()
 
 
@@ -111,7 +114,7 @@ def unet_call(model: UNetWithMaps, limits: Limits) -> Call:
         inputs |= {"text_embeds": torch.randn(rows, pooled_width(config)), "time_ids": torch.full((rows, 6), 512.0)}
         dynamic |= {"text_embeds": dims.rows(), "time_ids": dims.rows()}
     outputs = ["noise_pred", *(f"maps.{key}" for key in model.keys)]
-    return Call(_UNetCall(model), inputs, dynamic, outputs + [f"propagated.{key}" for key in limits.propagated])
+    return Call(_UNetInputs(model), inputs, dynamic, outputs + [f"propagated.{key}" for key in limits.propagated])
 
 
 def text_call(encoder: nn.Module, limits: Limits, penultimate: bool) -> Call:
@@ -134,7 +137,7 @@ def decode_call(vae: nn.Module, limits: Limits, latent_channels: int) -> Call:
 def write_graph(call: Call, path: Path, external_bytes: int) -> None:
     """Export a call and write it, with its weights beside it where they are larger than `external_bytes`."""
     size = sum(p.nbytes for p in call.module.parameters())
-    with torch.no_grad(), _any_batch(), _silence():
+    with torch.no_grad(), _any_batch(call.module), _silence():
         program = torch.export.export(call.module, (), call.inputs, dynamic_shapes=call.dynamic, strict=False)
         graph = torch.onnx.export(
             program, (), opset_version=OPSET, dynamo=True, verbose=False,
@@ -221,22 +224,18 @@ def _silence() -> Iterator[None]:
         logger.setLevel(level)
 
 
-@contextmanager
-def _any_batch() -> Iterator[None]:
+def _any_batch(model: nn.Module) -> AbstractContextManager[None]:
     """Upsample without diffusers' detours for many rows, which would fix the number of rows in the graph."""
-    kept = Upsample2D.forward
+    return patched("forward", {m: partial(_upsample, m) for m in model.modules() if _is_plain_upsampling(m)})
 
-    def forward(self: Upsample2D, hidden_states: Tensor, output_size: Any = None, *_: Any, **__: Any) -> Tensor:
-        if self.norm is not None or self.use_conv_transpose or not self.interpolate:
-            return kept(self, hidden_states, output_size)
-        size: Mapping[str, Any] = {"scale_factor": 2.0} if output_size is None else {"size": output_size}
-        hidden_states = F.interpolate(hidden_states, **size, mode="nearest")
-        if not self.use_conv:
-            return hidden_states
-        return (self.conv if self.name == "conv" else self.Conv2d_0)(hidden_states)
 
-    Upsample2D.forward = forward
-    try:
-        yield
-    finally:
-        Upsample2D.forward = kept
+def _is_plain_upsampling(module: nn.Module) -> bool:
+    return type(module) is Upsample2D and module.interpolate and module.norm is None and not module.use_conv_transpose
+
+
+def _upsample(module: Upsample2D, hidden_states: Tensor, output_size: Any = None, *_: Any, **__: Any) -> Tensor:
+    size: Mapping[str, Any] = {"scale_factor": 2.0} if output_size is None else {"size": output_size}
+    hidden_states = F.interpolate(hidden_states, **size, mode="nearest")
+    if not module.use_conv:
+        return hidden_states
+    return (module.conv if module.name == "conv" else module.Conv2d_0)(hidden_states)
