@@ -3,10 +3,11 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.models.complete import load_models
 from diffumask_fast.models.find import find_model
 from diffumask_fast.models.loading import load_pipe
 
@@ -90,6 +91,24 @@ def test_weights_that_come_only_in_fp16_are_loaded(copy):
     pipe = load(copy)
     truth = load_file(next((copy / "unet").glob("*.safetensors")))
     assert all(torch.equal(value, truth[key].float()) for key, value in pipe.unet.state_dict().items())
+
+
+def test_the_names_of_older_weights_are_known(tmp_path):
+    old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
+    vae.save_pretrained(tmp_path)
+
+    def rename(tensors):
+        for key in list(tensors):
+            for new, name in old.items():
+                if new in key:
+                    tensors[key.replace(new, name)] = tensors.pop(key)
+        assert any(".query." in key for key in tensors)
+
+    change(tmp_path, rename)
+    (tmp_path / "model_index.json").write_text(json.dumps({".": ["diffusers", "AutoencoderKL"]}))
+    loaded = load_models(tmp_path, torch.float32)["."]
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in vae.state_dict().items())
 
 
 def test_a_tokenizer_without_words_is_refused(copy):
