@@ -31,6 +31,7 @@ from diffumask_fast.masks.rejection import NOT_FINITE, rejections
 from diffumask_fast.models.decoding import decode, decodes_later, timed_decoding
 from diffumask_fast.models.device import resolve_device, resolve_dtype
 from diffumask_fast.models.find import ModelInfo, find_model
+from diffumask_fast.models.generators import Generators, generators_of
 from diffumask_fast.models.loading import check_size, load_pipe, says_force_upcast, without_bars
 from diffumask_fast.options import checked, whole
 from diffumask_fast.prompts.request import Request
@@ -155,7 +156,7 @@ class DiffuMaskPipeline:
         prompt: str | Sequence[str] | None = None,
         classes: Sequence[Sequence[str]] | Sequence[str] | None = None,
         seeds: Sequence[int] | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         mask: MaskOptions | None = None,
         *,
         maps: MapOptions | None = None,
@@ -194,7 +195,7 @@ class DiffuMaskPipeline:
         if prompts and isinstance(kwargs.get("negative_prompt"), str):
             kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
         repeat = kwargs.get("num_images_per_prompt") or 1
-        generator = self._generators(seeds, generator, len(names) * repeat)
+        generator = generators_of(seeds, generator, len(names) * repeat)
         maps, mask = self.map_options(maps), mask or MaskOptions()
         phrases, ids = phrases_and_ids(names)
         denoised = self._denoise(
@@ -261,11 +262,9 @@ class DiffuMaskPipeline:
 
         Args:
             batches: what to draw; a batch is asked for when the one before it is denoised.
-            mask: how masks are made of maps.
-            maps: how maps are made; "auto" is what suits the model.
+            mask, maps, kwargs: as there.
             num_phrases: the most phrases of a request; all batches are padded to it, so that shapes do not change.
             use_negative_prompts: whether those of the requests are passed on; else the pipeline's own default holds.
-            kwargs: as for a call, without prompt, classes and seeds.
 
         Raises:
             DiffuMaskError: as for a call.
@@ -273,9 +272,9 @@ class DiffuMaskPipeline:
         if taken := kwargs.keys() & TAKEN:
             raise DiffuMaskError(f"stream takes {', '.join(sorted(taken))} from its requests: leave it out.")
         options = self.map_options(maps), mask or MaskOptions()
-        return self._results_of(batches, *options, num_phrases, use_negative_prompts, kwargs)
+        return self._draw_batches(batches, *options, num_phrases, use_negative_prompts, kwargs)
 
-    def _results_of(
+    def _draw_batches(
         self, batches: Iterable[Sequence[Request]], maps: MapOptions, mask: MaskOptions, num_phrases: int,
         use_negative_prompts: bool, kwargs: dict[str, Any],
     ) -> Iterator[Result]:  # fmt: skip
@@ -289,7 +288,7 @@ class DiffuMaskPipeline:
                     denoised = self._denoise(
                         [request.prompt for request in batch], [request.phrases for request in batch],
                         [request.class_ids for request in batch], maps, num_phrases=num_phrases,
-                        generator=self._generators([request.seed for request in batch], None, len(batch)),
+                        generator=generators_of([request.seed for request in batch], None, len(batch)),
                         **kwargs, **negative,
                     )  # fmt: skip
                 waiting.append(worker.submit(partial(self._results, batch, denoised, mask)))
@@ -297,21 +296,6 @@ class DiffuMaskPipeline:
                     yield from waiting.popleft().result()
             for future in waiting:
                 yield from future.result()
-
-    def _results(self, batch: Sequence[Request], denoised: Denoised, mask: MaskOptions) -> list[Result]:
-        drawn = self._finish(denoised, mask)
-        phrases = [request.phrases for request in batch]
-        reasons = rejections(drawn.images, drawn.mask, drawn.ids, phrases, mask, drawn.quality)
-        reasons = [reason if finite else NOT_FINITE for reason, finite in zip(reasons, drawn.finite, strict=True)]
-        images, masks, class_maps = to_host(drawn.images, drawn.mask, drawn.class_maps)
-        quality = drawn.qualities()
-        return [
-            Result(
-                request, images[row], masks[row], tuple(quality[row]), class_maps[row, : len(request.phrases)],
-                not reasons[row], reasons[row],
-            )
-            for row, request in enumerate(batch)
-        ]  # fmt: skip
 
     def _denoise(
         self,
@@ -371,6 +355,21 @@ class DiffuMaskPipeline:
         self.seconds.masks += time.perf_counter() - start
         return drawn
 
+    def _results(self, batch: Sequence[Request], denoised: Denoised, mask: MaskOptions) -> list[Result]:
+        drawn = self._finish(denoised, mask)
+        phrases = [request.phrases for request in batch]
+        reasons = rejections(drawn.images, drawn.mask, drawn.ids, phrases, mask, drawn.quality)
+        reasons = [reason if finite else NOT_FINITE for reason, finite in zip(reasons, drawn.finite, strict=True)]
+        images, masks, class_maps = to_host(drawn.images, drawn.mask, drawn.class_maps)
+        quality = drawn.qualities()
+        return [
+            Result(
+                request, images[row], masks[row], tuple(quality[row]), class_maps[row, : len(request.phrases)],
+                not reasons[row], reasons[row],
+            )
+            for row, request in enumerate(batch)
+        ]  # fmt: skip
+
     def map_options(self, maps: MapOptions | None = None) -> MapOptions:
         """Return the options with "auto" resolved to what was measured best for the model."""
         maps = maps or MapOptions()
@@ -396,17 +395,3 @@ class DiffuMaskPipeline:
         own = self.pipe.unet.config.sample_size
         own = own if isinstance(own, (list, tuple)) else (own, own)
         return height or own[0] * self.pipe.vae_scale_factor, width or own[1] * self.pipe.vae_scale_factor
-
-    def _generators(
-        self,
-        seeds: Sequence[int] | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        count: int,
-    ) -> torch.Generator | list[torch.Generator] | None:
-        if seeds is None:
-            return generator
-        if generator is not None:
-            raise DiffuMaskError("seeds and generator both say where the noise comes from: give one of them.")
-        if len(seeds) != count:
-            raise DiffuMaskError(f"There are {count} images and {len(seeds)} seeds: give one seed for each image.")
-        return [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]

@@ -101,8 +101,7 @@ class CompiledDenoiser:
         kept = {"weights": self._weights, "text": None if call.unet_kwargs else self._text}
         no_more = call.added is None and not call.unet_kwargs and self.model.unet.config.addition_embed_type is None
         same = _same_halves(latents) if by_halves and no_more else None
-        with many_shapes():
-            results = (self._replay if as_graph else self._call)(inputs, kept, same)
+        results = (self._replay if as_graph else self._call)(inputs, kept, same)
         return call.cut(results, by_halves=by_halves)
 
     def _see_to_graphs(self, device: torch.device) -> None:
@@ -110,7 +109,7 @@ class CompiledDenoiser:
         captured = [device, self.rows, *captured_state(self.model.unet)]
         if captured != self._captured:
             torch.cuda.synchronize(device)  # they may still run
-            self._graphs, self._captured, self._seen = Graphs(self.model, device), captured, ()
+            self._graphs, self._captured, self._seen = Graphs(self._run, device), captured, ()
 
     def _look_at(self, states: Tensor, padded: Tensor, as_graph: bool) -> None:
         """Make anew what is kept between steps, for other states or another number of rows."""
@@ -122,7 +121,11 @@ class CompiledDenoiser:
             self._seen = (states, *seen[:3], self._transformed.version())
 
     def _call(self, inputs: UNetCall, kept: dict[str, Any], same: Tensor | None) -> Results:
-        return self.model(inputs, **kept, twins=same is not None and bool(same))
+        return self._run(inputs, **kept, twins=same is not None and bool(same))
+
+    def _run(self, inputs: UNetCall, **kept: Any) -> Results:
+        with many_shapes():
+            return self.model(inputs, **kept)
 
     def _replay(self, inputs: UNetCall, kept: dict[str, Any], same: Tensor | None) -> Results:
         if same is None:
