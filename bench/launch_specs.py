@@ -42,7 +42,7 @@ class Variant:
             return compile_for(capability, kernel, mean_field_triton.types(kernel), fixed, **launch)
         kernel = _named(guided_filter_triton.KERNELS)[self.kernel]
         config = tuned.launch("guided_filter", _CPU, height=512, width=512, radius=8)
-        fixed = {"NUM": 4, "BY": config.pop("rows"), "BX": config.pop("columns")}
+        fixed = {"NUM_MAPS": 4, "BLOCK_Y": config.pop("rows"), "BLOCK_X": config.pop("columns")}
         fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
         return compile_for(capability, kernel, guided_filter_triton.types(kernel), fixed, **config)
 
