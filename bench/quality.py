@@ -1,4 +1,4 @@
-"""How good masks are: thresholds, refinements and propagation, judged by the oracle; or on photographs."""
+"""The quality of masks by threshold, refinement and propagation, judged by the oracle; or on photographs."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -37,7 +37,7 @@ SLOW = ("otsu-crf", "adaptive-colour")  # measured at one propagation alone
 
 def run(
     geometry: str = "mini",
-    device: str = "auto",
+    device: str | torch.device = "auto",
     *,
     photos: Path | None = None,
     num: int = 500,
@@ -72,15 +72,15 @@ def run(
     return _rows(geometry, resolve_device(device), num, seed, settings)
 
 
-def _rows(geometry: str, where: torch.device, num: int, seed: int, settings: Sequence[str]) -> Iterator[dict]:
-    images, maps, ids = _draw(DiffuMaskPipeline.from_pretrained(geometry, device=where), num, seed)
+def _rows(geometry: str, device: torch.device, num: int, seed: int, settings: Sequence[str]) -> Iterator[dict]:
+    images, maps, ids = _draw(DiffuMaskPipeline.from_pretrained(geometry, device=device), num, seed)
     truth = look(load_oracle(), list(images.numpy()))
-    facts = {"num": num, "seed": seed, **environment(str(where))}
+    facts = {"num": num, "seed": seed, **environment(device)}
     for propagate, stored in maps.items():
         for name in settings:
             if name in SLOW and propagate != 1:
                 continue
-            figures = _judge(stored, images, ids, truth, MaskOptions(**SETTINGS[name]), where)
+            figures = _judge(stored, images, ids, truth, MaskOptions(**SETTINGS[name]), device)
             value = figures.pop("foreground_iou")
             yield row(SUITE, f"{propagate}-{name}", value, unit="IoU", n=num, config={**figures, **facts})
 
@@ -109,19 +109,19 @@ def _draw(pipe: DiffuMaskPipeline, num: int, seed: int) -> tuple[Tensor, dict[st
 
 
 def _judge(
-    maps: Tensor, images: Tensor, ids: Tensor, truth: list[np.ndarray], options: MaskOptions, where: torch.device
+    maps: Tensor, images: Tensor, ids: Tensor, truth: list[np.ndarray], options: MaskOptions, device: torch.device
 ) -> dict[str, float]:
     ious, edges, quality, seconds = [], [], [], 0.0
     for start in range(0, len(maps), BATCH):
         part = slice(start, start + BATCH)
         began = time.process_time()
-        mask, _, numbers = make_masks(maps[part].to(where), images[part].to(where), options, ids[part])
-        found = mask.cpu().numpy()
+        made, _, numbers = make_masks(maps[part].to(device), images[part].to(device), options, ids[part])
+        masks = made.cpu().numpy()
         seconds += time.process_time() - began
         quality += numbers[:, 0].tolist()
-        for one, other in zip(found > 0, truth[part], strict=True):
-            ious.append(overlap(one, other > 0))
-            edges.append(overlap(boundary(one), boundary(other > 0)))
+        for mask, true in zip(masks > 0, truth[part], strict=True):
+            ious.append(overlap(mask, true > 0))
+            edges.append(overlap(boundary(mask), boundary(true > 0)))
     return {
         "foreground_iou": float(np.mean(ious)),
         "boundary_iou": round(float(np.mean(edges)), 4),

@@ -52,8 +52,8 @@ def measure(
         from diffumask_fast.bench.plots import needs_matplotlib
 
         needs_matplotlib()
-    where = str(resolve_device(device))
-    path = output or results_file(where)
+    device = str(resolve_device(device))
+    path = output or results_file(device)
     rows, code = [], 0
     try:
         for one in run(geometry, device=device, **options):
@@ -70,7 +70,7 @@ def measure(
 
         draw(rows, plot)
     if as_json:
-        print(json.dumps({"environment": environment(where), "rows": rows}))
+        print(json.dumps({"environment": environment(device), "rows": rows}))
     elif path is not None and rows:
         print(f"Rows appended to {path}.", file=sys.stderr)
     return code

@@ -1,12 +1,12 @@
 """The guided filter in four Triton launches, fp32, whatever the number of images and maps.
 
-Box means are taken along rows, then along columns, each pixel adding its own window: no running sums, so no error grows
-along the image, and the windows of neighbours meet in the cache. The second and the fourth launch use their sums at
-once: the statistics of the guide and the 3x3 systems never leave the registers, and one program of the second serves
-all maps of its pixels, so that the guide's share is done once.
+Box means are taken along rows, then along columns. Each pixel adds up its own window: without running sums no error
+grows along the image, and neighbours read the same cached values. The second and the fourth launch use their sums at
+once, so the statistics of the guide and the 3x3 systems stay in registers. One program of the second launch serves all
+maps of its pixels: the guide's part is computed once.
 
-The guide is shifted by the mean of a coarse grid of its own pixels, which leaves the result alone and takes most of the
-rounding out of its variances.
+The guide is shifted by the mean of a coarse grid of its pixels. The result is the same, and its variances lose less to
+rounding.
 """
 
 import torch
@@ -25,7 +25,7 @@ GUIDE = 9  # planes of the guide's sums: three means, six products; each map has
 def _window(offs, size, radius):
     """Return one over the number of pixels that a window around `offs` has within an image of `size`."""
     count = tl.minimum(offs + radius, size - 1) - tl.maximum(offs - radius, 0) + 1
-    return 1.0 / tl.maximum(count, 1).to(tl.float32)  # beyond the image nothing is left
+    return 1.0 / tl.maximum(count, 1).to(tl.float32)  # beyond the image the count is 0
 
 
 @triton.jit

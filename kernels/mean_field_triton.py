@@ -1,7 +1,7 @@
 """One step of the windowed CRF in one Triton launch, fp32; the guide's norm in another, once for all steps.
 
 A program owns a run of pixels of one image and several candidates with all their labels: the weight of a pair of
-pixels is made once and meets them all, and the softmax over labels follows in registers. The Gaussian term has no
+pixels is computed once for all of them, and the softmax over labels follows in registers. The Gaussian term has no
 window: it is two small matrix products along the sides, torch's own.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from diffumask_fast.kernels import tuned
-from diffumask_fast.kernels.mean_field import _gaussian
+from diffumask_fast.kernels.mean_field import Bilateral, Gaussian, gaussian_weights
 from diffumask_fast.kernels.record import traced
 
 
@@ -107,7 +107,7 @@ def types(kernel: triton.JITFunction) -> dict[str, str]:
     return {name: kinds.get(name, "*fp32") for name in names}
 
 
-def bilateral_norm(guide: Tensor, *, window: int, dilation: int, bilateral: tuple[float, float, float]) -> Tensor:
+def bilateral_norm(guide: Tensor, *, window: int, dilation: int, bilateral: Bilateral) -> Tensor:
     """Return the norm [B, 1, H, W] fp32 of the bilateral weights of a guide [B, 3, H, W] in 0..255."""
     guide = guide.float().contiguous()
     size_b, _, height, width = guide.shape
@@ -130,8 +130,8 @@ def mean_field(
     *,
     window: int,
     dilation: int,
-    bilateral: tuple[float, float, float],
-    gaussian: tuple[float, float],
+    bilateral: Bilateral,
+    gaussian: Gaussian,
     norm: Tensor,
     config: dict[str, int] | None = None,
 ) -> Tensor:
@@ -153,7 +153,7 @@ def mean_field(
     """
     q, unary, guide, norm = (x.float().contiguous() for x in (q, unary, guide, norm))
     size_b, candidates, labels, height, width = q.shape
-    rows, columns = (_gaussian(length, gaussian[1], q.device) for length in (height, width))
+    rows, columns = (gaussian_weights(length, gaussian[1], q.device) for length in (height, width))
     smooth = (gaussian[0] * rows) @ q @ columns
     out = torch.empty_like(q)
     config = config or _config(q.device, window)
@@ -172,5 +172,5 @@ def _config(device: torch.device, window: int) -> dict[str, int]:
     return tuned.launch("mean_field", device, window=window)
 
 
-def _powers(bilateral: tuple[float, float, float]) -> tuple[float, float]:
+def _powers(bilateral: Bilateral) -> tuple[float, float]:
     return 0.5 / bilateral[1] ** 2, 0.5 / bilateral[2] ** 2

@@ -1,4 +1,4 @@
-"""The kernels in fp32 with every intermediate written out: what the fast forms are judged by."""
+"""The kernels in fp32 with every intermediate written out: the truth that the fast ones are compared with."""
 
 import torch
 from torch import Tensor
