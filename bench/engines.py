@@ -95,7 +95,7 @@ def _checks(device: torch.device, exports: bool) -> dict[str, Callable[[], Any]]
             need_exporter()
         library(flavour)
         if device.type != "cuda":
-            raise DiffuMaskError(f"An engine of {flavour} runs on CUDA: use --device cuda.")
+            raise DiffuMaskError(f"An engine of {flavour} runs on CUDA: use `device=cuda`.")
 
     def onnx() -> None:
         if exports:

@@ -33,7 +33,7 @@ def read_rows(path: str | Path) -> list[dict]:
     return rows
 
 
-def compare_rows(before: list[dict], after: list[dict], threshold: float = 0.05) -> list[dict]:
+def compare_rows(before: list[dict], after: list[dict], threshold: float) -> list[dict]:
     """Match rows by suite, name and what they depend on, the last of each file, and say how they changed.
 
     Versions and commits are no part of the match: they are what is compared. A change for the worse counts as a

@@ -25,7 +25,7 @@ def compiler() -> list[str]:
     for command in commands:
         if command and shutil.which(command[0]):
             return command
-    raise DiffuMaskError("--engine compile needs a C++ compiler on the CPU: install g++, or use --engine torch.")
+    raise DiffuMaskError("`engine=compile` needs a C++ compiler on the CPU: install g++, or use `engine=torch`.")
 
 
 @functools.cache
@@ -49,7 +49,7 @@ def library() -> ctypes.CDLL:
     except OSError as error:  # of the compiler, the loader, or a temporary folder without space or without execution
         raise DiffuMaskError(
             f"{command[0]} gives no kernels that can be used ({error}): see to the compiler (CXX) and the folder for "
-            "temporary files (TMPDIR), or use --engine torch."
+            "temporary files (TMPDIR), or use `engine=torch`."
         ) from error
     for name, pointers in (("convolve", 5), ("attend", 7)):
         rest = [ctypes.c_int] if name == "convolve" else [ctypes.c_float, ctypes.c_int]

@@ -53,11 +53,11 @@ class Case:
 
 
 def tune(
-    file: Path | None = None,
+    file: Path | None,
     progress: Callable[[str], None] = lambda sentence: None,
     *,
-    quick: bool = False,
-    only_this_device: bool = False,
+    quick: bool,
+    only_this_device: bool,
 ) -> dict[str, Any]:
     """Measure all kernels on the current CUDA device; write the best configuration after each case.
 
@@ -267,7 +267,7 @@ def write(file: Path, device: str, entries: Entries) -> None:
             os.fsync(stream.fileno())
         part.replace(file)
     except OSError as error:
-        raise DiffuMaskError(f"Cannot write {file} ({error.strerror}): choose another file with --out.") from error
+        raise DiffuMaskError(f"Cannot write {file} ({error.strerror}): choose another `out`.") from error
 
 
 def as_text(table: dict[str, dict[str, list[dict[str, Any]]]]) -> str:

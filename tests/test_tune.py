@@ -83,7 +83,7 @@ def test_a_failed_write_leaves_the_old_table_and_is_one_sentence(tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tune.os, "fsync", full)
-    with pytest.raises(DiffuMaskError, match="No space left on device.*--out"):
+    with pytest.raises(DiffuMaskError, match="No space left on device.*`out`"):
         write(file, "GPU", {"attend": []})
     assert file.read_bytes() == before
 
