@@ -65,16 +65,29 @@ def compile_for(
 def _assemble(ptx: str, capability: int) -> tuple[int, int, dict[str, int], int]:
     """Return registers and spilled bytes as ptxas reports them (Triton asks a driver), and counts of instructions."""
     tool = _TOOLS / ("ptxas" if capability < 100 else "ptxas-blackwell")
-    target = re.search(r"\.target (\w+)", ptx).group(1)
+    target = _first(r"\.target (\w+)", ptx)
     with tempfile.TemporaryDirectory() as folder:
         file, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         file.write_text(ptx, "utf-8")
         report = _run(tool, "-v", f"-arch={target}", file, "-o", binary).stderr
         code = _run(_TOOLS / "nvdisasm", "-c", binary).stdout
-    numbers = (re.search(pattern, report) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
-    registers, spills = (int(number.group(1)) for number in numbers)
+    registers, spills = (
+        int(_first(pattern, report)) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores")
+    )
     counts = Counter(re.findall(rf"\b({'|'.join(MATRIX)})\b", code))
     return registers, spills, dict(counts), turn(code)
+
+
+def _first(pattern: str, text: str) -> str:
+    """Return the group of a pattern's first match.
+
+    Raises:
+        RuntimeError: there is none, so a tool's output has changed.
+    """
+    match = re.search(pattern, text)
+    if match is None:
+        raise RuntimeError(f"nothing matches {pattern} in: {text[:200]}")
+    return match.group(1)
 
 
 def turn(code: str) -> int:
@@ -104,7 +117,7 @@ def turn(code: str) -> int:
     return count
 
 
-def _run(*command: object) -> subprocess.CompletedProcess:
+def _run(*command: object) -> subprocess.CompletedProcess[str]:
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)

@@ -168,7 +168,8 @@ class ReferenceStore(_Hooked):
             each[positions, range(len(positions))] = 1
             levels = list(self.levels(each).values())
             levels = levels[:-1] or levels
-            maps.append(sum(_over_maximum(_resize(level, size)) for level in levels).mean(0) / len(levels))
+            resized = [_over_maximum(_resize(level, size)) for level in levels]
+            maps.append(torch.stack(resized).sum(0).mean(0) / len(levels))
         return torch.stack(maps)
 
 
@@ -256,7 +257,8 @@ class PeerMaps:
             by_pixels[data.shape[1]].append(data)
         levels = [torch.stack(by_pixels[pixels]).mean(0) for pixels in sorted(by_pixels, reverse=True)]
         maps = [(level @ select).transpose(1, 2) for level in levels[:-1] or levels]
-        return sum(torch.stack([_over_maximum(_resize(one, size)) for one in level]) for level in maps) / len(maps)
+        resized = [torch.stack([_over_maximum(_resize(one, size)) for one in level]) for level in maps]
+        return torch.stack(resized).sum(0) / len(maps)
 
 
 def plain_attention(pipe: Any, kind: str) -> None:

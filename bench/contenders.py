@@ -1,7 +1,7 @@
 """The same prompts, noise and settings for all contenders; each method returns what is timed."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ class Contenders:
     def __init__(self, pipe: DiffuMaskPipeline, batch: int, steps: int) -> None:
         self.pipe = pipe
         self.batch = batch
-        self.settings = {"num_inference_steps": steps, "guidance_scale": pipe.info.guidance_scale}
+        self.settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": pipe.info.guidance_scale}
         vocabulary = Vocabulary.named(pipe.info.classes) if pipe.info.classes else Vocabulary.voc()
         requests = plan(vocabulary, batch, scenes=pipe.info.scenes or None)
         self.prompts = [request.prompt for request in requests]
@@ -98,11 +98,12 @@ class Contenders:
         Maps and masks are made as the reference makes them, or by the pipeline's defaults.
         """
         pipe, rows = pipe or self.pipe, slice(batch)
-        options = {"maps": REFERENCE_MAPS, "mask": REFERENCE_MASK} if like_reference else {}
+        options: dict[str, Any] = {"maps": REFERENCE_MAPS, "mask": REFERENCE_MASK} if like_reference else {}
 
         def call() -> np.ndarray:
             latents = self.latents[rows].to(pipe.pipe.unet.dtype)
-            return pipe(self.prompts[rows], self.classes[rows], latents=latents, **options, **self.settings).masks
+            out: Any = pipe(self.prompts[rows], self.classes[rows], latents=latents, **options, **self.settings)
+            return out.masks
 
         return call
 
@@ -175,7 +176,7 @@ class Contenders:
         return self.pipe.pipe.unet.config.sample_size * self.pipe.pipe.vae_scale_factor
 
 
-def mask_iou(left: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> list[float]:
+def mask_iou(left: Iterable[np.ndarray], right: Iterable[np.ndarray]) -> list[float]:
     """Return the foreground IoU of each pair of masks; 1 for two empty ones."""
     pairs = [(a > 0, b > 0) for a, b in zip(left, right, strict=True)]
     return [float((a & b).sum() / (a | b).sum()) if (a | b).any() else 1.0 for a, b in pairs]

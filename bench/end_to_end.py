@@ -188,7 +188,11 @@ class _Comparison:
         if "speedup_vs_reference_best" in names:
             best, best_engine = self._best_engine(half, tried)
         contenders.pipe = fp32 if self.pipe.pipe.unet.dtype != torch.float32 else self.pipe
-        calls = {"ours": contenders.ours(fp32), "best": contenders.ours(best), "reference": contenders.reference()}
+        calls: dict[str, Workload] = {
+            "ours": contenders.ours(fp32),
+            "best": contenders.ours(best),
+            "reference": contenders.reference(),
+        }
         calls |= {"daam": contenders.daam(), "peer": contenders.peer()}
         wanted = {"ours"} | {name.rpartition("_")[2] for name in names if name in RACED}
         wanted |= {"reference"} if any("reference" in name for name in names) else set()
@@ -234,7 +238,7 @@ class _Comparison:
             ious = mask_iou(contenders.ours_by_token(), theirs)
             by_phrase = mask_iou(contenders.ours(self.pipe)(), theirs)
             config = {**config, "engine": "torch", "by_phrase": round(sum(by_phrase) / self.batch, 5)}
-            spread = {"low": min(ious), "high": max(ious), "n": self.batch}
+            spread: dict[str, Any] = {"low": min(ious), "high": max(ious), "n": self.batch}
             yield row(SUITE, "iou_vs_reference", sum(ious) / self.batch, **spread, config=config)
         if "speedup_vs_reference_with_masks" in names:
             whole = contenders.ours(self.pipe, like_reference=False)

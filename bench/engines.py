@@ -152,7 +152,7 @@ def _rows(
                 libraries = other.engine.libraries if other.engine else {}
                 facts = config | {"dtype": its_dtype, **environment(device), **libraries, "threads": count}
                 both = [Contenders(pipe, config["batch"], config["num_inference_steps"]) for pipe in (other, eager)]
-                calls = {
+                calls: dict[str, list[Workload]] = {
                     "plain": [_plain(one) for one in both],
                     "maps": [one.mapped(1) for one in both],
                     "masks": [one.ours(like_reference=False) for one in both],
@@ -171,8 +171,8 @@ def _self_attention(geometry: str, device: torch.device, batch: int, pairs: int 
     for (pixels, heads, head_dim), count in cross_layers(geometry).items():
         layer = Attention(heads * head_dim, heads=heads, dim_head=head_dim).to(device, dtype)
         hidden = torch.randn(2 * batch, pixels, heads * head_dim, device=device, dtype=dtype)
-        processors = {"xformers": XFormersAttnProcessor(), "sdpa": AttnProcessor2_0()}
-        calls = {name: partial(processor, layer, hidden) for name, processor in processors.items()}
+        processors: dict[str, Any] = {"xformers": XFormersAttnProcessor(), "sdpa": AttnProcessor2_0()}
+        calls: dict[str, Workload] = {name: partial(call, layer, hidden) for name, call in processors.items()}
         timed = race(calls, control="sdpa", pairs=pairs, device=device, warmup=3)
         total = {name: seconds + count * timed.seconds(name) for name, seconds in total.items()}
         case = {"case": f"{pixels}x{heads}x{head_dim}", "layers": count}

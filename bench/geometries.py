@@ -48,7 +48,7 @@ UNETS: dict[str, dict[str, Any]] = {
 _CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
 _CLIP_H = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16)
 _CLIP_G = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20)
-TEXTS = {
+TEXTS: dict[str, tuple[dict[str, Any], ...]] = {
     "sd15": (_CLIP_L,),
     "sd21": (_CLIP_H | dict(hidden_act="gelu"),),
     "sdxl": (_CLIP_L, _CLIP_G | dict(hidden_act="gelu", projection_dim=1280)),

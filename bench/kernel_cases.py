@@ -52,7 +52,7 @@ def test_cross_attention_maps(benchmark: Any, impl: str, dtype: str, shape: tupl
     half, rng = rows // 2, torch.Generator().manual_seed(0)
     given = attention_input(layer, DTYPES[dtype], DEVICE, rng, rows=rows, conditional=half, num=CLASSES)
     flops = 4 * rows * pixels * KEYS * heads * head_dim + 2 * half * heads * pixels * KEYS * CLASSES
-    settings = {**given.settings, "maps": given.maps, "impl": impl}
+    settings: dict[str, Any] = {**given.settings, "maps": given.maps, "impl": impl}
     _run(benchmark, given.num_bytes, flops, dtype, lambda: attend(given.q, given.k, given.v, given.select, **settings))
 
 

@@ -1,6 +1,7 @@
 """The time of the mask stage for an image: refinement and thresholds, each by itself and together."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,11 @@ def _rows(geometry: str, device: torch.device, batch: int, classes: Sequence[int
             seconds = sorted(timed.times[name])
             config = {"geometry": geometry, "batch": batch, "classes": count, "pixels": 8 * latent}
             config |= {"case": f"{name.partition(': ')[2]} K={count}".strip(), "clock": timed.clock}
-            spread = {"low": 1e3 * seconds[0] / batch, "high": 1e3 * seconds[-1] / batch, "n": len(seconds)}
+            spread: dict[str, Any] = {
+                "low": 1e3 * seconds[0] / batch,
+                "high": 1e3 * seconds[-1] / batch,
+                "n": len(seconds),
+            }
             value = 1e3 * timed.seconds(name) / batch
             config |= environment(device)
             yield row(SUITE, name.partition(": ")[0], value, unit="ms/image", config=config, **spread)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +24,8 @@ from diffumask_fast.prompts.vocabulary import Vocabulary
 
 SUITE = "quality"
 BATCH = 8
-PROPAGATE = ("none", 1, 2)
-SETTINGS = {
+PROPAGATE: tuple[Any, ...] = ("none", 1, 2)
+SETTINGS: dict[str, dict[str, Any]] = {
     "otsu-colour": {},
     "otsu-guided": {"colour_steps": 0},
     "otsu-crf": {"refine": "crf"},
@@ -85,12 +86,13 @@ def _rows(geometry: str, device: torch.device, num: int, seed: int, settings: Se
             yield row(SUITE, f"{propagate}-{name}", value, unit="IoU", n=num, config={**figures, **facts})
 
 
-def _draw(pipe: DiffuMaskPipeline, num: int, seed: int) -> tuple[Tensor, dict[str | int, Tensor], Tensor]:
+def _draw(pipe: DiffuMaskPipeline, num: int, seed: int) -> tuple[Tensor, dict[Any, Tensor], Tensor]:
     """Draw once; return images [N, H, W, 3], maps of each propagation [N, 1, h, w], class ids [N, 1]."""
     requests = plan(Vocabulary.named(pipe.info.classes), num, seed, 1, scenes=pipe.info.scenes)
     pipe.pipe.set_progress_bar_config(disable=True)
     aggregation = pipe.map_options().aggregation
-    images, maps = [], {times: [] for times in PROPAGATE}
+    images: list[Tensor] = []
+    maps: dict[Any, list[Tensor]] = {times: [] for times in PROPAGATE}
     for start in range(0, num, BATCH):
         batch = requests[start : start + BATCH]
         generators = [torch.Generator("cpu").manual_seed(request.seed) for request in batch]
@@ -138,4 +140,4 @@ def rank_correlation(left: Sequence[float], right: Sequence[float]) -> float:
         1.0
     """
     ranks = [np.argsort(np.argsort(values, kind="stable"), kind="stable") for values in (left, right)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.asarray(np.corrcoef(ranks))[0, 1])

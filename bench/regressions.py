@@ -20,7 +20,7 @@ def read_rows(path: str | Path) -> list[dict]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DiffuMaskError(f"Cannot read the rows in {path} ({error}): give a file that bench wrote.") from error
-    rows = []
+    rows: list[dict] = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
             parsed = json.loads(line) if line.strip() else {"rows": []}

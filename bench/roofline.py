@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -261,7 +262,12 @@ def _workspace_table(model: Model) -> str:
     for kind in ("cross", "self"):
         for layer in model.layers:
             keys, num = (KEYS, 1) if kind == "cross" else (layer.pixels, int(layer.pixels <= PROPAGATED))
-            shape = {"pixels": layer.pixels, "keys": keys, "heads": layer.heads, "head_dim": layer.head_dim}
+            shape: dict[str, Any] = {
+                "pixels": layer.pixels,
+                "keys": keys,
+                "heads": layer.heads,
+                "head_dim": layer.head_dim,
+            }
             peaks = {impl: workspace(impl, rows=2, num=num, **shape) for impl in IMPLS}
             largest = {impl: max(largest[impl], peaks[impl]) for impl in IMPLS}
             sizes = " | ".join(f"{value / 1e6:.2f}" for value in peaks.values())

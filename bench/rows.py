@@ -39,9 +39,10 @@ def row(
     """
     config = dict(config or {})
     if isinstance(value, Ratio):
-        config |= {"raw": round(value.raw, 5), "control_deviation": round(value.deviation, 5)}
-        config |= {"baseline_s": round(value.baseline_s, 5), "clock": value.clock}
-        value, low, high, n = value.value, value.low, value.high, value.n
+        ratio = value
+        config |= {"raw": round(ratio.raw, 5), "control_deviation": round(ratio.deviation, 5)}
+        config |= {"baseline_s": round(ratio.baseline_s, 5), "clock": ratio.clock}
+        value, low, high, n = ratio.value, ratio.low, ratio.high, ratio.n
     low, high = value if low is None else low, value if high is None else high
     numbers = {key: round(float(number), 5) for key, number in (("value", value), ("low", low), ("high", high))}
     return {

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,7 +72,7 @@ def _rows(
         config = {**shared, "batch": batch, **contenders.settings, "clock": timed.clock}
         config["stages_s"] = {name: round(value, 4) for name, value in stages.items()}
         rates = sorted(batch / seconds for seconds in timed.times["ours"])
-        spread = {"low": rates[0], "high": rates[-1], "n": pairs}
+        spread: dict[str, Any] = {"low": rates[0], "high": rates[-1], "n": pairs}
         yield row(SUITE, "images_per_s", batch / timed.seconds("ours"), unit="images/s", config=config, **spread)
         yield row(SUITE, "peak_memory", peak_bytes(call) / GIB, unit="GiB", config=config)
     for count, peak in over_steps(pipe, tuple(numbers)):

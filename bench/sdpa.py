@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffumask_fast.bench.geometries import cross_layers
-from diffumask_fast.bench.harness import GRAPH_CALLS, race
+from diffumask_fast.bench.harness import GRAPH_CALLS, Workload, race
 from diffumask_fast.bench.rows import row
 from diffumask_fast.kernels.shapes import KEYS
 
@@ -45,28 +45,30 @@ def rows(
 
 
 def _row(suite: str, device: torch.device, shape: tuple[int, ...], pairs: int | None, config: dict[str, Any]) -> dict:
-    batch, heads, pixels, qk, v = shape
+    batch, heads, pixels, width, v_width = shape
     rng = torch.Generator(device).manual_seed(0)
-    sizes = ((pixels, qk), (KEYS, qk), (KEYS, v))
-    tensors = [torch.randn(batch, heads, *size, generator=rng, device=device).half() for size in sizes]
-    timed = race({"auto": lambda: F.scaled_dot_product_attention(*tensors)}, **_settings(device, pairs))
+    sizes = ((pixels, width), (KEYS, width), (KEYS, v_width))
+    q, k, v = (torch.randn(batch, heads, *size, generator=rng, device=device).half() for size in sizes)
+
+    def call() -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    timed = race({"auto": call}, **_settings(device, pairs))
     times = sorted(1e6 * seconds for seconds in timed.times["auto"])
-    config |= {"case": f"{pixels}x{heads} q {qk} v {v}", "clock": timed.clock, "dtype": "float16"}
-    config |= {"chosen": SDPBackend(torch._fused_sdp_choice(*tensors)).name.lower()}
-    config |= {"us": {name: _microseconds(backend, tensors, device, pairs) for name, backend in BACKENDS.items()}}
+    config |= {"case": f"{pixels}x{heads} q {width} v {v_width}", "clock": timed.clock, "dtype": "float16"}
+    config |= {"chosen": SDPBackend(torch._fused_sdp_choice(q, k, v)).name.lower()}
+    config |= {"us": {name: _microseconds(backend, call, device, pairs) for name, backend in BACKENDS.items()}}
     value = 1e6 * timed.seconds("auto")
     return row(suite, "sdpa", value, unit="us", low=times[0], high=times[-1], n=len(times), config=config)
 
 
-def _microseconds(
-    backend: SDPBackend, tensors: list[torch.Tensor], device: torch.device, pairs: int | None
-) -> float | None:
+def _microseconds(backend: SDPBackend, call: Workload, device: torch.device, pairs: int | None) -> float | None:
     try:
         with sdpa_kernel(backend):
-            timed = race({"it": lambda: F.scaled_dot_product_attention(*tensors)}, **_settings(device, pairs))
+            timed = race({"call": call}, **_settings(device, pairs))
     except RuntimeError:  # torch says "No available kernel"
         return None
-    return round(1e6 * timed.seconds("it"), 2)
+    return round(1e6 * timed.seconds("call"), 2)
 
 
 def _settings(device: torch.device, pairs: int | None) -> dict[str, Any]:

@@ -5,6 +5,8 @@ E (cross-attention) the extra columns are a phrase's map; with earlier maps as E
 maps.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -201,19 +203,20 @@ def _triton(
     from diffumask_fast.kernels import operators
 
     _check_triton(q, k, v, columns, mask, impl)
+    assert columns is not None
     if maps is None:
         maps = torch.zeros(columns.shape[0], columns.shape[2], q.shape[1], device=q.device)
     if maps.dtype != torch.float32 or not maps.is_contiguous():
         raise DiffuMaskError(f"impl {impl!r} adds to contiguous fp32 maps")
-    settings = {"heads": heads, "scale": scale, "weight": weight}
+    settings: dict[str, Any] = {"heads": heads, "scale": scale, "weight": weight}
     direct = _direct(q, k, v, columns)
     if impl == "triton":
-        run = operators.launch_attend if direct else torch.ops.diffumask_fast.cross_attention_maps
-        return run(q, k, v, columns, maps, first_conditional=first, **settings), maps
+        attend_all = operators.launch_attend if direct else torch.ops.diffumask_fast.cross_attention_maps
+        return attend_all(q, k, v, columns, maps, first_conditional=first, **settings), maps
     out, _ = attend_sdpa.attend(q, k, v, None, heads=heads, scale=scale)
     rows = slice(first, first + columns.shape[0])
-    run = operators.launch_attend_maps if direct else torch.ops.diffumask_fast.attend_maps
-    run(q[rows], k[rows], columns, maps, **settings)
+    add_maps = operators.launch_attend_maps if direct else torch.ops.diffumask_fast.attend_maps
+    add_maps(q[rows], k[rows], columns, maps, **settings)
     return out, maps
 
 

@@ -13,6 +13,7 @@ alone: the same input gives the same bits.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -338,7 +339,7 @@ def attend_maps(
             _add_parts(parts, maps, groups)
 
 
-def _readable(tensors: tuple[Tensor, ...], scale: float) -> tuple[list[Tensor], float]:
+def _readable(tensors: Sequence[Tensor], scale: float) -> tuple[Sequence[Tensor], float]:
     """Return tensors with dense rows, and the factor of the scores in 2^x, positive: the maximum is taken before it."""
     tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
     if scale <= 0:

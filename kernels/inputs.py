@@ -24,7 +24,7 @@ class AttentionInput:
     heads: int
 
     @property
-    def settings(self) -> dict[str, int]:
+    def settings(self) -> dict[str, Any]:
         """Return heads and first row of the conditional half, as `attend` takes them."""
         return {"heads": self.heads, "first_conditional": len(self.q) - len(self.select)}
 
@@ -56,7 +56,7 @@ def attention_input(
         num: K.
     """
     pixels, heads, head_dim = shape
-    place = {"generator": generator, "device": generator.device}
+    place: dict[str, Any] = {"generator": generator, "device": generator.device}
     q, k, v = (torch.randn(rows, count, heads * head_dim, **place).to(device, dtype) for count in (pixels, KEYS, KEYS))
     select = torch.rand(conditional, KEYS, num, **place).to(device)
     return AttentionInput(q, k, v, select, torch.zeros(conditional, num, pixels, device=device), heads)
@@ -77,6 +77,6 @@ def step_input(
     images: int, side: int, device: str | torch.device, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw q and its unary [B, M, L, side, side], and a guide [B, 3, side, side] in 0..255, for the CRF step."""
-    place = {"generator": generator, "device": generator.device}
+    place: dict[str, Any] = {"generator": generator, "device": generator.device}
     q = torch.rand(images, CANDIDATES, LABELS, side, side, **place).softmax(2).to(device)
     return q, -q.log(), 255 * torch.rand(images, 3, side, side, **place).to(device)

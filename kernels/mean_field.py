@@ -1,6 +1,7 @@
 """One windowed mean-field step of a dense CRF: Krähenbühl and Koltun, NIPS 2011; the window of ConvCRF, BMVC 2018."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,7 +117,7 @@ def _triton(
         return torch.ops.diffumask_fast.mean_field(q, unary, guide, norm, *place, *widths)
     if not interpreted():
         raise DiffuMaskError(f"impl 'triton' runs on CUDA, not on {q.device}: use 'torch'")
-    around = {"window": window, "dilation": dilation, "bilateral": bilateral}
+    around: dict[str, Any] = {"window": window, "dilation": dilation, "bilateral": bilateral}
     norm = operators.launch_bilateral_norm(guide, **around) if norm is None else norm
     return operators.launch_mean_field(q, unary, guide, **around, gaussian=gaussian, norm=norm)
 

@@ -12,6 +12,8 @@ Example:
     0.2
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.library import triton_op
@@ -45,6 +47,7 @@ def cross_attention_maps(
             q, k, v, select, maps, heads=heads, scale=scale, first_conditional=first_conditional, weight=weight
         )
     out, added = attend_sdpa.attend(q, k, v, select, heads=heads, scale=scale, first_conditional=first_conditional)
+    assert added is not None
     maps.add_(added, alpha=weight)
     return out
 
@@ -94,7 +97,8 @@ def _(guide: Tensor, maps: Tensor, radius: int, eps: float) -> Tensor:
 def bilateral_norm(guide: Tensor, window: int, dilation: int, bilateral: list[float]) -> Tensor:
     """Return D^-1/2 of the bilateral weights: `bilateral_norm`, Triton on CUDA."""
     function = launch_bilateral_norm if guide.is_cuda else torch_bilateral_norm
-    return function(guide, window=window, dilation=dilation, bilateral=tuple(bilateral))
+    factor, sxy, srgb = bilateral
+    return function(guide, window=window, dilation=dilation, bilateral=(factor, sxy, srgb))
 
 
 @bilateral_norm.register_fake
@@ -115,7 +119,7 @@ def mean_field(
 ) -> Tensor:
     """Update label probabilities once: `mean_field` with every argument given, Triton on CUDA."""
     function = launch_mean_field if q.is_cuda else torch_mean_field
-    widths = {"bilateral": tuple(bilateral), "gaussian": tuple(gaussian)}
+    widths: dict[str, Any] = {"bilateral": tuple(bilateral), "gaussian": tuple(gaussian)}
     return function(q, unary, guide, window=window, dilation=dilation, **widths, norm=norm)
 
 

@@ -199,7 +199,9 @@ def _attend(
         attend_triton.attend_maps(q[IMAGES:], k[IMAGES:], select, maps, heads=heads, scale=scale, config=config)
 
     def plain() -> None:
-        maps.add_(attend_sdpa.attend(q, k, v, select, **settings, scale=scale)[1])
+        _, added = attend_sdpa.attend(q, k, v, select, **settings, scale=scale)
+        assert added is not None
+        maps.add_(added)
 
     blocks: Iterable[tuple[int, int]] = ((64, 4), (128, 8), *(((32, 8),) if head_dim > 128 else ()))
     if not quick:
