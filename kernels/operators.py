@@ -53,17 +53,7 @@ def cross_attention_maps(
 
 
 @cross_attention_maps.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    select: Tensor,
-    maps: Tensor,
-    heads: int,
-    scale: float,
-    first_conditional: int,
-    weight: float,
-) -> Tensor:
+def _(q: Tensor, *rest: Any, **named: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
@@ -124,14 +114,5 @@ def mean_field(
 
 
 @mean_field.register_fake
-def _(
-    q: Tensor,
-    unary: Tensor,
-    guide: Tensor,
-    norm: Tensor,
-    window: int,
-    dilation: int,
-    bilateral: list[float],
-    gaussian: list[float],
-) -> Tensor:
+def _(q: Tensor, *rest: Any, **named: Any) -> Tensor:
     return q.new_empty(q.shape, dtype=torch.float32)
