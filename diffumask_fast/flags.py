@@ -50,8 +50,8 @@ def _flag(one: Field, hint: Any) -> inspect.Parameter:
     kind, told = _kind(hint), {"help": one.metadata["help"]}
     if one.default is MISSING:
         info = typer.Argument(metavar=one.metadata["metavar"], **told)
-    elif kind is bool:
-        info = typer.Option(f"--{one.name.replace('_', '-')}", **told)
+    elif kind is bool or one.metadata["also"]:
+        info = typer.Option(f"--{one.name.replace('_', '-')}", *filter(None, [one.metadata["also"]]), **told)
     else:
         info = typer.Option(**told)
     default = inspect.Parameter.empty if one.default is MISSING else one.default

@@ -8,6 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from diffumask_fast.attention.options import MapOptions
+from diffumask_fast.bench.options import BenchOptions, CompareOptions, TuneOptions
 from diffumask_fast.cli import app
 from diffumask_fast.flags import with_flags
 from diffumask_fast.generation.options import GenerateOptions
@@ -15,6 +16,7 @@ from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import Options, argument, one_of, option, whole
 
 COMMANDS = typer.main.get_command(app).commands
+COMMANDS = {**COMMANDS, **COMMANDS["bench"].commands}
 
 
 def flat(kind):
@@ -23,7 +25,13 @@ def flat(kind):
         yield from flat(inner) if is_dataclass(inner) else [one]
 
 
-@pytest.mark.parametrize("command, kind", [("generate", GenerateOptions), ("remask", MaskOptions)])
+KINDS = {
+    "generate": GenerateOptions, "remask": MaskOptions, "bench": BenchOptions, "compare": CompareOptions,
+    "tune": TuneOptions,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command, kind", KINDS.items())
 def test_every_field_is_a_flag_with_its_default_and_help(command, kind):
     flags = {flag.name: flag for flag in COMMANDS[command].params}
     for one in flat(kind):
@@ -31,10 +39,11 @@ def test_every_field_is_a_flag_with_its_default_and_help(command, kind):
         assert one.metadata["help"] and flag.help == one.metadata["help"], one.name
         assert flag.required == (one.default is MISSING)
         assert flag.required or flag.default == one.default
-        assert flag.param_type_name == "argument" or flag.opts == [f"--{one.name.replace('_', '-')}"]
+        names = [f"--{one.name.replace('_', '-')}", *filter(None, [one.metadata.get("also")])]
+        assert flag.param_type_name == "argument" or flag.opts == names
         assert not flag.secondary_opts  # no --no-flags
-    rest = {"generate": {"log", "as_json"}, "remask": {"source", "out", "device", "as_json"}}[command]
-    assert flags.keys() - {"help"} == rest
+    rest = {"generate": {"log"}, "remask": {"source", "out", "device"}}.get(command, set())
+    assert flags.keys() - {"help"} == rest | {"as_json"}
 
 
 def test_the_options_of_maps_are_flags_of_generate_alone():
