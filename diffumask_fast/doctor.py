@@ -65,7 +65,8 @@ def _works() -> dict[str, str]:
             check()
             report[name] = "works"
         except Exception as error:  # noqa: BLE001 - the reason is the answer
-            report[name] = f"does not work: {' '.join(str(error).split())[:200] or type(error).__name__}"
+            reason = error.as_flags() if isinstance(error, DiffuMaskError) else str(error)
+            report[name] = f"does not work: {' '.join(reason.split())[:200] or type(error).__name__}"
     return report
 
 

@@ -12,21 +12,21 @@ from torch import Tensor
 from diffumask_fast.attention.tap import Levels
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.limits import Limits
-from diffumask_fast.export.session import Runs
+from diffumask_fast.export.session import GraphSession
 
 
 class ExportedDenoiser:
     """Call an exported UNetWithMaps.
 
-    The graph has a fixed number of columns and, without dynamic rows, of rows: what is asked for is padded with zeros
-    and cut out again.
+    The graph has a fixed number of phrases and, without dynamic rows, of rows: inputs are padded with zeros, and the
+    padding is cut off the outputs.
 
     Args:
         session: of the graph, in ONNX Runtime or TensorRT.
         limits: of the engine.
     """
 
-    def __init__(self, session: Runs, limits: Limits) -> None:
+    def __init__(self, session: GraphSession, limits: Limits) -> None:
         self.session = session
         self.limits = limits
 
@@ -67,10 +67,10 @@ class ExportedDenoiser:
         """
         prior = prior or {}
         if unet_kwargs:
-            raise DiffuMaskError(f"The exported UNet has no {', '.join(unet_kwargs)}: use --engine torch.")
+            raise DiffuMaskError(f"The exported UNet has no {', '.join(unet_kwargs)}: use `engine=torch`.")
         self._check(latents, encoder_hidden_states, select, prior)
         rows, padded = latents.shape[0], max(latents.shape[0], self.limits.rows[0])
-        num, columns = select.shape[0], self.limits.columns
+        num, columns = select.shape[0], self.limits.max_phrases
         first = rows - num if first_conditional is None else first_conditional
         pixels = self.limits.level_pixels(tuple(latents.shape[-2:]))
 
@@ -104,12 +104,13 @@ class ExportedDenoiser:
         limits.check(-(-latents.shape[0] // 2), h, w, select.shape[2], "none")
         if states.shape[1] != limits.tokens:
             raise DiffuMaskError(
-                f"The engine takes prompts of {limits.tokens} tokens, not {states.shape[1]}: use --engine torch."
+                f"The engine takes prompts of {limits.tokens} tokens, not {states.shape[1]}: use `engine=torch`."
             )
         if missing := [key for key in prior if key not in limits.propagated]:
-            raise DiffuMaskError(f"The engine does not propagate maps at level {missing[0]}: use --propagate none.")
+            raise DiffuMaskError(f"The engine does not propagate maps at level {missing[0]}: use `propagate=none`.")
         most = max((value.shape[1] for value in prior.values()), default=0)
-        if most > limits.columns:
+        if most > limits.max_phrases:
             raise DiffuMaskError(
-                f"The engine propagates at most {limits.columns} maps, not {most}: export again with --columns {most}."
+                f"The engine propagates at most {limits.max_phrases} maps, not {most}: export again with "
+                f"`max_phrases={most}`."
             )

@@ -24,7 +24,7 @@ def compiler() -> list[str]:
     commands = (shlex.split(os.environ.get("CXX", "")), ["g++"], ["clang++"])
     if found := next((command for command in commands if command and shutil.which(command[0])), None):
         return found
-    raise DiffuMaskError("--engine compile needs a C++ compiler on the CPU: install g++, or use --engine torch.")
+    raise DiffuMaskError("`engine=compile` needs a C++ compiler on the CPU: install g++, or use `engine=torch`.")
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def library() -> ctypes.CDLL:
     except OSError as error:  # the compiler's, a temporary folder's that takes or runs nothing, the loader's
         raise DiffuMaskError(
             f"{command[0]} gives no kernels that can be used ({error}): see to the compiler (CXX) and the folder for "
-            "temporary files (TMPDIR), or use --engine torch."
+            "temporary files (TMPDIR), or use `engine=torch`."
         ) from error
     for name, pointers in (("convolve", 5), ("attend", 7)):
         rest = [ctypes.c_int] if name == "convolve" else [ctypes.c_float, ctypes.c_int]

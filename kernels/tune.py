@@ -274,7 +274,7 @@ def write(file: Path, device: str, entries: Entries) -> None:
             os.fsync(stream.fileno())
         part.replace(file)
     except OSError as error:
-        raise DiffuMaskError(f"Cannot write {file} ({error.strerror}): choose another file with --out.") from error
+        raise DiffuMaskError(f"Cannot write {file} ({error.strerror}): choose another `out`.") from error
 
 
 def as_text(table: dict[str, dict[str, list[dict[str, Any]]]]) -> str:

@@ -5,7 +5,7 @@ import pytest
 from diffumask_fast import doctor
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels import native
-from diffumask_fast.models import loading
+from diffumask_fast.models import find
 
 
 def test_the_report_names_versions_devices_and_what_works():
@@ -58,7 +58,7 @@ def test_what_does_not_work_has_its_reason(monkeypatch):
     def refuse(_):
         raise DiffuMaskError("weights are missing")
 
-    monkeypatch.setattr(loading, "find_model", refuse)
+    monkeypatch.setattr(find, "find_model", refuse)
     assert doctor.examine()["works"]["embedded model"] == "does not work: weights are missing"
 
 

@@ -9,8 +9,10 @@ from typer.testing import CliRunner
 
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.cli import app
+from diffumask_fast.export.options import ExportOptions
 from diffumask_fast.flags import with_flags
 from diffumask_fast.generation.options import GenerateOptions
+from diffumask_fast.learning.options import EvaluateOptions
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import Options, argument, one_of, option, whole
 
@@ -23,7 +25,11 @@ def flat(kind):
         yield from flat(inner) if is_dataclass(inner) else [one]
 
 
-@pytest.mark.parametrize("command, kind", [("generate", GenerateOptions), ("remask", MaskOptions)])
+KINDS = {"generate": GenerateOptions, "remask": MaskOptions, "evaluate": EvaluateOptions, "export": ExportOptions}
+OTHERS = {"generate": {"log", "as_json"}, "remask": {"source", "out", "device", "as_json"}}
+
+
+@pytest.mark.parametrize("command, kind", KINDS.items())
 def test_every_field_is_a_flag_with_its_default_and_help(command, kind):
     flags = {flag.name: flag for flag in COMMANDS[command].params}
     for one in flat(kind):
@@ -32,9 +38,8 @@ def test_every_field_is_a_flag_with_its_default_and_help(command, kind):
         assert flag.required == (one.default is MISSING)
         assert flag.required or flag.default == one.default
         assert flag.param_type_name == "argument" or flag.opts == [f"--{one.name.replace('_', '-')}"]
-        assert not flag.secondary_opts  # no --no-flags
-    rest = {"generate": {"log", "as_json"}, "remask": {"source", "out", "device", "as_json"}}[command]
-    assert flags.keys() - {"help"} == rest
+        assert bool(flag.secondary_opts) == (one.default is True)  # what is on by default has a --no-form
+    assert flags.keys() - {"help"} == OTHERS.get(command, {"as_json"})
 
 
 def test_the_options_of_maps_are_flags_of_generate_alone():
@@ -55,6 +60,7 @@ class Outer(Options):
     num_parts: int | None = option(None, "How many.", whole(1))
     inner: Inner = Inner()
     is_dry: bool = option(False, "Do nothing.")
+    wide: bool = option(True, "Both sides.")
 
 
 def test_a_command_gets_its_dataclasses():
@@ -68,7 +74,10 @@ def test_a_command_gets_its_dataclasses():
 
     run = CliRunner().invoke
     assert run(program, ["here"]).exit_code == 0
-    assert run(program, ["--num-parts", "3", "there", "--size", "4", "--is-dry", "--share", "1"]).exit_code == 0
-    assert got == [(Outer("here"), 0.5), (Outer("there", 3, Inner("red", 4), True), 1.0)]
+    assert (
+        run(program, ["--num-parts", "3", "there", "--size", "4", "--is-dry", "--no-wide", "--share", "1"]).exit_code
+        == 0
+    )
+    assert got == [(Outer("here"), 0.5), (Outer("there", 3, Inner("red", 4), True, False), 1.0)]
     assert "Say what was given." in run(program, ["--help"]).stdout
     assert run(program, []).exit_code == 2 and run(program, ["here", "--num-parts", "x"]).exit_code == 2
