@@ -12,7 +12,7 @@ from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.bench.rows import environment, row
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.learning.evaluation import boundary, look, overlap
+from diffumask_fast.learning.evaluation import boundary, overlap, predict
 from diffumask_fast.masks.make import make_masks, quantise_maps
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.mini.oracle import load_oracle
@@ -74,7 +74,7 @@ def run(
 
 def _rows(geometry: str, where: torch.device, num: int, seed: int, settings: Sequence[str]) -> Iterator[dict]:
     images, maps, ids = _draw(DiffuMaskPipeline.from_pretrained(geometry, device=where), num, seed)
-    truth = look(load_oracle(), list(images.numpy()))
+    truth = predict(load_oracle(), list(images.numpy()))
     facts = {"num": num, "seed": seed, **environment(str(where))}
     for propagate, stored in maps.items():
         for name in settings:

@@ -24,9 +24,9 @@ def test_a_scene_depends_on_seed_and_index_alone(world):
 def test_the_mask_holds_the_named_classes_and_is_where_the_object_is(world):
     for index in range(24):
         scene = world.scene(1, index)
-        assert set(np.unique(scene.mask)) == {0, *(VOC.index(name) for name in scene.classes)}
+        assert set(np.unique(scene.mask)) == {0, *(VOC[name].id for name in scene.classes)}
         for name in scene.classes:
-            share = (scene.mask == VOC.index(name)).mean()
+            share = (scene.mask == VOC[name].id).mean()
             assert share > 0.01, (index, name, share)
 
 
@@ -49,7 +49,7 @@ def test_the_mask_is_where_the_object_hides_more_than_half_of_the_background(wor
 def test_two_objects_are_named_from_left_to_right(world):
     for index in range(12):
         scene = world.scene(4, index, ("dog", "car"))
-        columns = [np.nonzero(scene.mask == VOC.index(name))[1].mean() for name in ("dog", "car")]
+        columns = [np.nonzero(scene.mask == VOC[name].id)[1].mean() for name in ("dog", "car")]
         assert columns[0] < columns[1]
         assert "a dog and a car" in scene.prompt
 

@@ -44,6 +44,7 @@ class Oracle(nn.Module):
     def __init__(self, classes: list[str]):
         super().__init__()
         self.classes = list(classes)
+        self.class_ids = {name: VOC[name].id for name in self.classes}
         self.stem = nn.Conv2d(12, WIDTHS[0], 3, padding=1)
         self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False))
         self.up = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False))
@@ -70,9 +71,9 @@ class Oracle(nn.Module):
 
     @torch.no_grad()
     def masks(self, images: np.ndarray, batch: int = 32) -> np.ndarray:
-        """Return the class ids of VOC, uint8 [B, H, W], that the oracle sees in uint8 images [B, H, W, 3]."""
+        """Return the predicted masks, uint8 [B, H, W] of VOC's class ids, of images uint8 [B, H, W, 3]."""
         device = self.stem.weight.device
-        ids = torch.tensor([0, *(VOC.index(name) for name in self.classes)], dtype=torch.uint8)
+        ids = torch.tensor([0, *self.class_ids.values()], dtype=torch.uint8)
         found = []
         for start in range(0, len(images), batch):
             part = torch.from_numpy(np.ascontiguousarray(images[start : start + batch])).permute(0, 3, 1, 2)
@@ -117,7 +118,7 @@ def train(args):
     oracle = oracle.to(memory_format=torch.channels_last)
     vae = AutoencoderTiny.from_pretrained(args.vae).float().to(memory_format=torch.channels_last)
     labels = torch.zeros(256, dtype=torch.long)
-    labels[[VOC.index(name) for name in oracle.classes]] = torch.arange(1, 1 + len(oracle.classes))
+    labels[list(oracle.class_ids.values())] = torch.arange(1, 1 + len(oracle.classes))
     ema = Ema([oracle], decay=0.998)
     adam, schedule, parameters = optimiser([oracle], args.lr or 2e-3, args.steps)
     generator = torch.Generator().manual_seed(args.seed)

@@ -21,13 +21,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.prompts.planner import article
+from diffumask_fast.prompts.request import Request
+from diffumask_fast.prompts.vocabulary import Vocabulary
 
 ASSETS = Path(__file__).parent / "assets"
-VOC = (
-    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
-    "pottedplant sheep sofa train tvmonitor"
-).split()
-PHRASES = {"diningtable": "dining table", "pottedplant": "potted plant", "tvmonitor": "tv monitor"}
+VOC = {entry.name: entry for entry in Vocabulary.voc().entries}
 SCENES = {
     "grass": "on the grass",
     "street": "on the street",
@@ -82,8 +81,8 @@ def load_sprites(assets: Path | None = None, names: str = "small", objects: str 
     folder = Path(assets) if assets else ASSETS
     table = next((path for path in (folder / "sprites.csv", folder / "sprites" / "sprites.csv") if path.exists()), None)
     if table is None:
-        raise DiffuMaskError(f"{folder} has no sprites.csv: point --assets at a folder of cut-outs, or leave it out.")
-    wanted = set(VOC[1:]) if names == "full" else set(HOME)
+        raise DiffuMaskError(f"{folder} has no sprites.csv: point `assets` at a folder of cut-outs, or leave it out.")
+    wanted = set(VOC) if names == "full" else set(HOME)
     with table.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["class"] in wanted]
     rows = [row for row in rows if row["kind"] == "whole" and row["licence"].startswith(PERMISSIVE)]
@@ -103,11 +102,6 @@ def _objects(row: dict) -> str:
     if "objects" in row:
         return row["objects"]
     return "held-out" if hashlib.sha256(row["model"].encode()).digest()[0] < 51 else "kept"
-
-
-def article(phrase: str) -> str:
-    """Return the phrase with its indefinite article."""
-    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 class World:
@@ -163,12 +157,12 @@ class World:
         image.paste(cut, (x, y), cut)
         alpha = np.asarray(cut)[..., 3]
         region = mask[y : y + h, x : x + w]
-        region[alpha > 127] = VOC.index(sprite.name)
+        region[alpha > 127] = VOC[sprite.name].id
         return image
 
 
 def _caption(rng, classes, place):
-    names = " and ".join(article(PHRASES.get(name, name)) for name in classes)
+    names = " and ".join(article(VOC[name].phrase) for name in classes)
     draw = rng.random()
     if draw < 0.7:
         return f"a photo of {names} {SCENES[place]}"
@@ -356,15 +350,14 @@ def write_world(
         DiffuMaskError: no scenes are asked for, no usable cut-outs, or a folder that is closed or holds another run.
     """
     from diffumask_fast.dataset.run import open_run
-    from diffumask_fast.prompts.request import Request
 
     if num < 1 or seed < 0:
-        raise DiffuMaskError("--num must be at least 1 and --seed at least 0.")
+        raise DiffuMaskError("`num` must be at least 1 and `seed` at least 0.")
     world = World(load_sprites(assets, names, objects))
 
     def request(index: int, scene: Scene) -> Request:
-        phrases = [PHRASES.get(name, name) for name in scene.classes]
-        ids = [VOC.index(name) for name in scene.classes]
+        entries = [VOC[name] for name in scene.classes]
+        phrases, ids = (tuple(getattr(entry, part) for entry in entries) for part in ("phrase", "id"))
         key = f"{'+'.join(scene.classes)}-{index:06d}"
         return Request(key, scene.prompt, "", phrases, ids, index, scene.classes)
 
