@@ -115,7 +115,7 @@ def _judge(
     for start in range(0, len(maps), BATCH):
         part = slice(start, start + BATCH)
         began = time.process_time()
-        mask, _, numbers = make_masks(maps[part].to(where), images[part].to(where), options, ids[part])
+        mask, numbers = make_masks(maps[part].to(where), images[part].to(where), options, ids[part])
         found = mask.cpu().numpy()
         seconds += time.process_time() - began
         quality += numbers[:, 0].tolist()

@@ -344,7 +344,7 @@ class DiffuMaskPipeline:
         finite = pixels.isfinite().flatten(1).all(1)
         images = (pixels.nan_to_num(0).permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8)
         class_maps = quantise_maps(store.class_maps(denoised.maps))
-        mask, _, quality = make_masks(class_maps, images, options, ids)
+        mask, quality = make_masks(class_maps, images, options, ids)
         drawn = Drawn(images, finite.tolist(), pixels, mask, quality, class_maps, store.levels, ids)
         self.seconds.masks += time.perf_counter() - start
         return drawn

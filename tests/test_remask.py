@@ -59,7 +59,7 @@ def test_options_reach_the_masks_and_all_else_stays(tmp_path, classes_per_image)
     remask(before, tmp_path / "b", options)
     for old, new in zip(rows(before), rows(tmp_path / "b"), strict=True):
         maps, image, ids = (torch.tensor(np.array(x))[None] for x in (old.maps, old.image, old.class_ids))
-        mask, _, quality = make_masks(maps, image, options, ids)
+        mask, quality = make_masks(maps, image, options, ids)
         assert np.array_equal(new.mask, mask[0].numpy()) and new.quality == pytest.approx(quality[0].tolist(), abs=1e-5)
         made = ("mask", "quality", "accepted", "reason")
         assert all(old.values[name] == new.values[name] for name in old.values if name not in made)

@@ -77,7 +77,7 @@ def _remade(
     maps = torch.from_numpy(np.stack([row.maps for row in rows])).to(device)
     images = torch.from_numpy(np.stack([row.image for row in rows])).to(device)
     ids = torch.tensor([row.class_ids for row in rows], device=device)
-    mask, _, quality = make_masks(maps, images, options, ids)
+    mask, quality = make_masks(maps, images, options, ids)
     names = [[phrases.get(name, name) for name in row.classes] for row in rows]
     reasons = rejections(images, mask, ids, names, options, quality)
     values = []
