@@ -25,7 +25,8 @@ def with_flags(command: Callable[..., None], dash: str = "-") -> Callable[..., N
     parameters: list[inspect.Parameter] = []
     kinds: dict[str, type] = {}
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        if is_dataclass(kind := parameter.annotation):
+        kind = parameter.annotation
+        if isinstance(kind, type) and is_dataclass(kind):
             kinds[parameter.name] = kind
             parameters += _flags_of(kind, dash)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from diffumask_fast.errors import DiffuMaskError
@@ -12,6 +12,7 @@ from diffumask_fast.errors import DiffuMaskError
 Reader = Callable[[Any], Any]  # returns the value as it is kept; raises ValueError with what is allowed
 
 
+@dataclass(frozen=True)
 class Options:
     """The base of all sets of options: each value is checked, and may be given as the command line has it ("0.45")."""
 

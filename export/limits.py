@@ -94,7 +94,14 @@ class Limits:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Limits:
         """Read what as_json gave; raises KeyError, TypeError or ValueError where it is something else."""
-        pairs = {name: tuple(map(int, data[name])) for name in ("rows", "height", "width")}
-        numbers = {name: int(data[name]) for name in ("multiple", "vae_factor", "channels", "tokens", "max_phrases")}
-        divisors = {str(key): int(value) for key, value in data["divisors"].items()}
-        return cls(**pairs, **numbers, divisors=divisors, propagated=tuple(map(str, data["propagated"])))
+
+        def pair(name: str) -> tuple[int, int]:
+            least, most = data[name]
+            return int(least), int(most)
+
+        return cls(
+            rows=pair("rows"), height=pair("height"), width=pair("width"), multiple=int(data["multiple"]),
+            vae_factor=int(data["vae_factor"]), channels=int(data["channels"]), tokens=int(data["tokens"]),
+            max_phrases=int(data["max_phrases"]), propagated=tuple(map(str, data["propagated"])),
+            divisors={str(key): int(value) for key, value in data["divisors"].items()},
+        )  # fmt: skip

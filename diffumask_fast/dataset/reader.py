@@ -77,10 +77,11 @@ def read_rows(folder: str | Path, *, accepted_only: bool = True, columns: Sequen
     paths = shard_paths(folder)
     if not paths:
         raise DiffuMaskError(f"{folder} holds no data/shard-*.parquet: name the folder that generate wrote")
+    wanted = None
     if columns is not None:
-        columns = list(dict.fromkeys([*columns, "accepted", *(["map_sizes"] if "maps" in columns else [])]))
+        wanted = list(dict.fromkeys([*columns, "accepted", *(["map_sizes"] if "maps" in columns else [])]))
     for path in paths:
-        for row in read_shard(path, columns):
+        for row in read_shard(path, wanted):
             if row.accepted or not accepted_only:
                 yield row
 
@@ -120,7 +121,7 @@ def shard_paths(folder: str | Path) -> list[Path]:
     return sorted(Path(folder).glob("data/shard-*.parquet"), key=lambda path: (len(path.name), path.name))
 
 
-def read_manifest(folder: str | Path) -> dict:
+def read_manifest(folder: str | Path) -> dict[str, Any]:
     """Read a dataset's `dataset.json`.
 
     Raises:

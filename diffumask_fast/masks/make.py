@@ -117,9 +117,10 @@ def score_classes(maps: Tensor, threshold: Tensor, coarse: Tensor, images: Tenso
     own = _class_scores(maps, threshold)
     foreground = own.amax(1, keepdim=True)
     if options.refine == "guided" and options.colour_steps:
-        settings = {"steps": options.colour_steps, "radius": max(1, round(0.75 * cell)), "eps": options.eps}
-        half = torch.full_like(threshold[:, :1], 0.5)
-        foreground = sharpen_by_colour(foreground, half, _guide(images), **settings)
+        half, radius = torch.full_like(threshold[:, :1], 0.5), max(1, round(0.75 * cell))
+        foreground = sharpen_by_colour(
+            foreground, half, _guide(images), steps=options.colour_steps, radius=radius, eps=options.eps
+        )
     favourite = _favourite(maps, foreground, 2 * cell)
     if options.refine == "crf":
         labels = torch.where(foreground > 0.5, favourite + 1, 0)

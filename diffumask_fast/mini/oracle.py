@@ -12,11 +12,12 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from diffumask_fast.mini.world import VOC, World, load_sprites
 
@@ -27,13 +28,13 @@ WIDTHS = (32, 64, 96, 128)
 class Block(nn.Module):
     """Residual block of two 3x3 convolutions."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.first = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norms = nn.ModuleList([nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)])
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norms[0](self.first(x)))
         return F.relu(x + self.norms[1](self.second(y)))
 
@@ -41,7 +42,7 @@ class Block(nn.Module):
 class Oracle(nn.Module):
     """U-shaped segmenter: images [B, 3, H, W] in -1..1, H and W multiples of 16, to logits [B, 1 + classes, H, W]."""
 
-    def __init__(self, classes: list[str]):
+    def __init__(self, classes: list[str]) -> None:
         super().__init__()
         self.classes = list(classes)
         self.class_ids = {name: VOC[name].id for name in self.classes}
@@ -54,7 +55,7 @@ class Oracle(nn.Module):
         self.whole = nn.Linear(WIDTHS[-1], WIDTHS[-1])
         self.head = nn.Conv2d(WIDTHS[0], 4 * (1 + len(self.classes)), 3, padding=1)
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         x = self.stem(F.pixel_unshuffle(images, 2))
         skips = []
         for level, block in enumerate(self.before):
@@ -66,7 +67,7 @@ class Oracle(nn.Module):
             x = self.after[level](x if level == len(WIDTHS) - 1 else skips[level] + self._wider(level, x))
         return F.pixel_shuffle(self.head(x), 2)
 
-    def _wider(self, level, x):
+    def _wider(self, level: int, x: Tensor) -> Tensor:
         return F.interpolate(self.up[level](x), scale_factor=2, mode="bilinear", align_corners=False)
 
     @torch.no_grad()
@@ -91,7 +92,7 @@ def load_oracle(file: Path | None = None) -> Oracle:
     return oracle.float().eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def save_oracle(oracle: Oracle, file: Path):
+def save_oracle(oracle: Oracle, file: Path) -> None:
     """Write the oracle in fp16 under a temporary name, then put it in its place."""
     from safetensors.torch import save_file
 
@@ -104,7 +105,7 @@ def save_oracle(oracle: Oracle, file: Path):
     os.replace(temporary, file)
 
 
-def train(args):
+def train(args: argparse.Namespace) -> None:
     """Train on exact scenes and VAE round trips, some warped, some half hidden under a part of another scene."""
     from diffusers import AutoencoderTiny
 
@@ -145,7 +146,7 @@ def train(args):
 
 
 @torch.no_grad()
-def take_weights(oracle: Oracle, trained: Oracle):
+def take_weights(oracle: Oracle, trained: Oracle) -> None:
     """Give an oracle the weights of a trained one; classes that the trained one does not know start anew."""
     same = {name: tensor for name, tensor in trained.state_dict().items() if not name.startswith("head")}
     oracle.load_state_dict(same, strict=False)
@@ -158,7 +159,7 @@ def take_weights(oracle: Oracle, trained: Oracle):
 
 @torch.no_grad()
 @torch.autocast("cpu", torch.bfloat16)
-def round_trips(vae, images, generator, noise: float):
+def round_trips(vae: Any, images: Tensor, generator: torch.Generator, noise: float) -> Tensor:
     """Return uint8 images after encoding, up to `noise` standard deviations of noise on the latents, and decoding."""
     parts = []
     for part in images.split(32):
@@ -169,7 +170,7 @@ def round_trips(vae, images, generator, noise: float):
     return torch.cat(parts)
 
 
-def augment(x, y, generator, chance: float = 1 / 3):
+def augment(x: Tensor, y: Tensor, generator: torch.Generator, chance: float = 1 / 3) -> tuple[Tensor, Tensor]:
     """Warp images smoothly, and cover a part of them with the same part of their neighbour, each by chance."""
     batch, size = len(x), x.shape[-1]
     share = torch.rand(2, batch, generator=generator) < chance
@@ -191,13 +192,13 @@ def augment(x, y, generator, chance: float = 1 / 3):
     return x * light + 0.06 * torch.randn(batch, 3, 1, 1, generator=generator), y
 
 
-def copy_buffers(module, average):
+def copy_buffers(module: nn.Module, average: nn.Module) -> None:
     """Give the averaged weights the running statistics of the trained ones."""
     for source, target in zip(module.buffers(), average.buffers(), strict=True):
         target.copy_(source)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, required=True)

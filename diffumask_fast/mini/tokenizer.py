@@ -27,7 +27,7 @@ def byte_alphabet() -> list[str]:
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
     """Return the byte-pair merges that make each word one token: most frequent pair first, ties alphabetically."""
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
         counts: dict[tuple[str, str], int] = {}
         for word in pieces:
