@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.models import loading
+from diffumask_fast.models import find
 from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import names_in, phrases_and_ids
@@ -247,7 +247,7 @@ def test_other_engines_are_refused():
 
 def test_the_weights_are_hashed_when_they_are_asked_for(tiny_folder, monkeypatch):
     hashed = []
-    monkeypatch.setattr(loading, "weight_hash", lambda folder: hashed.append(folder) or "0123")
+    monkeypatch.setattr(find, "weight_hash", lambda folder: hashed.append(folder) or "0123")
     pipe = DiffuMaskPipeline.from_pretrained(tiny_folder, device="cpu")
     out = pipe("a red dog", [["dog"]], seeds=[1], **STEPS)
     assert hashed == []

@@ -1,10 +1,13 @@
+from importlib.util import find_spec
+
 import pytest
 import torch
+from diffusers import EulerAncestralDiscreteScheduler
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.models.find import find_model
 from diffumask_fast.models.loading import load_pipe
-from diffumask_fast.models.scheduler import set_scheduler
+from diffumask_fast.models.scheduler import set_scheduler, try_scheduler
 
 
 def test_schedulers_by_name(tiny_folder):
@@ -24,3 +27,53 @@ def test_a_scheduler_does_not_clip_latents():
     assert "clip_sample" not in pipe.scheduler.config
     set_scheduler(pipe, "ddim")
     assert not pipe.scheduler.config.clip_sample
+
+
+@pytest.fixture
+def pipe(tiny_folder):
+    return load_pipe(find_model(tiny_folder), torch.float32, torch.device("cpu"))
+
+
+def test_a_scheduler_of_another_noise_schedule_is_refused(pipe):
+    with pytest.raises(DiffuMaskError, match="no scheduler edmeuler for this model: use one of ddim, ddpm"):
+        set_scheduler(pipe, "edmeuler")
+
+
+@pytest.mark.skipif(find_spec("torchsde") is not None, reason="torchsde is installed")
+def test_a_scheduler_whose_library_is_absent_names_it(pipe):
+    with pytest.raises(DiffuMaskError, match="no scheduler dpmsolversde for this model without torchsde: use one of"):
+        set_scheduler(pipe, "dpmsolversde")
+
+
+def test_every_scheduler_that_is_named_works(pipe):
+    with pytest.raises(DiffuMaskError) as error:
+        set_scheduler(pipe, "nonsense")
+    names = str(error.value).rpartition("one of ")[2].rstrip(".").split(", ")
+    assert len(names) >= 10
+    for name in names:
+        set_scheduler(pipe, name)
+        try_scheduler(pipe, 10)
+
+
+def test_too_few_steps_are_refused(pipe):
+    set_scheduler(pipe, "pndm")
+    try_scheduler(pipe, 4)
+    with pytest.raises(DiffuMaskError, match="scheduler pndm cannot draw in 3 steps .*: use more steps or another"):
+        try_scheduler(pipe, 3)
+
+
+def test_noise_that_is_not_of_the_seed_is_refused(pipe):
+    class Careless(EulerAncestralDiscreteScheduler):
+        def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+            return super().step(model_output, timestep, sample, None, return_dict)
+
+    class Shared(EulerAncestralDiscreteScheduler):
+        def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+            return super().step(model_output, timestep, sample, generator[0], return_dict)
+
+    before = torch.get_rng_state()
+    for kind in (Careless, Shared):
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+        with pytest.raises(DiffuMaskError, match="noise that does not come from an image's seed"):
+            try_scheduler(pipe, 5)
+    assert torch.equal(torch.get_rng_state(), before)

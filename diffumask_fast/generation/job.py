@@ -14,7 +14,7 @@ from diffumask_fast.generation.options import GenerateOptions
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.models.device import DTYPES
 from diffumask_fast.models.loading import check_size
-from diffumask_fast.models.scheduler import set_scheduler
+from diffumask_fast.models.scheduler import set_scheduler, try_scheduler
 from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.planner import Plan, Recipe
 from diffumask_fast.prompts.request import Request
@@ -161,6 +161,8 @@ def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
     batch_size, maps = pipe.batch_size(options.batch_size, height, width), pipe.map_options(options.maps)
     if pipe.engine is not None:
         pipe.engine.limits.check(batch_size, height, width, options.classes_per_image, maps.propagate)
+    steps = options.steps or pipe.info.num_inference_steps
+    try_scheduler(pipe.pipe, steps)
     folder = Path(options.model).expanduser()
     return Job(
         model=str(folder.resolve()) if options.model != "mini" and folder.is_dir() else options.model,
@@ -175,7 +177,7 @@ def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
         engine_sha256=pipe.engine.sha256 if pipe.engine else None,
         recipe=Recipe(vocabulary, options.num, options.seed, options.classes_per_image, scenes=pipe.info.scenes),
         batch_size=batch_size,
-        steps=options.steps or pipe.info.num_inference_steps,
+        steps=steps,
         guidance_scale=pipe.info.guidance_scale if options.guidance_scale is None else options.guidance_scale,
         height=height,
         width=width,

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.models.complete import load_models, try_tokenizers
 from diffumask_fast.models.find import ModelInfo
 
 
@@ -26,15 +27,18 @@ def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **compo
         components: what stands for those of the folder.
 
     Raises:
-        DiffuMaskError: diffusers cannot load it, or it has no UNet2DConditionModel.
+        DiffuMaskError: diffusers cannot load it, a component is incomplete, a tokenizer does not fit, or there is no
+            UNet2DConditionModel.
     """
     from diffusers import UNet2DConditionModel
 
     try:
         with quietly():
+            models = load_models(info.folder, dtype, held=components)
             pipe = DiffusionPipeline.from_pretrained(
-                info.folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **components
+                info.folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **models, **components
             )
+            try_tokenizers(pipe, info.folder)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise DiffuMaskError(f"diffusers cannot load {info.folder}: {cause}") from error

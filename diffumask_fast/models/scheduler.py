@@ -1,11 +1,15 @@
-"""Replace the scheduler of a pipeline by name."""
+"""Replace the scheduler of a pipeline by name, and try it before anything is drawn."""
 
 from __future__ import annotations
 
 import inspect
 import re
+from importlib.util import find_spec
+from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from diffumask_fast.errors import DiffuMaskError
 
@@ -14,18 +18,65 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     """Replace the pipeline's scheduler by the named one ("DDIMScheduler", or in short "ddim"), same noise schedule.
 
     Raises:
-        DiffuMaskError: diffusers knows no such scheduler for this model; lists those there are.
+        DiffuMaskError: there is no such scheduler for this model here; lists those there are.
     """
     compatible = {_short(cls): cls for cls in pipe.scheduler.compatibles}
     wanted = next((cls for cls in compatible.values() if cls.__name__ == name), compatible.get(name.lower()))
-    if wanted is None:
-        raise DiffuMaskError(
-            f"There is no scheduler {name} for this model: use one of {', '.join(sorted(compatible))}."
-        )
+    if wanted is None or not _serves(wanted):
+        served = ", ".join(sorted(short for short, cls in compatible.items() if _serves(cls)))
+        lacking = f" without {', '.join(lacks)}" if (lacks := _lacks(wanted)) else ""
+        raise DiffuMaskError(f"There is no scheduler {name} for this model{lacking}: use one of {served}.")
     config = dict(pipe.scheduler.config)
     if "clip_sample" in inspect.signature(wanted.__init__).parameters:
         config.setdefault("clip_sample", False)  # latents are not pixels: DDIM's default would clip them to -1..1
     pipe.scheduler = wanted.from_config(config)
+
+
+def try_scheduler(pipe: DiffusionPipeline, steps: int) -> None:
+    """Step through the schedule of a pipeline on small latents, before anything is drawn.
+
+    Raises:
+        DiffuMaskError: the scheduler fails in so many steps, or its noise is not that of an image's own generator.
+    """
+    name = _short(type(pipe.scheduler))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            pair, again = (_steps(pipe.scheduler, steps, seeds=(0, 1)) for _ in range(2))
+            alone = _steps(pipe.scheduler, steps, seeds=(1,))
+    except Exception as error:  # each scheduler fails in its own way
+        cause = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DiffuMaskError(
+            f"The scheduler {name} cannot draw in {steps} steps ({cause}): use more steps or another scheduler."
+        ) from error
+    if not (torch.equal(pair, again) and torch.allclose(pair[1:], alone, rtol=1e-4, atol=1e-4)):
+        raise DiffuMaskError(
+            f"The scheduler {name} draws noise that does not come from an image's seed, so no image could be drawn "
+            "again: use another scheduler."
+        )
+
+
+def _steps(scheduler: Any, steps: int, seeds: tuple[int, ...]) -> Tensor:
+    """Denoise the noise of each seed as a pipeline's loop does, with half of it in the UNet's place."""
+    scheduler = type(scheduler).from_config(scheduler.config)
+    scheduler.set_timesteps(steps)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    own = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    latents = torch.cat([torch.randn(1, 4, 2, 2, generator=generator) for generator in generators])
+    latents = latents * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        predicted = 0.5 * scheduler.scale_model_input(latents, timestep)
+        latents = scheduler.step(predicted, timestep, latents, **own).prev_sample
+    return latents
+
+
+def _serves(scheduler: type) -> bool:
+    """Tell whether a scheduler is installed and takes the model's noise schedule; EDM's know no betas."""
+    return not _lacks(scheduler) and "beta_schedule" in inspect.signature(scheduler.__init__).parameters
+
+
+def _lacks(scheduler: type | None) -> list[str]:
+    """Name the libraries for want of which a class is one of diffusers' dummies."""
+    return [name for name in getattr(scheduler, "_backends", []) if find_spec(name) is None]
 
 
 def _short(scheduler: type) -> str:
