@@ -6,6 +6,7 @@ gone afterwards; `class_maps` then gives one map for each phrase, [K, size, size
 
 import importlib.util
 import math
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffumask_fast.attention.unet import attention_places
+from diffumask_fast.borrow import patched
 from diffumask_fast.errors import DiffuMaskError
 
 CRF_THRESHOLDS = tuple(round(0.35 + 0.01 * i, 2) for i in range(20))
@@ -46,7 +48,8 @@ class _Hooked:
         self.unet = pipe.unet
         self.places = attention_places(pipe.unet)
         self.calls = 0
-        self._kept: list[tuple[Attention, Any]] = []
+        self._num_layers = 0
+        self._borrowed = ExitStack()
 
     def layers(self) -> list[Attention]:
         """Return the layers whose probabilities are materialised, in the order of the call."""
@@ -57,15 +60,13 @@ class _Hooked:
         raise NotImplementedError
 
     def __enter__(self) -> Self:
-        self._kept = [(attn, attn.processor) for attn in self.layers()]
-        for attn, _ in self._kept:
-            attn.processor = _Eager(self)
+        eager, layers = _Eager(self), self.layers()
+        self._num_layers = len(layers)
+        self._borrowed.enter_context(patched("processor", dict.fromkeys(layers, eager)))
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for attn, processor in self._kept:
-            attn.processor = processor
-        self._kept = []
+        self._borrowed.close()
 
 
 class _Eager:
@@ -121,7 +122,7 @@ class ReferenceStore(_Hooked):
             self._order = []
         self._order.append(attn)
         self._step.append(probs[probs.shape[0] // 2 :])
-        if len(self._step) < len(self._kept):
+        if len(self._step) < self._num_layers:
             return
         if self._sums:
             for total, kept in zip(self._sums, self._step, strict=True):

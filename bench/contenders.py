@@ -71,7 +71,8 @@ class Contenders:
         """The same denoising with maps, and with propagation where asked for."""
 
         def call() -> None:
-            with collect_maps(self.pipe.pipe, self.phrases, propagate=propagate) as maps:
+            pipe, denoiser = self.pipe.pipe, self.pipe.denoiser
+            with collect_maps(pipe, self.phrases, denoiser=denoiser, propagate=propagate) as maps:
                 self._draw(slice(None), "latent")
             assert maps.levels
 

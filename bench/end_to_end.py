@@ -240,7 +240,7 @@ class _Job:
         pipe = open_geometry(self.geometry, str(self.where), model=self.model, dtype=dtype)
         if engine == "compile":
             try:
-                compile_pipe(pipe.pipe)
+                return DiffuMaskPipeline(pipe.pipe, pipe.info, compiled=compile_pipe(pipe.pipe))
             except DiffuMaskError as error:
                 logger.warning("the compiled engine is left out: %s", error)
                 return None

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
+from diffumask_fast.attention.call import UNetCall
 from diffumask_fast.attention.store import MAX_PROPAGATED_PIXELS
 from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.bench import end_to_end, sdpa
@@ -60,11 +61,9 @@ class Opened:
         copies = {name: copy.deepcopy(getattr(pipe, name)) for name in ("unet", "vae")}
         made_with = inspect.signature(type(pipe).__init__).parameters.keys() - pipe.components.keys()
         settings = {name: pipe.config[name] for name in made_with if name in pipe.config}
-        ours = DiffuMaskPipeline(type(pipe)(**{**pipe.components, **copies, **settings}), stock.info)
-        ours.pipe.set_progress_bar_config(disable=True)
-        if self.engine == "compile":
-            compile_pipe(ours.pipe)
-        return ours
+        again = type(pipe)(**{**pipe.components, **copies, **settings})
+        again.set_progress_bar_config(disable=True)
+        return DiffuMaskPipeline(again, stock.info, compiled=compile_pipe(again) if self.engine == "compile" else None)
 
     def warm(self, batch: int) -> None:
         """Let the engine compile all that `stock` and `graphs` run."""
@@ -256,7 +255,7 @@ def _graphs(opened: Opened, batch, pairs, shared) -> Iterator[dict]:
 def _unet_calls(opened: Opened, batch) -> dict[str, Callable[[], object]]:
     """Return UNet calls of a guided batch: without maps, with maps, with maps and propagation."""
     unet, rng = opened.ours.pipe.unet, torch.Generator().manual_seed(0)
-    denoiser = unet.denoiser if opened.engine == "compile" else UNetWithMaps(unet)
+    denoiser = opened.ours.denoiser or UNetWithMaps(unet)
     side, width = unet.config.sample_size, unet.config.cross_attention_dim
     latents = torch.randn(batch, unet.config.in_channels, side, side, generator=rng).repeat(2, 1, 1, 1)
     states = torch.randn(2 * batch, TOKENS, width, generator=rng)
@@ -265,7 +264,7 @@ def _unet_calls(opened: Opened, batch) -> dict[str, Callable[[], object]]:
 
     @torch.no_grad()
     def call(columns, prior=None):
-        return denoiser(latents, 500, states, columns, prior, first_conditional=batch)
+        return denoiser(UNetCall(latents, 500, states, columns, prior or {}, first_conditional=batch))
 
     maps = call(select)[1]
     prior = {level: kept for level, kept in maps.items() if kept.shape[-1] <= MAX_PROPAGATED_PIXELS}

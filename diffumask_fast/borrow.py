@@ -1,5 +1,10 @@
-"""Put something in the place of another object's attribute, and always put the own one back."""
+"""Put something in the place of what is not ours, and always put the own one back.
 
+Nothing else in this package changes an object or a setting that somebody else made; `docs/architecture.md` lists all
+uses.
+"""
+
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -26,3 +31,22 @@ def patched(name: str, values: Mapping[Any, Any]) -> Iterator[None]:
                 vars(owner)[name] = value
             else:
                 vars(owner).pop(name, None)
+
+
+@contextmanager
+def patched_environment(name: str, value: str) -> Iterator[None]:
+    """Let a variable of the process's environment be another one inside the context.
+
+    Args:
+        name: of the variable.
+        value: inside the context.
+    """
+    kept = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if kept is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = kept

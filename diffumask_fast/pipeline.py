@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,12 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from diffumask_fast.attention.call import Denoiser
 from diffumask_fast.attention.choice import check_attention, set_attention
 from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.attention.options import MapOptions
-from diffumask_fast.engines.compiled import compile_pipe
-from diffumask_fast.engines.worker import IN_FLIGHT, Beside, to_host
+from diffumask_fast.engines.compiled import CompiledEngine, compile_pipe
+from diffumask_fast.engines.worker import IN_FLIGHT, StreamWorker, to_host
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.make import make_masks, quantise_maps
 from diffumask_fast.masks.options import MaskOptions
@@ -30,6 +31,7 @@ from diffumask_fast.masks.rejection import NOT_FINITE, rejections
 from diffumask_fast.models.decoding import decode, decodes_later, timed_decoding
 from diffumask_fast.models.device import resolve_device, resolve_dtype
 from diffumask_fast.models.find import ModelInfo, find_model
+from diffumask_fast.models.generators import Generators, generators_of
 from diffumask_fast.models.loading import check_size, load_pipe, says_force_upcast, without_bars
 from diffumask_fast.options import checked, whole
 from diffumask_fast.prompts.request import Request
@@ -46,6 +48,7 @@ class DiffuMaskPipeline:
         pipe: any diffusers pipeline whose denoiser is a `UNet2DConditionModel`.
         info: what its model folder says; the general defaults when None.
         engine: the export.load.Engine that runs it in torch's place.
+        compiled: what `compile_pipe` made of it.
 
     Example:
         >>> pipe = DiffuMaskPipeline.from_pretrained("mini", device="cpu")
@@ -54,10 +57,17 @@ class DiffuMaskPipeline:
         ((128, 128), (1, 128, 128))
     """
 
-    def __init__(self, pipe: DiffusionPipeline, info: ModelInfo | None = None, engine: Any = None):
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        info: ModelInfo | None = None,
+        engine: Any = None,
+        compiled: CompiledEngine | None = None,
+    ) -> None:
         self.pipe = pipe
         self.info = info or ModelInfo(type(pipe).__name__)
         self.engine = engine
+        self.compiled = compiled
         self.seconds = Seconds()
 
     @classmethod
@@ -102,10 +112,8 @@ class DiffuMaskPipeline:
         pipe = load_pipe(info, dtype, device)
         if dtype == torch.float16 and says_force_upcast(info.folder):
             pipe.vae.to(torch.float32)
-        if engine == "compile":
-            compile_pipe(pipe)
         set_attention(pipe.unet, attention)
-        return cls(pipe, info)
+        return cls(pipe, info, compiled=compile_pipe(pipe) if engine == "compile" else None)
 
     @classmethod
     def from_pipe(cls, pipe: DiffusionPipeline) -> DiffuMaskPipeline:
@@ -131,7 +139,12 @@ class DiffuMaskPipeline:
         """What denoises: "torch", "compile", or the engine's name."""
         if self.engine is not None:
             return self.engine.name
-        return "compile" if hasattr(self.pipe.unet, "denoiser") else "torch"
+        return "torch" if self.compiled is None else "compile"
+
+    @property
+    def denoiser(self) -> Denoiser | None:
+        """What runs the UNet's calls with maps; None is the UNet itself. `collect_maps` takes it."""
+        return None if self.compiled is None else self.compiled.denoiser
 
     @property
     def device(self) -> torch.device:
@@ -143,7 +156,7 @@ class DiffuMaskPipeline:
         prompt: str | Sequence[str] | None = None,
         classes: Sequence[Sequence[str]] | Sequence[str] | None = None,
         seeds: Sequence[int] | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         mask: MaskOptions | None = None,
         *,
         maps: MapOptions | None = None,
@@ -182,11 +195,13 @@ class DiffuMaskPipeline:
         if prompts and isinstance(kwargs.get("negative_prompt"), str):
             kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
         repeat = kwargs.get("num_images_per_prompt") or 1
-        generator = self._generators(seeds, generator, len(names) * repeat)
+        generator = generators_of(seeds, generator, len(names) * repeat)
         maps, mask = self.map_options(maps), mask or MaskOptions()
+        phrases, ids = phrases_and_ids(names)
         denoised = self._denoise(
-            prompts or None, names, maps, repeat, generator=generator, token_indices=token_indices, **kwargs
-        )
+            prompts or None, phrases, ids, maps, repeat=repeat, generator=generator, token_indices=token_indices,
+            **kwargs,
+        )  # fmt: skip
         drawn = self._finish(denoised, mask)
         images = self.pipe.image_processor.pt_to_numpy(drawn.pixels) if output_type != "pt" else drawn.pixels
         if output_type == "pil":
@@ -201,9 +216,8 @@ class DiffuMaskPipeline:
             num_inference_steps=kwargs.get("num_inference_steps", self.info.num_inference_steps),
             guidance_scale=kwargs.get("guidance_scale", self.info.guidance_scale),
         )  # fmt: skip
-        return Output(
-            images, masks, drawn.qualities(), drawn.levels, drawn.class_maps.cpu().numpy(), class_ids, provenance
-        )
+        class_maps = drawn.class_maps.cpu().numpy()
+        return Output(images, masks, drawn.qualities(), denoised.store.levels, class_maps, class_ids, provenance)
 
     def stream(
         self,
@@ -248,11 +262,9 @@ class DiffuMaskPipeline:
 
         Args:
             batches: what to draw; a batch is asked for when the one before it is denoised.
-            mask: how masks are made of maps.
-            maps: how maps are made; "auto" is what suits the model.
+            mask, maps, kwargs: as there.
             num_phrases: the most phrases of a request; all batches are padded to it, so that shapes do not change.
             use_negative_prompts: whether those of the requests are passed on; else the pipeline's own default holds.
-            kwargs: as for a call, without prompt, classes and seeds.
 
         Raises:
             DiffuMaskError: as for a call.
@@ -260,35 +272,93 @@ class DiffuMaskPipeline:
         if taken := kwargs.keys() & TAKEN:
             raise DiffuMaskError(f"stream takes {', '.join(sorted(taken))} from its requests: leave it out.")
         options = self.map_options(maps), mask or MaskOptions()
-        return self._results_of(batches, *options, num_phrases, use_negative_prompts, kwargs)
+        return self._draw_batches(batches, *options, num_phrases, use_negative_prompts, kwargs)
 
-    def _results_of(
+    def _draw_batches(
         self, batches: Iterable[Sequence[Request]], maps: MapOptions, mask: MaskOptions, num_phrases: int,
         use_negative_prompts: bool, kwargs: dict[str, Any],
     ) -> Iterator[Result]:  # fmt: skip
         waiting: deque[Future] = deque()
-        with Beside(self.device) as beside:
+        with StreamWorker(self.device) as worker:
             for batch in batches:
                 negative = {}
                 if use_negative_prompts:
                     negative["negative_prompt"] = [request.negative_prompt for request in batch]
                 with without_bars(self.pipe):
                     denoised = self._denoise(
-                        [request.prompt for request in batch], [list(request.phrases) for request in batch], maps,
-                        generator=self._generators([request.seed for request in batch], None, len(batch)),
-                        class_ids=[request.class_ids for request in batch], num_phrases=num_phrases,
+                        [request.prompt for request in batch], [request.phrases for request in batch],
+                        [request.class_ids for request in batch], maps, num_phrases=num_phrases,
+                        generator=generators_of([request.seed for request in batch], None, len(batch)),
                         **kwargs, **negative,
                     )  # fmt: skip
-                waiting.append(beside.submit(partial(self._results, batch, denoised, mask)))
+                waiting.append(worker.submit(partial(self._results, batch, denoised, mask)))
                 while waiting and (len(waiting) == IN_FLIGHT or waiting[0].done()):
                     yield from waiting.popleft().result()
             for future in waiting:
                 yield from future.result()
 
+    def _denoise(
+        self,
+        prompts: list[str] | None,
+        phrases: Sequence[Sequence[str]],
+        ids: Sequence[Sequence[int]],
+        maps: MapOptions,
+        *,
+        repeat: int = 1,
+        num_phrases: int | None = None,
+        token_indices: Sequence[Any] | None = None,
+        **kwargs: Any,
+    ) -> Denoised:
+        """The first half of the flow: the diffusers pipeline denoises while the store fills."""
+        kwargs.setdefault("num_inference_steps", self.info.num_inference_steps)
+        kwargs.setdefault("guidance_scale", self.info.guidance_scale)
+        check_size(self.pipe, kwargs.get("height"), kwargs.get("width"))
+        width = num_phrases or max(map(len, ids))
+        if self.engine is not None:
+            size = self.size(kwargs.get("height"), kwargs.get("width"))
+            self.engine.limits.check(len(ids), *size, width, maps.propagate)
+        later = self.engine is None and decodes_later(self.pipe)
+        start, before = time.perf_counter(), self.seconds.decode
+        collecting = collect_maps(
+            self.pipe, phrases, denoiser=self.denoiser, token_indices=token_indices, propagate=maps.propagate,
+            aggregation=maps.aggregation, pad_to=width,
+        )  # fmt: skip
+        with torch.no_grad(), collecting, ExitStack() as borrowed:
+            if not later:
+                borrowed.enter_context(self._decoder())
+                borrowed.enter_context(timed_decoding(self.pipe, self.seconds))
+            output_type = "latent" if later else "pt"
+            output = self.pipe(prompts, output_type=output_type, return_dict=False, **kwargs)[0]
+        if output.is_cuda:
+            torch.cuda.current_stream(output.device).synchronize()
+        in_call = 0 if later else self.seconds.decode - before
+        self.seconds.denoise += time.perf_counter() - start - in_call
+        padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids])
+        return Denoised(output, later, collecting.store, maps, padded.repeat_interleave(repeat, 0))
+
+    def _decoder(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.compiled is None else self.compiled.decoding()
+
+    @torch.no_grad()
+    def _finish(self, denoised: Denoised, options: MaskOptions) -> Drawn:
+        """The second half: decode, class maps, masks."""
+        pixels = denoised.output
+        if denoised.is_latent:
+            with self._decoder():
+                pixels = decode(self.pipe, denoised.output, self.seconds)
+        start = time.perf_counter()
+        finite = pixels.isfinite().flatten(1).all(1)
+        images = (pixels.nan_to_num(0).permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8)
+        class_maps = quantise_maps(denoised.store.class_maps(denoised.maps))
+        mask, quality = make_masks(class_maps, images, options, denoised.ids)
+        drawn = Drawn(pixels, images, finite.tolist(), mask, class_maps, quality, denoised.ids)
+        self.seconds.masks += time.perf_counter() - start
+        return drawn
+
     def _results(self, batch: Sequence[Request], denoised: Denoised, mask: MaskOptions) -> list[Result]:
         drawn = self._finish(denoised, mask)
-        names = [request.phrases for request in batch]
-        reasons = rejections(drawn.images, drawn.mask, drawn.ids, names, mask, drawn.quality)
+        phrases = [request.phrases for request in batch]
+        reasons = rejections(drawn.images, drawn.mask, drawn.ids, phrases, mask, drawn.quality)
         reasons = [reason if finite else NOT_FINITE for reason, finite in zip(reasons, drawn.finite, strict=True)]
         images, masks, class_maps = to_host(drawn.images, drawn.mask, drawn.class_maps)
         quality = drawn.qualities()
@@ -299,55 +369,6 @@ class DiffuMaskPipeline:
             )
             for row, request in enumerate(batch)
         ]  # fmt: skip
-
-    def _denoise(
-        self,
-        prompts: list[str] | None,
-        names: Sequence[Sequence[str]],
-        maps: MapOptions,
-        repeat: int = 1,
-        *,
-        class_ids: Sequence[Sequence[int]] | None = None,
-        num_phrases: int | None = None,
-        token_indices: Sequence[Any] | None = None,
-        **kwargs: Any,
-    ) -> Denoised:
-        """The first half of the flow: phrase columns, denoise while the store fills."""
-        kwargs.setdefault("num_inference_steps", self.info.num_inference_steps)
-        kwargs.setdefault("guidance_scale", self.info.guidance_scale)
-        check_size(self.pipe, kwargs.get("height"), kwargs.get("width"))
-        phrases, ids = (names, class_ids) if class_ids is not None else phrases_and_ids(names)
-        width = num_phrases or max(map(len, ids))
-        if self.engine is not None:
-            size = self.size(kwargs.get("height"), kwargs.get("width"))
-            self.engine.limits.check(len(ids), *size, width, maps.propagate)
-        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids]).repeat_interleave(repeat, 0)
-        later = self.engine is None and decodes_later(self.pipe)
-        start, before = time.perf_counter(), self.seconds.decode
-        with torch.no_grad(), nullcontext() if later else timed_decoding(self.pipe, self.seconds):
-            settings = {"propagate": maps.propagate, "pad_to": width, "token_indices": token_indices}
-            with collect_maps(self.pipe, phrases, **settings) as store:
-                kind = "latent" if later else "pt"
-                found = self.pipe(prompts, output_type=kind, return_dict=False, **kwargs)[0]
-        if found.is_cuda:
-            torch.cuda.current_stream(found.device).synchronize()
-        in_call = 0 if later else self.seconds.decode - before
-        self.seconds.denoise += time.perf_counter() - start - in_call
-        return Denoised(found, later, store, maps, ids)
-
-    @torch.no_grad()
-    def _finish(self, denoised: Denoised, options: MaskOptions) -> Drawn:
-        """The second half: decode, class maps, masks."""
-        store, ids = denoised.store, denoised.ids
-        pixels = decode(self.pipe, denoised.found, self.seconds) if denoised.is_latent else denoised.found
-        start = time.perf_counter()
-        finite = pixels.isfinite().flatten(1).all(1)
-        images = (pixels.nan_to_num(0).permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8)
-        class_maps = quantise_maps(store.class_maps(denoised.maps))
-        mask, quality = make_masks(class_maps, images, options, ids)
-        drawn = Drawn(images, finite.tolist(), pixels, mask, quality, class_maps, store.levels, ids)
-        self.seconds.masks += time.perf_counter() - start
-        return drawn
 
     def map_options(self, maps: MapOptions | None = None) -> MapOptions:
         """Return the options with "auto" resolved to what was measured best for the model."""
@@ -374,17 +395,3 @@ class DiffuMaskPipeline:
         own = self.pipe.unet.config.sample_size
         own = own if isinstance(own, (list, tuple)) else (own, own)
         return height or own[0] * self.pipe.vae_scale_factor, width or own[1] * self.pipe.vae_scale_factor
-
-    def _generators(
-        self,
-        seeds: Sequence[int] | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        count: int,
-    ) -> torch.Generator | list[torch.Generator] | None:
-        if seeds is None:
-            return generator
-        if generator is not None:
-            raise DiffuMaskError("seeds and generator both say where the noise comes from: give one of them.")
-        if len(seeds) != count:
-            raise DiffuMaskError(f"There are {count} images and {len(seeds)} seeds: give one seed for each image.")
-        return [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]

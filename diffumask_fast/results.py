@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffumask_fast import __version__
 from diffumask_fast.attention.options import MapOptions
+from diffumask_fast.attention.store import MapStore
 from diffumask_fast.attention.tap import Levels
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.prompts.request import Request
@@ -20,27 +21,44 @@ LIBRARIES = ("torch", "diffusers", "transformers")
 
 @dataclass
 class Denoised:
-    """What a call of the diffusers pipeline gave: latents to decode, or pixels [B, 3, H, W]; and the maps."""
+    """A batch half done: its denoising is over, its maps are complete.
 
-    found: Tensor
+    Args:
+        output: what the diffusers pipeline gave: pixels [B, 3, H, W] in 0..1, or latents [B, C, h, w].
+        is_latent: whether it is latents.
+        store: the maps.
+        maps: how they become class maps.
+        ids: [B, K], 0 where there is no class.
+    """
+
+    output: Tensor
     is_latent: bool
-    store: Any
+    store: MapStore
     maps: MapOptions
-    ids: Tensor  # [B, K], 0 where there is no class
+    ids: Tensor
 
 
 @dataclass
 class Drawn:
-    """One finished batch."""
+    """A finished batch.
 
-    images: Tensor  # [B, H, W, 3] uint8
+    Args:
+        pixels: [B, 3, H, W] in 0..1, as diffusers gives it.
+        images: [B, H, W, 3] uint8.
+        finite: for each image, whether all of its pixels are numbers.
+        mask: [B, H, W] uint8.
+        class_maps: [B, K, h, w] uint8.
+        quality: [B, K].
+        ids: [B, K], 0 where there is no class.
+    """
+
+    pixels: Tensor
+    images: Tensor
     finite: list[bool]
-    pixels: Tensor  # [B, 3, H, W] in 0..1, as diffusers gives it
     mask: Tensor
-    quality: Tensor  # [B, K], as ids
     class_maps: Tensor
-    levels: Levels
-    ids: Tensor  # [B, K], 0 where there is no class
+    quality: Tensor
+    ids: Tensor
 
     def qualities(self) -> list[list[float]]:
         """Return the quality of each image's own classes."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffumask_fast.attention.call import UNetCall
 from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.denoiser import ExportedDenoiser
@@ -60,7 +61,7 @@ def check_part(name: str, graph: Path, module: nn.Module, limits: Limits, dtype:
 
 
 def random_inputs(unet: nn.Module, limits: Limits, rows: int, conditional: int, size: tuple[int, int]) -> dict:
-    """Return random arguments of UNetWithMaps.
+    """Return random arguments of a UNetCall.
 
     Args:
         unet: says their widths.
@@ -93,8 +94,8 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 def _check_unet(denoiser: ExportedDenoiser, model: UNetWithMaps, limits: Limits) -> dict[str, float]:
     errors: dict[str, float] = {}
     for images, guided, size in _shapes(limits):
-        call = random_inputs(model.unet, limits, images * (1 + guided), images, size)
-        truth, found = model(**call), denoiser(**call)
+        call = UNetCall(**random_inputs(model.unet, limits, images * (1 + guided), images, size))
+        truth, found = model(call), denoiser(call)
         pairs = [("noise_pred", found[0], truth[0])]
         pairs += [("maps", found[1][key], truth[1][key]) for key in truth[1]]
         pairs += [("propagated", found[2][key], truth[2][key]) for key in truth[2]]

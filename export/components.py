@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
+from diffumask_fast.attention.call import UNetCall
+from diffumask_fast.attention.tap import Tap
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.denoiser import ExportedDenoiser
 from diffumask_fast.export.limits import Limits
@@ -86,12 +88,21 @@ class EngineUNet(EngineComponent, UNet2DConditionModel):
         return_dict: bool = True,
         **rest: Any,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """Predict the noise alone, as UNet2DConditionModel.forward does: a call without maps."""
+        """Predict the noise, as UNet2DConditionModel.forward; a tap among cross_attention_kwargs gets the maps."""
         given = {name: value for name, value in rest.items() if value is not None}
-        select = torch.zeros(sample.shape[0], encoder_hidden_states.shape[1], 1, device=sample.device)
-        noise_pred, _, _ = self.denoiser(
-            sample, timestep, encoder_hidden_states, select, {}, added_cond_kwargs, **given
+        attention = dict(given.pop("cross_attention_kwargs", {}))
+        tap = attention.pop("tap", None)
+        if attention:
+            given["cross_attention_kwargs"] = attention
+        if tap is None or tap.select is None:
+            tap = Tap({}, torch.zeros(len(sample), encoder_hidden_states.shape[1], 1, device=sample.device), {}, 0)
+        noise_pred, maps, propagated = self.denoiser(
+            UNetCall(
+                sample, timestep, encoder_hidden_states, tap.select, tap.prior, added_cond_kwargs, tap.first, given
+            )
         )
+        tap.maps.update(maps)
+        tap.propagated.update(propagated)
         return UNet2DConditionOutput(sample=noise_pred) if return_dict else (noise_pred,)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.export import Dim
 
+from diffumask_fast.attention.call import UNetCall
 from diffumask_fast.attention.unet import UNetWithMaps
+from diffumask_fast.borrow import patched
 from diffumask_fast.export.limits import Limits
 
 OPSET = 23  # the first with Attention
@@ -66,8 +69,8 @@ class FlatUNet(nn.Module):
         time_ids: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
-        args = (latents, timestep, encoder_hidden_states, select, prior, added)
-        noise_pred, maps, propagated = self.model(*args, first_conditional=0)
+        inputs = (latents, timestep, encoder_hidden_states, select, prior or {}, added)
+        noise_pred, maps, propagated = self.model(UNetCall(*inputs, first_conditional=0))
         return noise_pred, *maps.values(), *propagated.values()
 
 
@@ -141,7 +144,7 @@ def exportable_decoder(vae: nn.Module, limits: Limits, latent_channels: int) -> 
 def write_graph(part: Exportable, path: Path, external_bytes: int) -> None:
     """Export a module and write its graph; weights of more than `external_bytes` go into a file beside it."""
     size = sum(p.nbytes for p in part.module.parameters())
-    with torch.no_grad(), _any_batch(), _silence():
+    with torch.no_grad(), _any_batch(part.module), _silence():
         program = torch.export.export(part.module, (), part.inputs, dynamic_shapes=part.dynamic, strict=False)
         graph = torch.onnx.export(
             program, (), opset_version=OPSET, dynamo=True, verbose=False,
@@ -228,22 +231,18 @@ def _silence() -> Iterator[None]:
         logger.setLevel(level)
 
 
-@contextmanager
-def _any_batch() -> Iterator[None]:
+def _any_batch(model: nn.Module) -> AbstractContextManager[None]:
     """Upsample without diffusers' detours for many rows, which would fix the number of rows in the graph."""
-    kept = Upsample2D.forward
+    return patched("forward", {m: partial(_upsample, m) for m in model.modules() if _is_plain_upsampling(m)})
 
-    def forward(self: Upsample2D, hidden_states: Tensor, output_size: Any = None, *_: Any, **__: Any) -> Tensor:
-        if self.norm is not None or self.use_conv_transpose or not self.interpolate:
-            return kept(self, hidden_states, output_size)
-        size: Mapping[str, Any] = {"scale_factor": 2.0} if output_size is None else {"size": output_size}
-        hidden_states = F.interpolate(hidden_states, **size, mode="nearest")
-        if not self.use_conv:
-            return hidden_states
-        return (self.conv if self.name == "conv" else self.Conv2d_0)(hidden_states)
 
-    Upsample2D.forward = forward
-    try:
-        yield
-    finally:
-        Upsample2D.forward = kept
+def _is_plain_upsampling(module: nn.Module) -> bool:
+    return type(module) is Upsample2D and module.interpolate and module.norm is None and not module.use_conv_transpose
+
+
+def _upsample(module: Upsample2D, hidden_states: Tensor, output_size: Any = None, *_: Any, **__: Any) -> Tensor:
+    size: Mapping[str, Any] = {"scale_factor": 2.0} if output_size is None else {"size": output_size}
+    hidden_states = F.interpolate(hidden_states, **size, mode="nearest")
+    if not module.use_conv:
+        return hidden_states
+    return (module.conv if module.name == "conv" else module.Conv2d_0)(hidden_states)

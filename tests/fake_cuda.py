@@ -196,6 +196,6 @@ def fake_cuda() -> Iterator[list[tuple]]:
     with ExitStack() as stack:
         for name, stand_in in stand_ins.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
-        stack.enter_context(mock.patch.object(compiled, "_by_graph", lambda _: not torch.is_grad_enabled()))
+        stack.enter_context(mock.patch.object(compiled, "runs_as_graph", lambda _: not torch.is_grad_enabled()))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield fake.log

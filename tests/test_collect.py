@@ -11,7 +11,6 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPi
 from PIL import Image
 
 from diffumask_fast import collect_maps
-from diffumask_fast.attention.collect import _num_calls
 from diffumask_fast.attention.phrases import PhraseNotFound, phrase_columns
 from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.errors import DiffuMaskError
@@ -102,9 +101,9 @@ def test_propagated_maps_are_self_attention_on_the_prior(tiny_sd, recording):
     denoiser = UNetWithMaps(tiny_sd.unet)
     priors = []
 
-    def spy(latents, *args, **kwargs):
-        priors.append(args[3])
-        return denoiser(latents, *args, **kwargs)
+    def spy(call):
+        priors.append(call.prior)
+        return denoiser(call)
 
     with recording(tiny_sd.unet) as recorder, collect_maps(tiny_sd, ["dog"], denoiser=spy) as maps:
         draw(tiny_sd, PROMPTS[0], steps=3)
@@ -134,21 +133,6 @@ def test_image_to_image_propagates_in_the_last_third_of_its_own_calls(tiny_sd):
     with collect_maps(pipe, ["dog"]) as maps:
         assert np.array_equal(draw(pipe, PROMPTS[0], steps=12, image=image, strength=0.5), plain)
     assert maps.store.calls == maps.store.num_calls == 6 and maps.store._propagated["0"][0].weight == 2
-
-
-@pytest.mark.parametrize(
-    ("pipe", "timestep", "left"),
-    [
-        (SimpleNamespace(), 5, None),
-        (SimpleNamespace(scheduler=SimpleNamespace(timesteps=torch.tensor([]))), 5, None),
-        (SimpleNamespace(scheduler=SimpleNamespace(timesteps=torch.tensor([9, 7, 7, 5, 3]))), 7, 4),
-        (SimpleNamespace(scheduler=SimpleNamespace(timesteps=torch.tensor([9, 7, 7, 5, 3]))), torch.tensor([5, 5]), 2),
-        (SimpleNamespace(scheduler=SimpleNamespace(timesteps=torch.tensor([9, 7, 7, 5, 3]))), 8, 5),
-        (SimpleNamespace(scheduler=SimpleNamespace(timesteps=torch.tensor([9, 7, 5])), _num_timesteps=2), 9, 2),
-    ],
-)
-def test_the_calls_that_are_left_are_counted(pipe, timestep, left):
-    assert _num_calls(pipe, timestep) == left
 
 
 def test_sdxl_image_to_image(tiny_sdxl):
@@ -273,9 +257,9 @@ def test_guidance_may_be_turned_off_on_the_way(tiny_sd):
 def test_a_foreign_denoiser_stands_at_the_same_place(tiny_sd):
     seen, inner = [], UNetWithMaps(tiny_sd.unet)
 
-    def denoiser(latents, timestep, encoder_hidden_states, select, prior, added=None):
-        seen.append((latents.shape, select.shape, sorted(prior)))
-        return inner(latents, timestep, encoder_hidden_states, select, prior, added)
+    def denoiser(call):
+        seen.append((call.latents.shape, call.select.shape, sorted(call.prior)))
+        return inner(call)
 
     plain = draw(tiny_sd, PROMPTS[:2])
     with collect_maps(tiny_sd, PHRASES[:2], denoiser=denoiser) as maps:

@@ -4,20 +4,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import draw, make_unet, make_vae, relative
+from conftest import draw, make_unet, relative
 from fake_cuda import WAITS, fake_cuda
 from test_optimized_unet import inputs, same
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffumask_fast.attention.call import UNetCall
 from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.attention.unet import UNetWithMaps
-from diffumask_fast.engines import compiled
+from diffumask_fast.engines import compiled, cuda_graphs
 from diffumask_fast.engines.compiled import CompiledDenoiser, compile_pipe
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.kernels import native, source_hash
-from diffumask_fast.models.cache import cache_folder
+from diffumask_fast.kernels import native
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 
@@ -33,24 +33,11 @@ def test_maps_and_noise_are_the_eager_ones_and_a_smaller_batch_compiles_nothing(
             encoder_hidden_states=torch.randn(2 * images, 77, 32), select=torch.rand(images, 77, 2),
             prior={"1": torch.rand(images, 2, 16)},
         )  # fmt: skip
-        (noise, maps, propagated), truth = found(**call), eager(**call)
+        (noise, maps, propagated), truth = found(UNetCall(**call)), eager(UNetCall(**call))
         assert relative(noise, truth[0]) < 1e-5 and noise.shape == truth[0].shape
         for levels, wanted in ((maps, truth[1]), (propagated, truth[2])):
             assert levels.keys() == wanted.keys() and levels
             assert all(relative(levels[key], wanted[key]) < 1e-5 for key in wanted)
-    assert counters["stats"]["unique_graphs"] == 1
-
-
-@torch.no_grad()
-def test_a_smaller_batch_is_decoded_by_the_same_code():
-    torch.manual_seed(0)
-    vae = make_vae().eval()
-    latents = torch.randn(3, 4, 8, 8)
-    truth = vae.decode(latents).sample
-    compiled._compile_decoder(vae.decoder, 8)
-    counters.clear()
-    for rows in (3, 3, 2, 1):
-        assert relative(vae.decode(latents[:rows]).sample, truth[:rows]) < 1e-5
     assert counters["stats"]["unique_graphs"] == 1
 
 
@@ -64,13 +51,6 @@ def test_a_machine_without_a_compiler_is_told_before_anything_is_drawn(tiny_sd, 
 def test_an_engine_path_is_for_other_engines(tmp_path):
     with pytest.raises(DiffuMaskError, match="`engine=compile` takes no `engine_path`"):
         DiffuMaskPipeline.from_pretrained("mini", engine="compile", engine_path=tmp_path)
-
-
-def test_code_of_other_kernels_is_not_found_in_the_cache(tiny_sd, monkeypatch):
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    pipe = copy.deepcopy(tiny_sd)
-    compile_pipe(pipe)
-    assert compiled.os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache_folder() / "inductor" / source_hash())
 
 
 class ReadAfterWait(TorchDispatchMode):
@@ -108,9 +88,9 @@ def test_a_graph_for_each_set_of_shapes_gives_what_torch_gives(graphed):
     kept = []
     for step in range(4):
         call = later(truth.unet, call) | ({} if step > 1 else {"prior": {}})
-        kept.append((found(**call), truth(**call)))
+        kept.append((found(UNetCall(**call)), truth(UNetCall(**call))))
     call = inputs(truth.unet, images=2)  # a last batch, with prompts of its own
-    kept.append((found(**call), truth(**call)))
+    kept.append((found(UNetCall(**call)), truth(UNetCall(**call))))
     for results in kept:  # also those of earlier calls: they are not in the graphs' memory
         same(*results)
     captures = [entry for entry in log if entry[0] == "capture"]
@@ -127,26 +107,26 @@ def test_keys_and_values_are_copied_where_the_prompts_are_others(graphed):
     call, copies = inputs(truth.unet), []
     for others in (False, False, False, True, True):
         call = inputs(truth.unet) if others else later(truth.unet, call)
-        same(found(**call), truth(**call))
+        same(found(UNetCall(**call)), truth(UNetCall(**call)))
         copies.append([x._version for pair in found._text for x in pair])
     first = len(found._text) * 2 * [0]
     assert copies == [first, first, first, [1] * len(first), [2] * len(first)]
     with_more_tokens = call | {"encoder_hidden_states": torch.randn(4, 154, 32), "select": torch.rand(2, 154, 3)}
     for given in (with_more_tokens, call):
-        same(found(**given), truth(**given))
+        same(found(UNetCall(**given)), truth(UNetCall(**given)))
 
 
 def test_the_host_waits_for_the_answer_about_twins_after_the_replay_alone(graphed):
     found, truth, log = graphed
     call = inputs(truth.unet)
-    found(**call)
+    found(UNetCall(**call))
     for _ in range(3):
         call = later(truth.unet, call)
         log.clear()
         with ReadAfterWait(log):
-            results = found(**call)
+            results = found(UNetCall(**call))
         assert asked(log, "record", "replay", "wait", "synchronize") == ["record", "replay", "wait"]
-        same(results, truth(**call))
+        same(results, truth(UNetCall(**call)))
 
 
 def test_a_wrong_guess_about_twins_is_drawn_again(graphed):
@@ -156,7 +136,7 @@ def test_a_wrong_guess_about_twins_is_drawn_again(graphed):
     for twins in (True, True, False, False, True, True):
         other = inputs(truth.unet, twins=twins)["latents"]
         log.clear()
-        same(found(**call | {"latents": other}), truth(**call | {"latents": other}))
+        same(found(UNetCall(**call | {"latents": other})), truth(UNetCall(**call | {"latents": other})))
         replays.append([graph for name, graph, *_ in log if name == "replay"])
     twice, plain = replays[0][0], replays[3][0]
     assert twice is not plain
@@ -176,9 +156,9 @@ def test_halves_are_twins_by_their_bits():
 
 def test_no_map_is_made_where_nothing_is_selected(graphed):
     found, truth, log = graphed
-    call = inputs(truth.unet) | {"select": None, "prior": None, "first_conditional": 2}
+    call = inputs(truth.unet) | {"select": None, "prior": {}, "first_conditional": 2}
     for _ in range(2):
-        noise, *levels = found(**call)
+        noise, *levels = found(UNetCall(**call))
         plain = truth.unet(call["latents"], call["timestep"], call["encoder_hidden_states"]).sample
         assert relative(noise, plain) < 1e-5 and levels == [{}, {}]
     assert asked(log, "capture", "replay") == ["capture", "replay", "replay"]
@@ -228,13 +208,13 @@ def attach(unet):
 def test_a_unet_that_has_changed_is_captured_again(graphed):
     found, truth, log = graphed
     call, unet = inputs(truth.unet), truth.unet
-    found(**call)
+    found(UNetCall(**call))
     changes = (adapt, change_scaling, move, replace_norm, replace_keys, free_u, attach, attach)
     for change in changes:
         log.clear()
         change(unet)
         for _ in range(2):
-            same(found(**call), truth(**call))
+            same(found(UNetCall(**call)), truth(UNetCall(**call)))
         assert asked(log, "synchronize", "capture", "replay") == ["synchronize", "capture", "replay", "replay"]
 
 
@@ -243,18 +223,18 @@ def test_one_graph_serves_calls_with_and_without_inference_mode(graphed):
     for inference in (True, False, True):
         with torch.inference_mode(inference), torch.no_grad():
             call = inputs(truth.unet)
-            same(found(**call), truth(**call))
+            same(found(UNetCall(**call)), truth(UNetCall(**call)))
     assert asked(log, "capture") == ["capture"]
 
 
 def test_what_a_graph_would_lose_is_not_drawn_by_one(monkeypatch):
     latents = SimpleNamespace(is_cuda=True)
     with torch.no_grad():
-        assert compiled._by_graph(latents) and not compiled._by_graph(torch.zeros(1))
+        assert cuda_graphs.runs_as_graph(latents) and not cuda_graphs.runs_as_graph(torch.zeros(1))
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
-        assert not compiled._by_graph(latents)
+        assert not cuda_graphs.runs_as_graph(latents)
     monkeypatch.undo()
-    assert not compiled._by_graph(latents)
+    assert not cuda_graphs.runs_as_graph(latents)
 
 
 def test_a_timestep_on_the_cpu_keeps_its_type():
@@ -270,9 +250,9 @@ def test_a_pipeline_draws_by_graphs_what_it_draws_without(tiny_sd):
     with collect_maps(pipe, ["photo"]) as eager:
         images = draw(pipe, prompts, steps=6)
     with fake_cuda() as log:
-        compile_pipe(pipe)
+        denoiser = compile_pipe(pipe).denoiser
         for _ in range(2):
-            with collect_maps(pipe, ["photo"]) as maps:
+            with collect_maps(pipe, ["photo"], denoiser=denoiser) as maps:
                 assert np.abs(draw(pipe, prompts, steps=6) - images).max() < 1e-4
             assert relative(maps.class_maps(), eager.class_maps()) < 1e-4
     # without and with a prior, once for both runs

@@ -2,6 +2,7 @@ import pytest
 import torch
 from conftest import relative
 
+from diffumask_fast.attention.call import UNetCall
 from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.check import random_inputs
@@ -63,8 +64,8 @@ def assert_equal(found, truth):
 def test_onnx_gives_what_torch_gives(pairs, kind, rows, conditional, size):
     denoiser, model = pairs[kind]
     call = random_inputs(model.unet, denoiser.limits, rows, conditional, size)
-    truth = model(**call)
-    assert_equal(denoiser(**call), truth)
+    truth = model(UNetCall(**call))
+    assert_equal(denoiser(UNetCall(**call)), truth)
     assert len(truth[1]) == (2 if kind == "sdxl" else 3) and len(truth[2]) == (0 if kind == "static" else len(truth[1]))
 
 
@@ -73,9 +74,9 @@ def test_conditional_rows_may_stand_first_and_a_level_may_be_left_out(pairs):
     denoiser, model = pairs["mini"]
     call = random_inputs(model.unet, denoiser.limits, 4, 2, (128, 128)) | {"first_conditional": 0}
     del call["prior"]["0"]
-    assert_equal(denoiser(**call), model(**call))
-    found = denoiser(**call | {"first_conditional": 2})
-    assert relative(found[1]["0"], model(**call)[1]["0"]) > 1e-2
+    assert_equal(denoiser(UNetCall(**call)), model(UNetCall(**call)))
+    found = denoiser(UNetCall(**call | {"first_conditional": 2}))
+    assert relative(found[1]["0"], model(UNetCall(**call))[1]["0"]) > 1e-2
 
 
 @torch.no_grad()
@@ -84,16 +85,16 @@ def test_a_number_is_a_timestep_and_inputs_need_not_be_contiguous(static):
     call = random_inputs(model.unet, denoiser.limits, 4, 2, (64, 96)) | {"timestep": 77.0}
     call["latents"] = call["latents"].transpose(2, 3).contiguous().transpose(2, 3)
     assert not call["latents"].is_contiguous()
-    assert_equal(denoiser.forward(**call), model(**call))
+    assert_equal(denoiser(UNetCall(**call)), model(UNetCall(**call)))
 
 
 @torch.no_grad()
 def test_the_noise_has_the_type_of_the_latents_and_maps_are_fp32(static):
     denoiser, model = static
     call = random_inputs(model.unet, denoiser.limits, 2, 1, (64, 96))
-    noise, maps, _ = denoiser(**call | {"latents": call["latents"].half()})
+    noise, maps, _ = denoiser(UNetCall(**call | {"latents": call["latents"].half()}))
     assert noise.dtype == torch.float16 and {value.dtype for value in maps.values()} == {torch.float32}
-    assert relative(noise.float(), model(**call)[0]) < 1e-2
+    assert relative(noise.float(), model(UNetCall(**call))[0]) < 1e-2
 
 
 @pytest.mark.parametrize(
@@ -106,11 +107,11 @@ def test_the_noise_has_the_type_of_the_latents_and_maps_are_fp32(static):
         ("static", 2, (64, 96), {"select": torch.rand(1, 77, 3)}, "at most 2 phrases, and 3 phrases"),
         ("static", 2, (64, 96), {"prior": {"1": torch.rand(1, 1, 24)}}, "does not propagate maps at level 1"),
         ("mini", 2, (128, 128), {"prior": {"1": torch.rand(1, 9, 64)}}, "at most 8 maps, not 9"),
-        ("mini", 2, (128, 128), {"timestep_cond": torch.rand(2)}, "has no timestep_cond"),
+        ("mini", 2, (128, 128), {"unet_kwargs": {"timestep_cond": torch.rand(2)}}, "has no timestep_cond"),
         ("mini", 2, (128, 128), {"encoder_hidden_states": torch.rand(2, 80, 128)}, "77 tokens, not 80"),
     ],
 )
 def test_what_the_graph_cannot_do_is_one_sentence(pairs, kind, rows, size, change, words):
     denoiser, model = pairs[kind]
     with pytest.raises(DiffuMaskError, match=words):
-        denoiser(**random_inputs(model.unet, denoiser.limits, rows, 1, size) | change)
+        denoiser(UNetCall(**random_inputs(model.unet, denoiser.limits, rows, 1, size) | change))

@@ -1,7 +1,8 @@
 import pytest
 import torch
-from conftest import relative
+from conftest import draw, relative
 
+from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.load import load_engine
 
@@ -33,6 +34,24 @@ def test_a_call_without_maps_draws_too(hollow, sd_parts):
     assert relative(hollow.unet(latents, 5, states, return_dict=False)[0], truth) < 1e-4
     with pytest.raises(DiffuMaskError, match="has no timestep_cond"):
         hollow.unet(latents, 5, states, timestep_cond=states)
+
+
+def test_a_pipeline_of_an_engine_alone_gives_maps(hollow, tiny_sd):
+    settings = {"height": 64, "width": 96}
+    with collect_maps(tiny_sd, ["dog"], propagate="none") as truth:
+        image = draw(tiny_sd, "a photo of a dog", **settings)
+    with collect_maps(hollow, ["dog"], propagate="none") as found:
+        assert abs(draw(hollow, "a photo of a dog", **settings) - image).max() < 1e-3
+    assert found.store.calls == 3 and list(found.levels) == list(truth.levels)
+    assert all(relative(found.levels[key], truth.levels[key]) < 1e-3 for key in truth.levels)
+    assert "denoiser" not in vars(tiny_sd.unet)
+
+
+@torch.no_grad()
+def test_a_keyword_of_the_attention_layers_is_refused(hollow):
+    given = {"cross_attention_kwargs": {"scale": 0.5}}
+    with pytest.raises(DiffuMaskError, match="has no cross_attention_kwargs"):
+        hollow.unet(torch.randn(2, 4, 8, 12), 5, torch.randn(2, 77, 32), **given)
 
 
 @torch.no_grad()

@@ -1,87 +1,110 @@
 import copy
+import functools
 import threading
 
 import diffusers
 import numpy as np
+import pytest
 import torch
 from conftest import NOISE, draw, footprint
 
 from diffumask_fast import collect_maps
+from diffumask_fast.errors import DiffuMaskError
 
-PROMPTS = ["a photo of a potted plant and a dog", "the cat on the sofa"]
+PROMPT = "a photo of a potted plant and a dog"
+TAKEN = "maps of this UNet are being collected already: leave the other collect_maps first"
 
 
-def test_contexts_nest_and_may_be_left_out_of_order(tiny_sd):
-    before, plain = footprint(tiny_sd), draw(tiny_sd, PROMPTS[0])
-    outer, inner = collect_maps(tiny_sd, ["dog"]), collect_maps(tiny_sd, ["potted plant"])
-    outer.__enter__()
-    inner.__enter__()
-    assert np.array_equal(draw(tiny_sd, PROMPTS[0]), plain)
-    outer.__exit__(None, None, None)
-    assert np.array_equal(draw(tiny_sd, PROMPTS[0]), plain)
-    inner.__exit__(None, None, None)
+def another_pipeline(pipe):
+    """Return a pipeline of its own with the same UNet."""
+    own = {"tokenizer": copy.deepcopy(pipe.tokenizer), "scheduler": diffusers.DDIMScheduler(**NOISE)}
+    other = diffusers.StableDiffusionPipeline(**{**pipe.components, **own}, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def enter(pipe, errors):
+    try:
+        with collect_maps(pipe, ["dog"]):
+            draw(pipe, PROMPT)
+    except DiffuMaskError as error:
+        errors.append(str(error))
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+@pytest.mark.parametrize("same_pipeline", [True, False])
+def test_a_second_collector_is_refused_and_the_first_goes_on(tiny_sd, same_pipeline, in_thread):
+    before = footprint(tiny_sd)
+    with collect_maps(tiny_sd, ["dog"]) as alone:
+        image = draw(tiny_sd, PROMPT)
+    second, errors = tiny_sd if same_pipeline else another_pipeline(tiny_sd), []
+    with collect_maps(tiny_sd, ["dog"]) as maps:
+        if in_thread:
+            thread = threading.Thread(target=enter, args=(second, errors))
+            thread.start()
+            thread.join()
+        else:
+            enter(second, errors)
+        assert np.array_equal(draw(tiny_sd, PROMPT), image)
+    assert len(errors) == 1 and TAKEN in errors[0]
+    assert all(torch.equal(maps.levels[key], alone.levels[key]) for key in alone.levels)
     assert footprint(tiny_sd) == before
-    with collect_maps(tiny_sd, ["dog", "potted plant"]) as both:
-        draw(tiny_sd, PROMPTS[0])
-    assert torch.allclose(both.levels["0"][:, :1], outer.levels["0"])
-    assert torch.allclose(both.levels["0"][:, 1:], inner.levels["0"])
+    enter(second, errors)
+    assert len(errors) == 1 and "encode_prompt" not in vars(second)
+
+
+def test_entering_one_collector_twice_is_refused(tiny_sd):
+    before = footprint(tiny_sd)
+    collector = collect_maps(tiny_sd, ["dog"])
+    with collector as maps:
+        with pytest.raises(DiffuMaskError, match=TAKEN), collector:
+            pass
+        draw(tiny_sd, PROMPT)
+    assert maps.store.calls == 3 and footprint(tiny_sd) == before
 
 
 def test_a_copy_made_in_the_context_is_plain(tiny_sd):
     with collect_maps(tiny_sd, ["dog"]):
         twin = copy.deepcopy(tiny_sd.unet)
-        draw(tiny_sd, PROMPTS[0])
-    assert "_compiled_call_impl" not in twin.__dict__
+        draw(tiny_sd, PROMPT)
+    assert "_compiled_call_impl" not in vars(twin)
 
 
 def test_a_compiled_unet_stays_compiled(tiny_sd):
-    plain, before = draw(tiny_sd, PROMPTS[0]), tiny_sd.unet
+    plain, unet = draw(tiny_sd, PROMPT), tiny_sd.unet
     calls = []
 
     def compiled(*args, **kwargs):
         calls.append(1)
-        return tiny_sd.unet._call_impl(*args, **kwargs)
+        return unet._call_impl(*args, **kwargs)
 
-    tiny_sd.unet._compiled_call_impl = compiled
+    unet._compiled_call_impl = compiled
     try:
         with collect_maps(tiny_sd, ["dog"]) as maps:
-            assert np.array_equal(draw(tiny_sd, PROMPTS[0]), plain)
-        assert len(calls) == maps.store.calls == 3 and tiny_sd.unet._compiled_call_impl is compiled
+            assert np.array_equal(draw(tiny_sd, PROMPT), plain)
+        assert len(calls) == maps.store.calls == 3 and unet._compiled_call_impl is compiled
     finally:
-        del before._compiled_call_impl
+        del unet._compiled_call_impl
 
 
-def test_calls_of_another_thread_pass_through(tiny_sd):
-    with collect_maps(tiny_sd, ["dog"]) as maps:
-        draw(tiny_sd, PROMPTS[0])
-        kept = {key: value.clone() for key, value in maps.levels.items()}
-        thread = threading.Thread(target=draw, args=(tiny_sd, "a red dog"))
-        thread.start()
-        thread.join()
-    assert maps.store.calls == 3 and all(torch.equal(maps.levels[key], kept[key]) for key in kept)
+def test_a_pipeline_with_an_encode_prompt_of_its_own_gets_it_back(tiny_sd):
+    own = tiny_sd.encode_prompt
+    seen = []
+
+    @functools.wraps(own)
+    def encode_prompt(*args, **kwargs):
+        seen.append(1)
+        return own(*args, **kwargs)
+
+    tiny_sd.encode_prompt = encode_prompt
+    with collect_maps(tiny_sd, ["dog"]):
+        draw(tiny_sd, PROMPT)
+    assert seen == [1] and tiny_sd.encode_prompt is encode_prompt
 
 
-def test_two_threads_share_one_unet(tiny_sd):
-    def pipeline():
-        own = {"tokenizer": copy.deepcopy(tiny_sd.tokenizer), "scheduler": diffusers.DDIMScheduler(**NOISE)}
-        pipe = diffusers.StableDiffusionPipeline(**{**tiny_sd.components, **own}, requires_safety_checker=False)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+def test_a_pipeline_without_encode_prompt_is_refused(tiny_sd):
+    class Prompts:
+        unet = tiny_sd.unet
 
-    def collect(pipe, prompt, phrase, results):
-        with collect_maps(pipe, [phrase]) as maps:
-            results[phrase] = (draw(pipe, prompt, steps=8), maps.levels)
-
-    work = [(pipeline(), prompt, phrase) for prompt, phrase in zip(PROMPTS, ("dog", "cat"), strict=True)]
-    alone, together = {}, {}
-    for item in work:
-        collect(*item, alone)
-    threads = [threading.Thread(target=collect, args=(*item, together)) for item in work]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for phrase, (image, levels) in alone.items():
-        assert np.array_equal(together[phrase][0], image)
-        assert all(torch.equal(together[phrase][1][key], levels[key]) for key in levels)
-    assert "_compiled_call_impl" not in tiny_sd.unet.__dict__
+    with pytest.raises(DiffuMaskError, match="Prompts has no encode_prompt"):
+        collect_maps(Prompts(), ["dog"])

@@ -1,4 +1,4 @@
-"""attention/lean.py and forwards.py: the same results, fewer products."""
+"""engines/optimized_unet.py and cpu_forwards.py: the same results, fewer products."""
 
 import pytest
 import torch
@@ -10,11 +10,13 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffumask_fast.attention.call import UNetCall
 from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.borrow import patched
-from diffumask_fast.engines import compiled, cpu_forwards, optimized_unet
+from diffumask_fast.engines import cpu_forwards, optimized_unet
 from diffumask_fast.engines.compiled import CompiledDenoiser
 from diffumask_fast.engines.cpu_forwards import TransformedWeights, cheaper_forwards
+from diffumask_fast.engines.decoder import CompiledDecoder
 from diffumask_fast.engines.optimized_unet import OptimizedUNet
 from diffumask_fast.kernels import ran
 
@@ -54,9 +56,9 @@ def same(found, truth, limit=1e-5):
         assert all(relative(levels[key], wanted[key]) < limit for key in wanted)
 
 
-def flops(call, **arguments):
+def flops(denoiser, call, **kept):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        call(**arguments)
+        denoiser(call, **kept)
     return counter.get_total_flops()
 
 
@@ -69,7 +71,7 @@ def test_what_is_found_is_the_plain_units(size, twins):
     if size != 8:
         call |= {"latents": F.interpolate(call["latents"], (size, size)), "prior": {}}
     kept = dict(text=lean.text(call["encoder_hidden_states"]), weights=weights)
-    same(lean(**call, **kept, twins=twins), UNetWithMaps(unet)(**call))
+    same(lean(UNetCall(**call), **kept, twins=twins), UNetWithMaps(unet)(UNetCall(**call)))
     assert len(weights) == 24  # all but the first, the last and two that halve the image
     assert not any("forward" in vars(module) for module in unet.modules())
 
@@ -77,37 +79,38 @@ def test_what_is_found_is_the_plain_units(size, twins):
 @torch.no_grad()
 def test_nothing_selected_makes_no_maps():
     unet = make_unet()
-    call, lean = inputs(unet) | {"select": None, "prior": None}, OptimizedUNet(unet)
+    call, lean = inputs(unet) | {"select": None, "prior": {}}, OptimizedUNet(unet)
     truth = unet(call["latents"], call["timestep"], call["encoder_hidden_states"]).sample
     for denoise in (lean, UNetWithMaps(unet)):
-        noise, *levels = denoise(**call)
+        noise, *levels = denoise(UNetCall(**call))
         assert relative(noise, truth) < 1e-5 and levels == [{}, {}]
-    twins = lean(**call, first_conditional=2, twins=True, text=lean.text(call["encoder_hidden_states"]))
+    given = UNetCall(**call, first_conditional=2)
+    twins = lean(given, twins=True, text=lean.text(call["encoder_hidden_states"]))
     assert relative(twins[0], truth) < 1e-5 and twins[1:] == ({}, {})
 
 
 def test_each_saving_takes_products_away():
     unet = make_unet()
-    call, lean = inputs(unet), OptimizedUNet(unet)
+    call, lean = UNetCall(**inputs(unet)), OptimizedUNet(unet)
     with torch.no_grad():
-        text = lean.text(call["encoder_hidden_states"])
-    plain = flops(UNetWithMaps(unet), **call)
-    assert flops(lean, **call) == plain
-    assert flops(lean, **call, text=text) < plain
-    assert flops(lean, **call, text=text, twins=True) < flops(lean, **call, text=text)
+        text = lean.text(call.encoder_hidden_states)
+    plain = flops(UNetWithMaps(unet), call)
+    assert flops(lean, call) == plain
+    assert flops(lean, call, text=text) < plain
+    assert flops(lean, call, text=text, twins=True) < flops(lean, call, text=text)
 
 
 def test_a_feed_forward_in_pieces_is_the_whole(monkeypatch):
     unet = make_unet()
     call = inputs(unet)
     with torch.no_grad():
-        truth = UNetWithMaps(unet)(**call)
+        truth = UNetWithMaps(unet)(UNetCall(**call))
         monkeypatch.setattr(cpu_forwards, "PIECE_BYTES", 1)
         for module in unet.modules():
             if isinstance(module, FeedForward):
                 module.net[0].register_forward_hook(lambda _, given, __: rows.add(len(given[0])))
         rows: set[int] = set()
-        same(OptimizedUNet(unet)(**call), truth)
+        same(OptimizedUNet(unet)(UNetCall(**call)), truth)
     assert rows == {1}
 
 
@@ -258,7 +261,7 @@ def test_which_attention_is_in_cpp(monkeypatch):
             name: x.to(dtype) if name in ("latents", "encoder_hidden_states") else x for name, x in inputs(unet).items()
         }
         with ran() as forms:
-            OptimizedUNet(unet)(**call, **given)
+            OptimizedUNet(unet)(UNetCall(**call, unet_kwargs=given))
         return {form for kernel, form in forms if kernel == "attend"}
 
     monkeypatch.setattr(optimized_unet, "has_amx", lambda: False)
@@ -292,21 +295,19 @@ def uncompiled(monkeypatch):
     unet, decoder = make_unet(), make_vae(32).decoder.eval()
     found = CompiledDenoiser(unet)
     monkeypatch.setattr(found, "model", OptimizedUNet(unet))
-    eager = decoder.forward
-    compiled._compile_decoder(decoder, 8)
-    return found, UNetWithMaps(unet), decoder, eager
+    return found, UNetWithMaps(unet), CompiledDecoder(decoder, 8), decoder
 
 
 @torch.no_grad()
 def test_the_engine_uses_the_kernels_and_follows_the_weights(monkeypatch, convolved):
     found, truth, decoder, eager = uncompiled(monkeypatch)
-    conv, last = found.model.unet.up_blocks[-1].resnets[0].conv1, decoder.layers[-2].conv[0]
+    conv, last = found.model.unet.up_blocks[-1].resnets[0].conv1, eager.layers[-2].conv[0]
     for change in (lambda: None, lambda: None, conv.weight.data.zero_):
         change()
         call = inputs(found.model.unet)
-        same(found(**call), truth(**call))
+        same(found(UNetCall(**call)), truth(UNetCall(**call)))
     conv.weight.normal_()  # noticed among the steps of a run too
-    same(found(**call), truth(**call))
+    same(found(UNetCall(**call)), truth(UNetCall(**call)))
     assert len(convolved) >= 4 * 10
     convolved.clear()
     latents = torch.randn(2, 4, 8, 8)
@@ -325,7 +326,7 @@ def test_the_engine_has_gradients(monkeypatch):
     assert relative(one.grad, other.grad) < 1e-4
     grads = []
     for denoise in (found, truth):
-        denoise(**call)[0].square().mean().backward()
+        denoise(UNetCall(**call))[0].square().mean().backward()
         grads.append(truth.unet.conv_in.weight.grad.clone())
         truth.unet.zero_grad()
     assert relative(*grads) < 1e-4
@@ -340,22 +341,25 @@ def test_compiled_twins_and_text_are_found_by_looking(monkeypatch):
         found.model, "text", lambda states: seen.append(states) or OptimizedUNet.text(found.model, states)
     )
     run = found.model.forward
-    monkeypatch.setattr(found.model, "forward", lambda **given: (asked.append(given["twins"]), run(**given))[1])
+    monkeypatch.setattr(
+        found.model, "forward", lambda call, **kept: (asked.append(kept["twins"]), run(call, **kept))[1]
+    )
     asked: list[bool] = []
     call = inputs(unet, images=3)
     for _ in range(2):
-        same(found(**call), truth(**call))
+        same(found(UNetCall(**call)), truth(UNetCall(**call)))
     assert asked == [True, True] and len(seen) == 1
     call["encoder_hidden_states"].mul_(2)  # the same tensor, other values
-    same(found(**call), truth(**call))
+    same(found(UNetCall(**call)), truth(UNetCall(**call)))
     assert len(seen) == 2
     call["latents"][0, 0, 0, 0] += 1
-    same(found(**call), truth(**call))
+    same(found(UNetCall(**call)), truth(UNetCall(**call)))
     assert asked[-1] is False
     fewer = inputs(unet, images=2)
-    same(found(**fewer), truth(**fewer))
+    same(found(UNetCall(**fewer)), truth(UNetCall(**fewer)))
     alone = {key: value[:3] for key, value in call.items() if key in ("latents", "encoder_hidden_states", "select")}
-    same(found(**alone, timestep=torch.tensor(3))[:2], truth(**alone, timestep=torch.tensor(3))[:2])
+    alone = UNetCall(**alone, timestep=torch.tensor(3))
+    same(found(alone)[:2], truth(alone)[:2])
 
 
 def test_text_is_not_made_by_a_layer_with_an_adapter():
@@ -367,20 +371,3 @@ def test_text_is_not_made_by_a_layer_with_an_adapter():
 
     attn.to_k.__class__ = Adapted
     assert OptimizedUNet(unet).text(torch.randn(2, 77, unet.config.cross_attention_dim)) is None
-
-
-@torch.no_grad()
-def test_a_decoder_in_pieces_and_one_with_an_image_beside_its_latents(monkeypatch):
-    monkeypatch.setattr(compiled, "PIECE_BYTES", 1)
-    monkeypatch.setattr(
-        torch, "compile", lambda forward, dynamic: lambda *given: rows.append(len(given[1])) or forward(*given)
-    )
-    decoder, rows, latents = make_vae().decoder, [], torch.randn(3, 4, 2, 2)
-    truth = decoder(latents)
-    compiled._compile_decoder(decoder, 8)
-    assert relative(decoder(latents), truth) < 1e-5 and rows == [1, 1, 1]
-    decoder, seen = make_vae().decoder, []
-    monkeypatch.setattr(decoder, "forward", lambda *given: seen.append([len(x) for x in given]))
-    compiled._compile_decoder(decoder, 8)
-    decoder(latents, latents, latents)
-    assert seen == [[3, 3, 3]] and rows == [1, 1, 1]

@@ -1,12 +1,16 @@
+import copy
 import json
 import pickle
 
 import numpy as np
 import pytest
 import torch
+from conftest import footprint, relative
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from diffumask_fast.attention.options import MapOptions
+from diffumask_fast.engines.compiled import CompiledDenoiser, compile_pipe
+from diffumask_fast.engines.decoder import CompiledDecoder
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.models import find
 from diffumask_fast.pipeline import DiffuMaskPipeline
@@ -255,3 +259,30 @@ def test_the_weights_are_hashed_when_they_are_asked_for(tiny_folder, monkeypatch
     copied = pickle.loads(pickle.dumps(out))
     assert out.provenance["weights"] == "0123" == out.provenance["weights"] and hashed == [tiny_folder.resolve()]
     assert copied.provenance == out.provenance and out.provenance["scheduler"] != "NoneType"
+
+
+def test_the_compiled_engine_draws_for_its_pipeline_alone_and_leaves_no_trace(tiny_sd, monkeypatch):
+    own = {"unet": copy.deepcopy(tiny_sd.unet), "vae": copy.deepcopy(tiny_sd.vae)}
+    stock = StableDiffusionPipeline(**{**tiny_sd.components, **own}, requires_safety_checker=False)
+    before = footprint(stock), set(vars(stock.vae.decoder)), vars(stock.vae).keys()
+    calls = []
+    for kind in (CompiledDenoiser, CompiledDecoder):
+        monkeypatch.setattr(kind, "__call__", counting(kind.__call__, calls, kind))
+    engine = compile_pipe(stock)
+    with torch.compiler.set_stance("force_eager"):
+        found, wanted = (
+            pipe(PROMPTS[0], [["dog"]], seeds=[1], **STEPS)
+            for pipe in (DiffuMaskPipeline(stock, compiled=engine), DiffuMaskPipeline(stock))
+        )
+    assert calls == [CompiledDenoiser] * 3 + [CompiledDecoder]
+    assert [out.provenance["engine"]["name"] for out in (found, wanted)] == ["compile", "torch"]
+    assert relative(found.maps["0"], wanted.maps["0"]) < 1e-4
+    assert (footprint(stock), set(vars(stock.vae.decoder)), vars(stock.vae).keys()) == before
+
+
+def counting(method, calls, kind):
+    def call(self, *args, **kwargs):
+        calls.append(kind)
+        return method(self, *args, **kwargs)
+
+    return call

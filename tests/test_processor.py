@@ -8,6 +8,7 @@ from conftest import draw, footprint, relative
 from diffusers.models.attention_processor import XFormersAttnProcessor
 from test_unet import inputs, plain
 
+from diffumask_fast.attention.call import UNetCall
 from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.attention.unet import UNetWithMaps, attention_places
 
@@ -29,7 +30,7 @@ def test_xformers_draws_self_attention_and_the_maps_are_exact(unet, recording, x
         expected = plain(unet, call)
     op = (object(), object())
     unet.set_attn_processor(XFormersAttnProcessor(op))
-    noise_pred, maps, _ = UNetWithMaps(unet)(**call)
+    noise_pred, maps, _ = UNetWithMaps(unet)(UNetCall(**call))
     assert len(xformers) == num_self(unet) and {one["op"] for one in xformers} == {op}
     assert all(one["query"].shape == one["key"].shape for one in xformers)
     assert relative(noise_pred, expected) < 1e-5
@@ -45,10 +46,10 @@ def test_a_level_that_is_propagated_is_drawn_by_the_product_that_propagates(unet
         expected = plain(unet, call)
     unet.set_attn_processor(XFormersAttnProcessor())
     denoiser = UNetWithMaps(unet)
-    pixels = {key: value.shape[-1] for key, value in denoiser(**call)[1].items()}
+    pixels = {key: value.shape[-1] for key, value in denoiser(UNetCall(**call))[1].items()}
     xformers.clear()
     prior = {"1": torch.rand(2, 3, pixels["1"])}
-    noise_pred, maps, propagated = denoiser(**call, prior=prior)
+    noise_pred, maps, propagated = denoiser(UNetCall(**call, prior=prior))
     assert len(xformers) == num_self(unet, set(denoiser.keys) - {"1"})
     assert relative(noise_pred, expected) < 1e-5
     assert relative(propagated["1"], recorder.propagate(prior["1"], slice(2, 4))) < 1e-5
@@ -61,9 +62,9 @@ def test_a_mask_on_the_tokens_is_obeyed(sd_parts, xformers):
     unet = copy.deepcopy(sd_parts["unet"])
     call, mask = inputs(unet), torch.ones(4, 77)
     mask[:, 50:] = 0
-    truth = UNetWithMaps(unet)(**call, encoder_attention_mask=mask)
+    truth = UNetWithMaps(unet)(UNetCall(**call, unet_kwargs={"encoder_attention_mask": mask}))
     unet.set_attn_processor(XFormersAttnProcessor())
-    found = UNetWithMaps(unet)(**call, encoder_attention_mask=mask)
+    found = UNetWithMaps(unet)(UNetCall(**call, unet_kwargs={"encoder_attention_mask": mask}))
     assert xformers and relative(found[0], truth[0]) < 1e-5
     assert all(relative(found[1][key], truth[1][key]) < 1e-5 for key in truth[1])
 
@@ -90,9 +91,9 @@ def test_a_compiler_gets_our_product_in_every_layer(sd_parts, xformers):
     torch._dynamo.reset()
     unet = copy.deepcopy(sd_parts["unet"])
     call = inputs(unet)
-    truth = UNetWithMaps(unet)(**call)
+    truth = UNetWithMaps(unet)(UNetCall(**call))
     unet.set_attn_processor(XFormersAttnProcessor())
-    found = torch.compile(UNetWithMaps(unet), fullgraph=True, backend="eager")(**call)
+    found = torch.compile(UNetWithMaps(unet), fullgraph=True, backend="eager")(UNetCall(**call))
     assert not xformers and torch.equal(found[0], truth[0])
     assert all(torch.equal(found[1][key], truth[1][key]) for key in truth[1])
 

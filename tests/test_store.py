@@ -153,6 +153,32 @@ def test_memory_does_not_grow_with_the_calls():
     assert sizes[0] == sizes[1] == 4 * 4 * 2 * 3 * (96 + 24 + 6)
 
 
+@pytest.mark.parametrize(
+    ("aggregation", "propagated", "tensors"), [("paper", "012", 12), ("reference", "01", 5), ("finest", "0", 4)]
+)
+def test_only_what_an_aggregation_reads_is_kept_and_propagated(aggregation, propagated, tensors):
+    calls, every, some = [call() for _ in range(6)], make(num_calls=6), make(num_calls=6, aggregation=aggregation)
+    seen = {key: torch.softmax(3 * torch.rand(h * w, h * w), -1) for key, (h, w) in SIZES.items()}
+    for store in (every, some):
+        for maps in calls:
+            prior = store.prior()
+            store.add(maps, {key: value @ seen[key].T for key, value in prior.items()})
+    assert list(prior) == list(propagated)
+    assert torch.equal(some.class_maps(options(aggregation)), every.class_maps(options(aggregation)))
+    assert torch.equal(some.class_maps(), some.class_maps(options(aggregation)))
+    assert all(torch.equal(some.levels[key], every.levels[key]) for key in SIZES)
+    means = [*some._maps.values(), *(m for orders in some._propagated.values() for m in orders)]
+    assert sum(kept is not None for m in means for kept in (m._sum, m._peak_sum)) == tensors
+    assert (some.num_bytes < every.num_bytes) == (aggregation != "paper")
+
+
+def test_an_aggregation_that_nothing_was_kept_for_is_refused():
+    store = make(aggregation="finest", propagate="none")
+    run(store, [call()])
+    with pytest.raises(DiffuMaskError, match="kept for `aggregation=finest`: draw with `aggregation=paper`"):
+        store.class_maps(options("paper"))
+
+
 def test_a_phrase_is_found_in_all_rows_that_have_it():
     store = make(propagate="none")
     run(store, [call()])

@@ -5,6 +5,7 @@ import torch
 from conftest import make_unet, sharpen
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
+from diffumask_fast.attention.call import UNetCall
 from diffumask_fast.attention.unet import UNetWithMaps, attention_places
 from diffumask_fast.errors import DiffuMaskError
 
@@ -43,14 +44,14 @@ def test_one_call_gives_noise_maps_and_propagated_maps(unets, recording, kind, s
     denoiser, call = UNetWithMaps(unet), inputs(unet, size=size)
     with recording(unet) as recorder:
         expected = plain(unet, call)
-    noise_pred, maps, nothing = denoiser(**call)
+    noise_pred, maps, nothing = denoiser(UNetCall(**call))
     assert torch.equal(noise_pred, expected) and nothing == {}
     truth = recorder.maps(call["select"], slice(2, 4))
     assert list(maps) == list(denoiser.keys) == [str(i) for i in range(len(truth))]
     assert all(relative(a, b) < 1e-6 for a, b in zip(maps.values(), truth, strict=True))
 
     prior = {key: torch.rand(2, 3, value.shape[-1]) for key, value in list(maps.items())[1:]}
-    noise_pred, again, propagated = denoiser(**call, prior=prior)
+    noise_pred, again, propagated = denoiser(UNetCall(**call, prior=prior))
     assert torch.equal(noise_pred, expected) and list(propagated) == list(prior)
     assert all(torch.equal(again[key], maps[key]) for key in maps)
     for key, value in prior.items():
@@ -65,7 +66,7 @@ def test_conditional_rows_may_stand_anywhere(unets, recording):
     with recording(unet) as recorder:
         plain(unet, call)
     for first in (0, 2, 4):
-        maps = denoiser(**call, first_conditional=first)[1]
+        maps = denoiser(UNetCall(**call, first_conditional=first))[1]
         truth = recorder.maps(call["select"], slice(first, first + 2))
         assert all(relative(a, b) < 1e-6 for a, b in zip(maps.values(), truth, strict=True))
 
@@ -108,11 +109,11 @@ def test_processors_are_back_after_a_call_and_after_a_failure(unets):
         assert {name: id(p) for name, p in unet.attn_processors.items()} == before
         assert [list(attn.__dict__) for attn in attention_places(unet)] == keys
 
-    denoiser(**call)
+    denoiser(UNetCall(**call))
     check()
     hook = unet.mid_block.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        denoiser(**call)
+        denoiser(UNetCall(**call))
     hook.remove()
     check()
 
@@ -132,7 +133,7 @@ class Doubling(torch.nn.Module):
 def test_a_foreign_processor_draws_and_maps_come_beside_it(unets):
     unet = copy.deepcopy(unets["sd"])
     call = inputs(unet)
-    truth = UNetWithMaps(unet)(**call)
+    truth = UNetWithMaps(unet)(UNetCall(**call))
     for module in unet.modules():
         if hasattr(module, "set_processor") and not module.is_cross_attention:
             module.set_processor(Doubling())
@@ -144,9 +145,11 @@ def test_a_foreign_processor_draws_and_maps_come_beside_it(unets):
         cross_attention_kwargs={"shift": 0.5},
     ).sample
     prior = {"0": torch.rand(2, 2, 64)}
-    noise_pred, maps, propagated = UNetWithMaps(unet)(**call, prior=prior, cross_attention_kwargs={"shift": 0.5})
+    noise_pred, maps, propagated = UNetWithMaps(unet)(
+        UNetCall(**call, prior=prior, unet_kwargs={"cross_attention_kwargs": {"shift": 0.5}})
+    )
     assert torch.equal(noise_pred, expected) and not torch.equal(noise_pred, truth[0])
-    assert not torch.equal(UNetWithMaps(unet)(**call)[0], expected)
+    assert not torch.equal(UNetWithMaps(unet)(UNetCall(**call))[0], expected)
     assert [name for name, _ in unet.named_modules()] == names and propagated["0"].shape == (2, 2, 64)
     assert not torch.allclose(maps["0"], truth[1]["0"])
 
@@ -158,9 +161,9 @@ def test_maps_beside_a_foreign_processor_are_those_of_the_plain_one(unets, recor
 
     unet = copy.deepcopy(unets["sd"])
     call, prior = inputs(unet), {"1": torch.rand(2, 2, 16)}
-    truth = UNetWithMaps(unet)(**call, prior=prior)
+    truth = UNetWithMaps(unet)(UNetCall(**call, prior=prior))
     unet.set_attn_processor(Mine())
-    got = UNetWithMaps(unet)(**call, prior=prior)
+    got = UNetWithMaps(unet)(UNetCall(**call, prior=prior))
     assert torch.equal(got[0], truth[0])
     assert all(relative(got[1][key], truth[1][key]) < 1e-6 for key in truth[1])
     assert relative(got[2]["1"], truth[2]["1"]) < 1e-6
@@ -174,7 +177,7 @@ def test_a_mask_on_the_tokens_is_obeyed(unets):
     rest = dict(encoder_hidden_states=call["encoder_hidden_states"], encoder_attention_mask=mask)
     expected = unet(call["latents"], call["timestep"], **rest).sample
     call["select"][:, :50] = 0
-    noise_pred, maps, _ = UNetWithMaps(unet)(**call, encoder_attention_mask=mask)
+    noise_pred, maps, _ = UNetWithMaps(unet)(UNetCall(**call, unet_kwargs={"encoder_attention_mask": mask}))
     assert torch.equal(noise_pred, expected)
     assert all(value.abs().max() < 1e-6 for value in maps.values())
 
@@ -184,7 +187,7 @@ def test_the_call_is_pure(unets):
     denoiser, call = UNetWithMaps(unets["sd"]), inputs(unets["sd"])
     prior = {"0": torch.rand(2, 2, 64)}
     kept = [call["select"].clone(), prior["0"].clone()]
-    first, second = denoiser(**call, prior=prior), denoiser(**call, prior=prior)
+    first, second = denoiser(UNetCall(**call, prior=prior)), denoiser(UNetCall(**call, prior=prior))
     assert torch.equal(call["select"], kept[0]) and torch.equal(prior["0"], kept[1])
     for a, b in zip(torch.utils._pytree.tree_leaves(first), torch.utils._pytree.tree_leaves(second), strict=True):
         assert torch.equal(a, b)
@@ -195,8 +198,8 @@ def test_the_call_is_one_graph(unets):
     torch._dynamo.reset()
     denoiser, call = UNetWithMaps(unets["sd"]), inputs(unets["sd"])
     call["prior"] = {"0": torch.rand(2, 2, 64)}
-    got = torch.compile(denoiser, fullgraph=True, backend="eager")(**call)
-    for a, b in zip(*(torch.utils._pytree.tree_leaves(x) for x in (got, denoiser(**call))), strict=True):
+    got = torch.compile(denoiser, fullgraph=True, backend="eager")(UNetCall(**call))
+    for a, b in zip(*(torch.utils._pytree.tree_leaves(x) for x in (got, denoiser(UNetCall(**call)))), strict=True):
         assert torch.equal(a, b)
 
 

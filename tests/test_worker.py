@@ -9,28 +9,28 @@ import torch
 from test_pipeline import requests
 
 from diffumask_fast import pipeline
-from diffumask_fast.engines.worker import IN_FLIGHT, Beside, to_host
+from diffumask_fast.engines.worker import IN_FLIGHT, StreamWorker, to_host
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 
 def test_on_the_cpu_work_is_done_at_once_by_the_caller():
-    with Beside(torch.device("cpu")) as beside:
-        assert beside.submit(threading.get_ident).result() == threading.get_ident()
-        assert beside.submit(threading.get_ident).result() == threading.get_ident()
+    with StreamWorker(torch.device("cpu")) as worker:
+        assert worker.submit(threading.get_ident).result() == threading.get_ident()
+        assert worker.submit(threading.get_ident).result() == threading.get_ident()
 
 
 def test_a_thread_takes_all_but_the_first_piece():
-    with Beside(torch.device("cpu"), threaded=True) as beside:
-        first, second, third = (beside.submit(threading.get_ident).result() for _ in range(3))
+    with StreamWorker(torch.device("cpu"), threaded=True) as worker:
+        first, second, third = (worker.submit(threading.get_ident).result() for _ in range(3))
     assert first == threading.get_ident() != second == third
 
 
 def test_leaving_drops_what_has_not_begun():
     gate, ran = threading.Event(), []
-    with pytest.raises(KeyboardInterrupt), Beside(torch.device("cpu"), threaded=True) as beside:
-        beside.submit(bool)
-        beside.submit(gate.wait)
-        beside.submit(partial(ran.append, 1))
+    with pytest.raises(KeyboardInterrupt), StreamWorker(torch.device("cpu"), threaded=True) as worker:
+        worker.submit(bool)
+        worker.submit(gate.wait)
+        worker.submit(partial(ran.append, 1))
         threading.Timer(0.2, gate.set).start()
         raise KeyboardInterrupt
     assert gate.is_set() and not ran  # it waited for what had begun
@@ -55,7 +55,7 @@ def test_streams_are_the_same_and_two_batches_are_in_flight(tiny_sd, monkeypatch
 
     monkeypatch.setattr(pipe, "_finish", finishing)
     monkeypatch.setattr(pipe, "_denoise", denoising)
-    monkeypatch.setattr(pipeline, "Beside", partial(Beside, threaded=True))
+    monkeypatch.setattr(pipeline, "StreamWorker", partial(StreamWorker, threaded=True))
     found = list(pipe.stream(wished, 2, num_inference_steps=2))
     assert len(threads) == 2 and len(found) == 9
     ahead = [
@@ -81,7 +81,7 @@ def test_a_failure_in_the_thread_reaches_the_reader(tiny_sd, monkeypatch):
         return finish(*arguments)
 
     monkeypatch.setattr(pipe, "_finish", failing)
-    monkeypatch.setattr(pipeline, "Beside", partial(Beside, threaded=True))
+    monkeypatch.setattr(pipeline, "StreamWorker", partial(StreamWorker, threaded=True))
     results = pipe.stream(requests(1) * 3, 1, num_inference_steps=2)
     next(results)
     with pytest.raises(RuntimeError, match="no memory"):
@@ -112,6 +112,6 @@ def test_batches_are_drawn_as_they_are_handed_in(tiny_sd, monkeypatch):
 
 def test_there_is_no_thread_under_autocast(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    assert Beside(torch.device("cuda"))._pool is not None
+    assert StreamWorker(torch.device("cuda"))._pool is not None
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
-    assert Beside(torch.device("cuda"))._pool is None
+    assert StreamWorker(torch.device("cuda"))._pool is None

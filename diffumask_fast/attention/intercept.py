@@ -1,121 +1,99 @@
-"""Stand between a pipeline and two of its parts, for all collectors at once, and leave no trace."""
+"""Stand between a pipeline and two of its parts while its maps are collected, and leave no trace."""
 
+import functools
 import inspect
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffumask_fast.borrow import patched
+from diffumask_fast.errors import DiffuMaskError
+
+# what nn.Module's __call__ consults first, so that the module's hooks and its compiled form stay behind it
+UNET_CALL = "_compiled_call_impl"
 UNET_ARGUMENTS = tuple(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]
 
 
 class Listener(Protocol):
-    """What a collector offers to the layers."""
+    """Who learns what a pipeline does."""
 
     def take_prompts(self, arguments: dict[str, Any], result: Any) -> None:
-        """Learn what was encoded, and to what."""
+        """Learn what was encoded, and to what: a call of the pipeline begins."""
 
-    def matches(self, encoder_hidden_states: Tensor) -> bool:
-        """Tell whether this UNet call is one of the collector's."""
+    def belongs(self, arguments: dict[str, Any]) -> bool:
+        """Tell whether a UNet call draws what was encoded."""
 
     def denoise(self, arguments: dict[str, Any]) -> Tensor:
-        """Predict the noise and keep the maps."""
+        """Predict the noise of such a call, and keep the maps."""
 
 
-class Layer:
-    """An attribute of one object in whose place it stands, with the collectors that listen."""
+@contextmanager
+def intercepted(pipe: Any, unet: nn.Module, listener: Listener) -> Iterator[None]:
+    """Let a listener learn what a pipeline encodes, and answer the UNet's calls that belong to it.
 
-    attribute: str
-    guard = threading.Lock()
-
-    def __init__(self, owner: Any) -> None:
-        self.owner = owner
-        self.listeners: list[Listener] = []
-        self.shadowed = owner.__dict__.get(self.attribute)
-        self.had_own = self.attribute in owner.__dict__
-
-    @classmethod
-    def join(cls, owner: Any, listener: Listener) -> None:
-        """Install the layer where there is none, and listen."""
-        with cls.guard:
-            layer = owner.__dict__.get(cls.attribute)
-            if not isinstance(layer, cls):
-                layer = owner.__dict__[cls.attribute] = cls(owner)
-            layer.listeners.append(listener)
-
-    @classmethod
-    def leave(cls, owner: Any, listener: Listener) -> None:
-        """Stop listening, and take the layer out after the last listener."""
-        with cls.guard:
-            layer = owner.__dict__.get(cls.attribute)
-            if not isinstance(layer, cls):
-                return
-            layer.listeners = [other for other in layer.listeners if other is not listener]
-            if layer.listeners:
-                return
-            if layer.had_own:
-                owner.__dict__[cls.attribute] = layer.shadowed
-            else:
-                del owner.__dict__[cls.attribute]
+    Raises:
+        DiffuMaskError: the pipeline has no encode_prompt, or somebody listens to this UNet already.
+    """
+    if isinstance(vars(unet).get(UNET_CALL), _UNetCalls):
+        raise DiffuMaskError(
+            "the maps of this UNet are being collected already: leave the other collect_maps first, or give the second "
+            "pipeline a UNet of its own"
+        )
+    name = encoding_method(pipe)
+    with (
+        patched(name, {pipe: _telling(getattr(pipe, name), listener)}),
+        patched(UNET_CALL, {unet: _UNetCalls(unet, listener)}),
+    ):
+        yield
 
 
-class PromptLayer(Layer):
-    """Stands as `encode_prompt` of one pipeline object, and tells the collectors what was encoded."""
+def encoding_method(pipe: Any) -> str:
+    """Name the method by which a pipeline encodes its prompts; the oldest pipelines have only `_encode_prompt`.
 
-    attribute = "encode_prompt"
+    Raises:
+        DiffuMaskError: it has none.
+    """
+    for name in ("encode_prompt", "_encode_prompt"):
+        if hasattr(pipe, name):
+            return name
+    raise DiffuMaskError(f"{type(pipe).__name__} has no encode_prompt, so its prompts cannot be learnt")
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        plain = self.shadowed or getattr(type(self.owner), self.attribute).__get__(self.owner)
-        result = plain(*args, **kwargs)
-        bound = inspect.signature(plain).bind(*args, **kwargs)
+
+def _telling(encode: Callable[..., Any], listener: Listener) -> Callable[..., Any]:
+    """Return an encode_prompt that tells the listener its arguments and its result."""
+    signature = inspect.signature(encode)
+
+    @functools.wraps(encode)
+    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+        result = encode(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        for listener in tuple(self.listeners):
-            listener.take_prompts(bound.arguments, result)
+        listener.take_prompts(bound.arguments, result)
         return result
 
-
-class OldPromptLayer(PromptLayer):
-    """The same for pipelines that have only `_encode_prompt`."""
-
-    attribute = "_encode_prompt"
+    return encode_prompt
 
 
-class UNetLayer(Layer):
-    """Stands as `_compiled_call_impl` of one UNet, which nn.Module's __call__ consults first.
+class _UNetCalls:
+    """Stands as a UNet's call; what is not the listener's, or comes from its denoiser, passes through."""
 
-    A lock makes calls with maps on one UNet take turns; a call that comes from inside one of them, from another thread
-    or from another prompt passes through.
-    """
-
-    attribute = "_compiled_call_impl"
-
-    def __init__(self, owner: Any) -> None:
-        super().__init__(owner)
-        self.lock = threading.RLock()
-        self.inside = threading.local()
+    def __init__(self, unet: nn.Module, listener: Listener) -> None:
+        self.plain: Callable[..., Any] = vars(unet).get(UNET_CALL) or unet._call_impl
+        self.listener = listener
+        self.inside = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        plain: Callable[..., Any] = self.shadowed or self.owner._call_impl
         arguments = {**dict(zip(UNET_ARGUMENTS, args, strict=False)), **kwargs}
-        if getattr(self.inside, "now", False) or "encoder_hidden_states" not in arguments:
-            return plain(*args, **kwargs)
-        takers = [x for x in tuple(self.listeners) if x.matches(arguments["encoder_hidden_states"])]
-        if not takers:
-            return plain(*args, **kwargs)
+        if self.inside or not self.listener.belongs(arguments):
+            return self.plain(*args, **kwargs)
         return_dict = arguments.pop("return_dict", True)
-        with self.lock:
-            self.inside.now = True
-            try:
-                for taker in takers:
-                    noise_pred = taker.denoise(_own_lists(arguments))
-            finally:
-                self.inside.now = False
+        self.inside = True
+        try:
+            noise_pred = self.listener.denoise(arguments)
+        finally:
+            self.inside = False
         return UNet2DConditionOutput(sample=noise_pred) if return_dict else (noise_pred,)
-
-
-def _own_lists(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Copy the lists, for the UNet empties those of adapters."""
-    return {key: list(value) if isinstance(value, list) else value for key, value in arguments.items()}

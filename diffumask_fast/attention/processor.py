@@ -107,7 +107,7 @@ def draws_like(attn: Attention, kind: type = AttnProcessor2_0) -> bool:
     )
 
 
-def beside(processor: Any, impl: str = "auto") -> Any:
+def with_second_product(processor: Any, impl: str = "auto") -> Any:
     """Wrap a foreign processor (IP-Adapter, a user's own): it draws, maps come from a second product.
 
     Args:
@@ -117,21 +117,21 @@ def beside(processor: Any, impl: str = "auto") -> Any:
     Returns:
         a processor with the same named parameters, for diffusers filters by name, and `tap`.
     """
-    return _beside_class(type(processor))(processor, impl)
+    return _class_with_second_product(type(processor))(processor, impl)
 
 
-class _Beside:
+class _SecondProduct:
     def __init__(self, processor: Any, impl: str) -> None:
         self.processor = processor
         self.impl = impl
 
 
 @functools.cache
-def _beside_class(kind: type) -> type:
+def _class_with_second_product(kind: type) -> type:
     """Make the wrapper for one class of processors, with its signature and `tap`."""
 
     def call(
-        self: _Beside,
+        self: _SecondProduct,
         attn: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
@@ -149,7 +149,7 @@ def _beside_class(kind: type) -> type:
     at = len(taken) - (taken[-1].kind is inspect.Parameter.VAR_KEYWORD)
     taken.insert(at, inspect.Parameter("tap", inspect.Parameter.KEYWORD_ONLY))
     call.__signature__ = inspect.Signature(taken)
-    return type(f"Beside{kind.__name__}", (_Beside,), {"__call__": call})
+    return type(f"{kind.__name__}WithMaps", (_SecondProduct,), {"__call__": call})
 
 
 def _second_product(

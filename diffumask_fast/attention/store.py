@@ -17,24 +17,33 @@ MAX_PROPAGATED_PIXELS = 1024
 
 
 class Mean:
-    """Keep a weighted mean of tensors, and of each tensor over its own maximum, in fixed memory."""
+    """Keep a weighted mean of tensors, and of each tensor over its own maximum, in fixed memory.
 
-    def __init__(self) -> None:
+    Args:
+        over_maximum: whether the second mean is kept.
+    """
+
+    def __init__(self, over_maximum: bool = True) -> None:
         self.weight = 0.0
+        self.over_maximum = over_maximum
         self._sum: Tensor | None = None
         self._peak_sum: Tensor | None = None
 
     def add(self, maps: Tensor, weight: float) -> None:
         """Add maps [Bc, K, N]."""
-        if self._sum is None:
-            self._sum, self._peak_sum = torch.zeros_like(maps), torch.zeros_like(maps)
-        self._sum.add_(maps, alpha=weight)
-        self._peak_sum.add_(over_maximum(maps), alpha=weight)
+        self._sum = _added(self._sum, maps, weight)
+        if self.over_maximum:
+            self._peak_sum = _added(self._peak_sum, over_maximum(maps), weight)
         self.weight += weight
 
     def mean(self, each_over_maximum: bool = False) -> Tensor:
         """Return the mean [Bc, K, N], or the mean of each over its own maximum (the paper's equation 2)."""
         return (self._peak_sum if each_over_maximum else self._sum) / self.weight
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of what is kept."""
+        return sum(kept.nbytes for kept in (self._sum, self._peak_sum) if kept is not None)
 
 
 class MapStore:
@@ -53,6 +62,7 @@ class MapStore:
         latent_size: tuple[int, int],
         *,
         propagate: str | int = "auto",
+        aggregation: str = "auto",
         num_calls: int | None = None,
     ) -> None:
         """Begin with nothing.
@@ -61,11 +71,14 @@ class MapStore:
             phrases: the phrases of each of the Bc conditional rows.
             latent_size: h, w of the latents.
             propagate: "auto" (once), "none", or 1 to 4 times.
+            aggregation: the one that `class_maps` will be asked for, which decides what is kept and propagated; "auto"
+                allows all of them.
             num_calls: how many UNet calls there will be, None if that is not known.
         """
         self.phrases = [list(row) for row in phrases]
         self.latent_size = latent_size
         self.times = propagation_times(propagate)
+        self.aggregation = MapOptions(aggregation=aggregation).aggregation
         self.num_calls = num_calls
         self.calls = 0
         self._maps: dict[str, Mean] = {}
@@ -76,8 +89,8 @@ class MapStore:
         if not self.calls or not self.times or self.calls < self._first_propagated():
             return {}
         prior = {}
-        for key, kept in self._maps.items():
-            mean = kept.mean()
+        for key in self._read(self.aggregation):
+            mean = self._maps[key].mean()
             if mean.shape[-1] <= MAX_PROPAGATED_PIXELS:
                 earlier = [m.mean() if m.weight else torch.zeros_like(mean) for m in self._orders(key)[:-1]]
                 prior[key] = torch.cat([mean, *earlier], dim=1) if earlier else mean
@@ -98,7 +111,7 @@ class MapStore:
             for mean, answer in zip(orders[:ready], answers[:ready], strict=True):
                 mean.add(answer, weight)
         for key, value in maps.items():
-            self._maps.setdefault(key, Mean()).add(value, weight)
+            self._maps.setdefault(key, self._mean()).add(value, weight)
         self.calls += 1
 
     @property
@@ -115,33 +128,34 @@ class MapStore:
     def num_bytes(self) -> int:
         """Bytes of all that is kept."""
         means = [*self._maps.values(), *(m for orders in self._propagated.values() for m in orders)]
-        return sum(t.nbytes for m in means for t in (m._sum, m._peak_sum) if t is not None)
+        return sum(mean.num_bytes for mean in means)
 
     def class_maps(self, options: MapOptions | None = None) -> Tensor:
         """Combine the levels into one map for each phrase, at the size of the finest level.
 
         Args:
-            options: how; here "auto" is "paper", and the maps propagated most often where there are any. A number takes
-                the maps propagated that often, or as often as the number of calls allowed.
+            options: how; "auto" is the aggregation that the store is for, else "paper", and the maps propagated most
+                often where there are any. A number takes the maps propagated that often, or as often as the number of
+                calls allowed.
 
         Returns:
             [Bc, K, h, w] fp32 in 0..1; zeros for padded phrases.
 
         Raises:
-            DiffuMaskError: nothing was added, or the maps were not propagated as often as asked.
+            DiffuMaskError: nothing was added, or the maps were not propagated as often, or not kept for the
+                aggregation, as asked.
         """
         if not self.calls:
             raise DiffuMaskError("no UNet call gave maps yet: run the pipeline first")
         options = options or MapOptions()
-        aggregation = "paper" if options.aggregation == "auto" else options.aggregation
-        keys = sorted(self._maps, key=int)
-        chosen = {"paper": keys, "reference": keys[:-1] or keys, "finest": keys[:1]}[aggregation]
+        aggregation = self._resolved(options.aggregation)
+        chosen = self._read(aggregation)
         sizes, total = self.sizes, 0
         for key in chosen:
             kept = self._kept(key, options.propagate)
             maps = kept.mean(each_over_maximum=aggregation == "paper").unflatten(-1, sizes[key])
-            if key != keys[0]:
-                maps = F.interpolate(maps, sizes[keys[0]], mode="bicubic", align_corners=False).clamp_min(0)
+            if key != chosen[0]:
+                maps = F.interpolate(maps, sizes[chosen[0]], mode="bicubic", align_corners=False).clamp_min(0)
             total = total + (maps.clamp(max=1) if aggregation == "paper" else _over_maximum_2d(maps))
         return total / len(chosen)
 
@@ -154,8 +168,26 @@ class MapStore:
         rows, columns = (list(x) for x in zip(*at, strict=True))
         return PhraseMaps(phrase, self.class_maps()[rows, columns], rows)
 
+    def _resolved(self, aggregation: str) -> str:
+        kept = self.aggregation
+        if aggregation == "auto":
+            return "paper" if kept == "auto" else kept
+        if kept not in ("auto", aggregation):
+            raise DiffuMaskError(
+                f"the maps were kept for `aggregation={kept}`: draw with `aggregation={aggregation}`, or with auto"
+            )
+        return aggregation
+
+    def _read(self, aggregation: str) -> list[str]:
+        """Return the levels that an aggregation reads, the finest first."""
+        keys = sorted(self._maps, key=int)
+        return {"reference": keys[:-1] or keys, "finest": keys[:1]}.get(aggregation, keys)
+
+    def _mean(self) -> Mean:
+        return Mean(over_maximum=self.aggregation in ("auto", "paper"))
+
     def _orders(self, key: str) -> list[Mean]:
-        return self._propagated.setdefault(key, [Mean() for _ in range(self.times)])
+        return self._propagated.setdefault(key, [self._mean() for _ in range(self.times)])
 
     def _first_propagated(self) -> int:
         if self.num_calls is None:
@@ -219,6 +251,10 @@ def level_size(latent_size: tuple[int, int], num_pixels: int) -> tuple[int, int]
 
 def _over_maximum_2d(maps: Tensor) -> Tensor:
     return over_maximum(maps.flatten(2)).view_as(maps)
+
+
+def _added(total: Tensor | None, maps: Tensor, weight: float) -> Tensor:
+    return (torch.zeros_like(maps) if total is None else total).add_(maps, alpha=weight)
 
 
 def _ready(orders: list[Mean]) -> list[Mean]:

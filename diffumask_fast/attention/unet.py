@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import XFormersAttnProcessor
-from torch import Tensor, nn
+from torch import nn
 
-from diffumask_fast.attention.processor import MapProcessor, XFormersMapProcessor, beside, draws_like
-from diffumask_fast.attention.tap import Levels, Place, Tap
+from diffumask_fast.attention.call import Results, UNetCall
+from diffumask_fast.attention.processor import MapProcessor, XFormersMapProcessor, draws_like, with_second_product
+from diffumask_fast.attention.tap import Place, Tap
 from diffumask_fast.borrow import patched
 from diffumask_fast.errors import DiffuMaskError
 
@@ -30,61 +31,22 @@ class UNetWithMaps(nn.Module):
         self.keys = tuple(sorted({place.level for place in self.places.values()}, key=int))
         self.processor = MapProcessor(impl)
 
-    def forward(
-        self,
-        latents: Tensor,
-        timestep: Tensor | float,
-        encoder_hidden_states: Tensor,
-        select: Tensor | None,
-        prior: Levels | None = None,
-        added: Mapping[str, Any] | None = None,
-        *,
-        first_conditional: int | None = None,
-        cross_attention_kwargs: Mapping[str, Any] | None = None,
-        **unet_kwargs: Any,
-    ) -> tuple[Tensor, Levels, Levels]:
-        """Predict the noise, this call's maps, and the earlier maps seen through this call's self-attention.
+    def forward(self, call: UNetCall) -> Results:
+        """Predict the noise with maps, as a Denoiser does."""
+        return self.run(call, Tap(self.places, call.select, call.prior, call.first))
 
-        Args:
-            latents: [B, C, h, w].
-            timestep: of the step.
-            encoder_hidden_states: [B, T, E].
-            select: [Bc, T, K] fp32, the weight of each token in each phrase; None makes no maps.
-            prior: level -> [Bc, M, N] fp32, what to propagate; a level that is absent is not propagated.
-            added: the UNet's added_cond_kwargs (SDXL).
-            first_conditional: the rows first_conditional : first_conditional + Bc are the conditional ones; None: the
-                last ones, or all of them where nothing is selected.
-            cross_attention_kwargs: what else the attention layers are to get.
-            unet_kwargs: what else the UNet is to get.
-
-        Returns:
-            noise_pred [B, C, h, w]; maps, level -> [Bc, K, N] fp32, mean over heads and layers; propagated, level ->
-            [Bc, M, N] fp32 with the keys of prior, mean over heads and layers of self-attention @ prior.
-        """
-        first = first_row(latents, select, first_conditional)
-        tap = Tap(self.places, select, prior or {}, first)
-        return self.run(tap, latents, timestep, encoder_hidden_states, added, cross_attention_kwargs, **unet_kwargs)
-
-    def run(
-        self,
-        tap: Tap,
-        latents: Tensor,
-        timestep: Tensor | float,
-        encoder_hidden_states: Tensor,
-        added: Mapping[str, Any] | None = None,
-        cross_attention_kwargs: Mapping[str, Any] | None = None,
-        **unet_kwargs: Any,
-    ) -> tuple[Tensor, Levels, Levels]:
-        """Call the UNet with a tap that nothing has been put into; the rest as for `forward`."""
+    def run(self, call: UNetCall, tap: Tap) -> Results:
+        """Call the UNet with a tap that nothing has been put into."""
+        kwargs = dict(call.unet_kwargs)
+        kwargs["cross_attention_kwargs"] = {**(kwargs.get("cross_attention_kwargs") or {}), "tap": tap}
         with patched("processor", {attn: self._processor(attn) for attn in self.places}):
             noise_pred = self._unet()(
-                latents,
-                timestep,
-                encoder_hidden_states=encoder_hidden_states,
-                cross_attention_kwargs={**(cross_attention_kwargs or {}), "tap": tap},
-                added_cond_kwargs=_in_fp32(added),
+                call.latents,
+                call.timestep,
+                encoder_hidden_states=call.encoder_hidden_states,
+                added_cond_kwargs=_in_fp32(call.added),
                 return_dict=False,
-                **unet_kwargs,
+                **kwargs,
             )[0]
         propagated = {key: tap.propagated[key] for key in self.keys if key in tap.propagated}
         return noise_pred, {key: tap.maps[key] for key in self.keys if tap.select is not None}, propagated
@@ -98,14 +60,7 @@ class UNetWithMaps(nn.Module):
         by_xformers = draws_like(attn, XFormersAttnProcessor)
         if draws_like(attn) or (by_xformers and torch.compiler.is_compiling()):  # which cannot look into xformers
             return self.processor
-        return (XFormersMapProcessor if by_xformers else beside)(attn.processor, self.processor.impl)
-
-
-def first_row(latents: Tensor, select: Tensor | None, first_conditional: int | None) -> int:
-    """Return the first conditional row: as given, else that of the last rows, which `select` counts."""
-    if first_conditional is not None:
-        return first_conditional
-    return 0 if select is None else latents.shape[0] - select.shape[0]
+        return (XFormersMapProcessor if by_xformers else with_second_product)(attn.processor, self.processor.impl)
 
 
 def attention_places(unet: nn.Module) -> dict[nn.Module, Place]:

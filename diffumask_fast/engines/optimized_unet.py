@@ -8,9 +8,10 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from diffumask_fast.attention.call import Results, UNetCall
 from diffumask_fast.attention.processor import MapProcessor, draws_like
-from diffumask_fast.attention.tap import Levels, Tap
-from diffumask_fast.attention.unet import UNetWithMaps, first_row
+from diffumask_fast.attention.tap import Tap
+from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.borrow import patched
 from diffumask_fast.engines.cpu_forwards import cheaper_forwards, has_amx
 from diffumask_fast.kernels.attend import cpp_takes
@@ -50,38 +51,30 @@ class OptimizedUNet(UNetWithMaps):
 
     def forward(
         self,
-        latents: Tensor,
-        timestep: Tensor | float,
-        encoder_hidden_states: Tensor,
-        select: Tensor | None,
-        prior: Levels | None = None,
-        added: dict[str, Any] | None = None,
+        call: UNetCall,
         *,
         text: KeysValues | None = None,
         twins: bool = False,
         weights: Mapping[str, Tensor] | None = None,
-        first_conditional: int | None = None,
-        **unet_kwargs: Any,
-    ) -> tuple[Tensor, Levels, Levels]:
+    ) -> Results:
         """Predict the noise with maps, as UNetWithMaps.forward.
 
         Args:
-            latents, timestep, encoder_hidden_states, select, prior, added, first_conditional, unet_kwargs: as there.
+            call: as there.
             text: what `text` made of encoder_hidden_states; None: they are made here. Not with LoRA's scale or an
                 attention mask among the keywords.
             twins: the conditional rows are the second half, and both halves of the latents, and all else that is not
                 text, are the same.
             weights: what TransformedWeights has of the UNet; on the CPU only.
         """
-        first = first_row(latents, select, first_conditional)
-        tap = _TextTap(self.places, select, prior or {}, first)
+        tap = _TextTap(self.places, call.select, call.prior, call.first)
         if text is not None:
             tap.text = dict(zip(self._cross(), text, strict=True))
-        forwards = cheaper_forwards(self.unet, weights) if latents.device.type == "cpu" else {}
+        forwards = cheaper_forwards(self.unet, weights) if call.latents.device.type == "cpu" else {}
         if twins:
             forwards |= {module: _once(module, tap) for module in _before_text(self.unet)}
         with patched("forward", forwards):
-            return self.run(tap, latents, timestep, encoder_hidden_states, added, **unet_kwargs)
+            return self.run(call, tap)
 
     def _cross(self) -> list[Attention]:
         return [attn for attn, place in self.places.items() if place.cross]

@@ -13,7 +13,7 @@ from torch import Tensor
 IN_FLIGHT = 2
 
 
-class Beside:
+class StreamWorker:
     """A thread with a CUDA stream of its own; where there is no CUDA, work is done at once by who hands it in.
 
     Two busy OpenMP programs on the same cores are slower than one after the other, so that the CPU gains nothing here.
@@ -27,8 +27,8 @@ class Beside:
     def __init__(self, device: torch.device, threaded: bool | None = None) -> None:
         self.device = device
         # a thread would not inherit the caller's autocast
-        beside = device.type == "cuda" and not torch.is_autocast_enabled("cuda")
-        threaded = beside if threaded is None else threaded
+        useful = device.type == "cuda" and not torch.is_autocast_enabled("cuda")
+        threaded = useful if threaded is None else threaded
         self._pool = ThreadPoolExecutor(1, "finish") if threaded else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._begun = False
@@ -48,7 +48,7 @@ class Beside:
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             return work()
 
-    def __enter__(self) -> Beside:
+    def __enter__(self) -> StreamWorker:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -64,4 +64,4 @@ def to_host(*tensors: Tensor) -> list[np.ndarray]:
     for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor, non_blocking=True)
     torch.cuda.current_stream(tensors[0].device).synchronize()
-    return [copy.numpy().copy() for copy in copies]  # what is kept is not to stay page-locked
+    return [copy.numpy().copy() for copy in copies]  # page-locked memory is scarce, and results may be kept for long

@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from diffumask_fast.borrow import patched
 from diffumask_fast.results import Seconds
 
 
@@ -62,7 +63,6 @@ def decode(pipe: DiffusionPipeline, latents: Tensor, seconds: Seconds) -> Tensor
 @contextmanager
 def timed_decoding(pipe: DiffusionPipeline, seconds: Seconds) -> Iterator[None]:
     """Time the VAE's decoder in a call, and hand the VAE its own dtype (an fp32 VAE beside an fp16 UNet)."""
-    kept = {name: vars(pipe.vae).get(name) for name in ("encode", "decode")}
 
     def in_own_dtype(method: Any, stage: str) -> Any:
         def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -76,15 +76,11 @@ def timed_decoding(pipe: DiffusionPipeline, seconds: Seconds) -> Iterator[None]:
 
         return call
 
-    try:
-        for name in kept:
-            setattr(pipe.vae, name, in_own_dtype(getattr(pipe.vae, name), name))
+    with (
+        patched("encode", {pipe.vae: in_own_dtype(pipe.vae.encode, "encode")}),
+        patched("decode", {pipe.vae: in_own_dtype(pipe.vae.decode, "decode")}),
+    ):
         yield
-    finally:
-        for name, own in kept.items():
-            vars(pipe.vae).pop(name, None)
-            if own is not None:
-                setattr(pipe.vae, name, own)
 
 
 def _is_xl(pipe: DiffusionPipeline) -> bool:

@@ -1,0 +1,41 @@
+"""Compile with torch's inductor, and leave the process's own settings as they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+from diffumask_fast.borrow import patched_environment
+from diffumask_fast.kernels import source_hash
+from diffumask_fast.models.cache import cache_folder
+
+CODE_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+VARIANTS = 128
+
+
+def inductor(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
+    """Compile a graph: a backend of torch.compile whose code is kept for later runs.
+
+    In TORCHINDUCTOR_CACHE_DIR where that is set, else in `~/.cache/diffumask-fast/inductor`, in a folder for each state
+    of the kernels' sources, which torch's keys omit. Torch compiles one graph at a time, so that no other one sees it.
+    """
+    with patched_environment(CODE_FOLDER, _code_folder()):
+        return torch._dynamo.lookup_backend("inductor")(graph, inputs, **options)
+
+
+def _code_folder() -> str:
+    # torch itself sets the variable to its own default, as soon as dynamo is imported
+    given = os.environ.get(CODE_FOLDER)
+    if given and given != default_cache_dir():
+        return given
+    return str(cache_folder() / "inductor" / source_hash())
+
+
+def many_shapes() -> AbstractContextManager[None]:
+    """Let compiled code have more variants: each set of shapes is one, and past torch's limit a call would fail."""
+    return torch._dynamo.config.patch(recompile_limit=max(torch._dynamo.config.recompile_limit, VARIANTS))
