@@ -131,8 +131,8 @@ def bench(
         return
     from diffumask_fast.bench import report
 
-    names = names.split(",") if names else None
-    wanted = {"model": model, "steps": steps, "names": names, "pairs": pairs, "photos": photos}
+    rows = names.split(",") if names else None
+    wanted = {"model": model, "steps": steps, "names": rows, "pairs": pairs, "photos": photos}
     chosen = {key: value for key, value in wanted.items() if value is not None}
     code = report.measure(suite, geometry, device, chosen, output=output, plot=plot, as_json=as_json)
     if code:

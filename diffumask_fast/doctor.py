@@ -132,7 +132,7 @@ def _maps() -> None:
 
     q = torch.randn(1, 4, 32)
     out, maps = attend(q, q, q, torch.eye(4)[None], heads=2)
-    if not torch.allclose(maps.sum(1), torch.ones(1, 4), atol=1e-4):
+    if maps is None or not torch.allclose(maps.sum(1), torch.ones(1, 4), atol=1e-4):
         raise RuntimeError("attention weights do not sum to 1")
 
 

@@ -41,10 +41,10 @@ def check_part(name: str, graph: Path, module: nn.Module, limits: Limits, dtype:
     """
     try:
         session = OnnxSession(graph, torch.device("cpu"))
-    except DiffuMaskError as error:
+    except DiffuMaskError as refused:
         if dtype != "bf16":
             raise
-        logger.info("%s", error)
+        logger.info("%s", refused)
         return "written, never run: ONNX Runtime has no bf16 on the CPU"
     with torch.no_grad():
         if name == "unet":
@@ -60,7 +60,7 @@ def check_part(name: str, graph: Path, module: nn.Module, limits: Limits, dtype:
     return errors
 
 
-def random_inputs(unet: nn.Module, limits: Limits, rows: int, conditional: int, size: tuple[int, int]) -> dict:
+def random_inputs(unet: Any, limits: Limits, rows: int, conditional: int, size: tuple[int, int]) -> dict:
     """Return random arguments of a UNetCall.
 
     Args:
@@ -103,7 +103,7 @@ def _check_unet(denoiser: ExportedDenoiser, model: UNetWithMaps, limits: Limits)
     return errors
 
 
-def _check_decoder(session: OnnxSession, vae: nn.Module, limits: Limits) -> dict[str, float]:
+def _check_decoder(session: OnnxSession, vae: Any, limits: Limits) -> dict[str, float]:
     errors: dict[str, float] = {}
     for images, _, size in _shapes(limits):
         latents = torch.randn(images, limits.channels, *(side // limits.vae_factor for side in size))
@@ -112,7 +112,7 @@ def _check_decoder(session: OnnxSession, vae: nn.Module, limits: Limits) -> dict
     return errors
 
 
-def _check_text(session: OnnxSession, encoder: nn.Module, limits: Limits) -> dict[str, float]:
+def _check_text(session: OnnxSession, encoder: Any, limits: Limits) -> dict[str, float]:
     errors: dict[str, float] = {}
     for rows in (1, 3):
         ids = torch.randint(0, encoder.config.vocab_size, (rows, limits.tokens))

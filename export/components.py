@@ -123,6 +123,7 @@ class EngineDecoder(EngineComponent):
 class EngineTextEncoder(EngineComponent):
     """A CLIP text encoder."""
 
+    config: Any
     session: GraphSession
 
     def forward(
@@ -140,10 +141,12 @@ class EngineTextEncoder(EngineComponent):
         wide, pooled = (rows, tokens, self.config.hidden_size), (rows, self.config.hidden_size)
         shapes = {"last_hidden_state": wide, "pooler_output": pooled, "penultimate": wide}
         shapes["text_embeds"] = (rows, self.config.projection_dim)
-        out = self.session.run({"input_ids": input_ids}, {name: shapes[name] for name in self.session.outputs})
+        out: dict[str, Any] = dict(
+            self.session.run({"input_ids": input_ids}, {name: shapes[name] for name in self.session.outputs})
+        )
         penultimate = _PenultimateState(out.pop("penultimate", None))
-        kind = CLIPTextModelOutput if "text_embeds" in out else BaseModelOutputWithPooling
-        return kind(**out, hidden_states=penultimate if output_hidden_states else None)
+        out["hidden_states"] = penultimate if output_hidden_states else None
+        return CLIPTextModelOutput(**out) if "text_embeds" in out else BaseModelOutputWithPooling(**out)
 
 
 class _PenultimateState:
@@ -198,7 +201,7 @@ def _subclass(mixin: type, library: str, kind: str) -> type:
     return type(f"Exported{kind}", (mixin, base), {})
 
 
-def _without_weights(kind: type, config: Path, device: torch.device, dtype: torch.dtype) -> Any:
+def _without_weights(kind: Any, config: Path, device: torch.device, dtype: torch.dtype) -> Any:
     settings = json.loads(config.read_text("utf-8"))
     with torch.device("meta"):
         if hasattr(kind, "config_class") and kind.config_class is not None:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +100,8 @@ class FlatDecoder(nn.Module):
 
 def exportable_unet(model: UNetWithMaps, limits: Limits) -> Exportable:
     """Prepare the UNet; rows, height and width are dynamic where the limits leave room."""
-    config, dtype = model.unet.config, model.unet.dtype
+    unet: Any = model.unet
+    config, dtype = unet.config, unet.dtype
     rows, h, w = _example_rows(limits), *(size[0] // limits.vae_factor for size in (limits.height, limits.width))
     pixels = limits.level_pixels((h, w))
     inputs: dict[str, Any] = {
@@ -150,6 +151,8 @@ def write_graph(part: Exportable, path: Path, external_bytes: int) -> None:
             program, (), opset_version=OPSET, dynamo=True, verbose=False,
             input_names=part.names, output_names=part.outputs,
         )  # fmt: skip
+    if graph is None:  # what torch.onnx.export returns without dynamo
+        raise RuntimeError("the exporter returned no graph")
     _forget_sources(graph.model)
     graph.save(str(path), external_data=size > external_bytes)
 
@@ -178,7 +181,7 @@ def pooled_width(config: Any) -> int:
     return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
 
 
-def unet_factor(unet: nn.Module) -> int:
+def unet_factor(unet: Any) -> int:
     """Return the number that height and width of the latents must be multiples of."""
     return 2 ** sum(bool(getattr(block, "downsamplers", None)) for block in unet.down_blocks)
 
@@ -236,7 +239,7 @@ def _any_batch(model: nn.Module) -> AbstractContextManager[None]:
     return patched("forward", {m: partial(_upsample, m) for m in model.modules() if _is_plain_upsampling(m)})
 
 
-def _is_plain_upsampling(module: nn.Module) -> bool:
+def _is_plain_upsampling(module: nn.Module) -> TypeGuard[Upsample2D]:
     return type(module) is Upsample2D and module.interpolate and module.norm is None and not module.use_conv_transpose
 
 
@@ -245,4 +248,5 @@ def _upsample(module: Upsample2D, hidden_states: Tensor, output_size: Any = None
     hidden_states = F.interpolate(hidden_states, **size, mode="nearest")
     if not module.use_conv:
         return hidden_states
-    return (module.conv if module.name == "conv" else module.Conv2d_0)(hidden_states)
+    convolution: Any = module.conv if module.name == "conv" else module.Conv2d_0
+    return convolution(hidden_states)

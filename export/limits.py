@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class Limits:
         """The most images of a call, with guidance or without."""
         return max(1, self.rows[1] // 2)
 
-    def level_pixels(self, latent_size: tuple[int, int]) -> dict[str, int]:
+    def level_pixels(self, latent_size: Sequence[int]) -> dict[str, int]:
         """Return level -> N, its query pixels, for latents of h, w."""
         h, w = latent_size
         return {key: (h // divisor) * (w // divisor) for key, divisor in self.divisors.items()}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.components import engine_decoder, engine_text_encoder, engine_unet
@@ -19,6 +18,7 @@ from diffumask_fast.export.session import GraphSession, OnnxSession, runtime
 from diffumask_fast.export.tensorrt_library import compute_capability, library
 from diffumask_fast.export.tensorrt_session import TensorRTSession
 from diffumask_fast.models.device import DTYPES, resolve_device, resolve_dtype
+from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 from diffumask_fast.models.find import ModelInfo, find_model
 from diffumask_fast.models.loading import load_pipe, quietly
 
@@ -53,7 +53,7 @@ def load_engine(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
-) -> tuple[DiffusionPipeline, ModelInfo, Engine]:
+) -> tuple[DiffusersPipeline, ModelInfo, Engine]:
     """Load a pipeline whose components are those of an engine; the model's folder need not have their weights.
 
     Args:
@@ -81,7 +81,7 @@ def load_engine(
     if dtype not in (None, "auto") and resolve_dtype(dtype, device) != DTYPES[manifest.dtype]:
         raise DiffuMaskError(f"{folder} works in {manifest.dtype}: leave `dtype` out, or export with `dtype={dtype}`.")
     info = find_model(model, revision, held=manifest.parts)
-    weights = check_sources(manifest, info.folder, folder)
+    weights = check_sources(manifest, info.local_folder, folder)
     with quietly():
         components = load_components(manifest, folder, open_graph)
     pipe = load_pipe(info, DTYPES[manifest.dtype], device, **components)

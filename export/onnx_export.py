@@ -146,7 +146,7 @@ def _tokens(pipe: Any) -> int:
     return min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
 
 
-def level_divisors(unet: nn.Module) -> dict[str, int]:
+def level_divisors(unet: Any) -> dict[str, int]:
     """Return level -> the factor by which its maps are smaller than the latents."""
     depths: dict[str, int] = {}
     depth, places = 0, attention_places(unet)
@@ -178,7 +178,7 @@ def _write(
         checked[name] = check_part(name, folder / f"{name}.onnx", module, limits, part_dtype)
     manifest = Manifest(
         engine="onnx", dtype=dtype, opset=OPSET, limits=limits, parts=parts, files=hash_files(folder),
-        model=info.identity, sources=file_hashes(info.folder), versions=versions(), checked=checked,
+        model=info.identity, sources=file_hashes(info.local_folder), versions=versions(), checked=checked,
     )  # fmt: skip
     write_manifest(folder, manifest)
     return manifest
@@ -199,13 +199,13 @@ def _exportable(name: str, module: nn.Module, limits: Limits, pipe: Any) -> Expo
     return exportable_text_encoder(module, limits, penultimate=hasattr(pipe, "text_encoder_2"))
 
 
-def _config(module: nn.Module) -> str:
+def _config(module: Any) -> str:
     config = module.config
     return config.to_json_string() if hasattr(config, "to_json_string") else json.dumps(dict(config), indent=1)
 
 
 def _overflows(pipe: Any, info: ModelInfo) -> bool:
-    return says_force_upcast(info.folder) or (
+    return says_force_upcast(info.local_folder) or (
         hasattr(pipe, "text_encoder_2") and bool(getattr(pipe.vae.config, "force_upcast", False))
     )
 

@@ -127,8 +127,11 @@ class Job:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Job:
         """Return the job that `as_json` wrote."""
-        parts = {"recipe": Recipe.from_json(values["recipe"])}
-        parts |= {"maps": MapOptions(**values["maps"]), "mask": MaskOptions(**values["mask"])}
+        parts = {
+            "recipe": Recipe.from_json(values["recipe"]),
+            "maps": MapOptions(**values["maps"]),
+            "mask": MaskOptions(**values["mask"]),
+        }
         return cls(**{**values, **parts})
 
 

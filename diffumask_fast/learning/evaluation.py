@@ -31,9 +31,11 @@ THRESHOLDS = np.arange(0.02, 1, 0.02, dtype=np.float32)
 class Segmenter(Protocol):
     """What judges: it predicts masks whose values are those of `class_ids`."""
 
-    class_ids: Mapping[str, int]
+    @property
+    def class_ids(self) -> Mapping[str, int]:
+        """Name -> value in the masks."""
 
-    def masks(self, images: np.ndarray) -> np.ndarray:
+    def masks(self, images: np.ndarray, batch: int = 32) -> np.ndarray:
         """Return masks uint8 [B, H, W] of images uint8 [B, H, W, 3]; H and W are multiples of 16."""
 
 

@@ -59,7 +59,7 @@ def _street(rng: np.random.Generator, size: int) -> np.ndarray:
     image = Image.fromarray(_to_pixels(_ground(rng, size, horizon, grey, grey + 20, texture)))
     draw = ImageDraw.Draw(image)
     line = int(horizon * size)
-    x = -rng.integers(0, 12)
+    x = -int(rng.integers(0, 12))
     while x < size:
         width, height = int(rng.uniform(0.14, 0.32) * size), int(rng.uniform(0.4, 1.1) * line)
         wall = tuple(int(c) for c in np.array([150, 125, 110]) + rng.uniform(-45, 45) + rng.uniform(-15, 15, 3))

@@ -36,7 +36,8 @@ def load_vae(file: Path) -> nn.Module:
     from diffusers import AutoencoderTiny
     from safetensors.torch import load_file
 
-    vae = AutoencoderTiny().float()
+    vae: Any = AutoencoderTiny()
+    vae = vae.float()
     vae.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
     return vae
 

@@ -89,10 +89,15 @@ def load_oracle(file: Path | None = None) -> Oracle:
     with safe_open(file or WEIGHTS, "pt") as stored:
         oracle = Oracle(json.loads(stored.metadata()["classes"]))
         oracle.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
-    return oracle.float().eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return in_channels_last(oracle.float().eval().requires_grad_(False))
 
 
-def save_oracle(oracle: Oracle, file: Path) -> None:
+def in_channels_last(module: Any) -> Any:
+    """Return a module with its weights in channels_last, which is faster on a CPU."""
+    return module.to(memory_format=torch.channels_last)
+
+
+def save_oracle(oracle: Any, file: Path) -> None:
     """Write the oracle in fp16 under a temporary name, then put it in its place."""
     from safetensors.torch import save_file
 
@@ -116,8 +121,8 @@ def train(args: argparse.Namespace) -> None:
     oracle = Oracle(world.classes)
     if args.init_from:
         take_weights(oracle, load_oracle(args.init_from))
-    oracle = oracle.to(memory_format=torch.channels_last)
-    vae = AutoencoderTiny.from_pretrained(args.vae).float().to(memory_format=torch.channels_last)
+    oracle = in_channels_last(oracle)
+    vae = in_channels_last(AutoencoderTiny.from_pretrained(args.vae).float())
     labels = torch.zeros(256, dtype=torch.long)
     labels[list(oracle.class_ids.values())] = torch.arange(1, 1 + len(oracle.classes))
     ema = Ema([oracle], decay=0.998)
@@ -146,7 +151,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def take_weights(oracle: Oracle, trained: Oracle) -> None:
+def take_weights(oracle: Any, trained: Any) -> None:
     """Give an oracle the weights of a trained one; classes that the trained one does not know start anew."""
     same = {name: tensor for name, tensor in trained.state_dict().items() if not name.startswith("head")}
     oracle.load_state_dict(same, strict=False)
@@ -176,7 +181,7 @@ def augment(x: Tensor, y: Tensor, generator: torch.Generator, chance: float = 1 
     share = torch.rand(2, batch, generator=generator) < chance
     wave = F.interpolate(torch.randn(batch, 2, 5, 5, generator=generator), (size, size), mode="bicubic")
     strength = 0.07 * torch.rand(batch, 1, 1, 1, generator=generator) * share[0][:, None, None, None]
-    grid = F.affine_grid(torch.eye(2, 3).expand(batch, 2, 3), x.shape, align_corners=False)
+    grid = F.affine_grid(torch.eye(2, 3).expand(batch, 2, 3), list(x.shape), align_corners=False)
     grid = grid + (wave * strength).permute(0, 2, 3, 1)
     warped = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
     x = torch.where(share[0][:, None, None, None], warped, x)

@@ -306,7 +306,8 @@ class Log:
     """Progress lines, and one JSON line per stage in OUT/training.jsonl when it ends."""
 
     def __init__(self, args: argparse.Namespace, stage: str) -> None:
-        self.args, self.stage, self.mean = args, stage, None
+        self.args, self.stage = args, stage
+        self.mean: Tensor | None = None
         self.start = self.saved = time.monotonic()
 
     def step(self, step: int, *values: Tensor) -> bool:
@@ -326,7 +327,7 @@ class Log:
         row = {
             "stage": self.stage, "steps": step + 1, "seed": self.args.seed, "first": self.args.first,
             "init_from": bool(self.args.init_from), "lr": self.args.lr,
-            "loss": [round(value, 4) for value in self.mean.tolist()],
+            "loss": [] if self.mean is None else [round(value, 4) for value in self.mean.tolist()],
             "seconds": round(time.monotonic() - self.start), **figures,
         }  # fmt: skip
         print(json.dumps(row), flush=True)
