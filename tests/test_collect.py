@@ -240,6 +240,18 @@ def test_nothing_captured_says_what_was_seen(tiny_sd):
         collect_maps(SimpleNamespace(transformer=1), ["dog"])
 
 
+def test_a_collector_that_is_entered_again_forgets_its_maps(tiny_sd):
+    collector = collect_maps(tiny_sd, ["dog"])
+    with collector:
+        draw(tiny_sd, PROMPTS[0])
+    assert collector.store.calls == 3
+    with pytest.raises(DiffuMaskError, match="the pipeline was not called in the context"), collector:
+        pass
+    with collector:
+        draw(tiny_sd, "a dog", steps=4)
+    assert collector.store.calls == 4
+
+
 def test_guidance_may_be_turned_off_on_the_way(tiny_sd):
     def turn_off(pipe, step, timestep, tensors):
         if step == 1:

@@ -19,6 +19,7 @@ from diffumask_fast.errors import DiffuMaskError
 
 Phrases = str | Sequence[str] | Sequence[Sequence[str]]
 TokenIndices = Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]]]
+NOT_CALLED = "the pipeline was not called in the context"
 
 
 def collect_maps(
@@ -88,10 +89,11 @@ class Collector:
         self._borrowed = ExitStack()
         self._call: PipelineCall | None = None
         self._store: MapStore | None = None
-        self._seen = "the pipeline was not called in the context"
+        self._seen = NOT_CALLED
 
     def __enter__(self) -> Self:
         self._borrowed.enter_context(intercepted(self.pipe, self._unet, self))
+        self._store, self._seen = None, NOT_CALLED
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
