@@ -7,7 +7,7 @@ INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.
 export OMP_NUM_THREADS ?= 2
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test-env test test-slow lint tables gpu
+.PHONY: demo test-env test test-slow lint types tables gpu
 
 demo: .venv/.core
 	$(BIN)/diffumask-fast generate demo --num 24
@@ -20,9 +20,14 @@ test: test-env
 test-slow: test-env
 	$(BIN)/pytest -m "slow and not gpu"
 
-lint: test-env
+lint: test-env types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: test-env
+	rm -rf build/types && mkdir -p build/types/diffumask_fast
+	ln -s $(CURDIR)/diffumask_fast/* $(CURDIR)/kernels $(CURDIR)/export $(CURDIR)/bench build/types/diffumask_fast/
+	$(BIN)/mypy
 
 tables: test-env
 	$(BIN)/python -m diffumask_fast.bench.tables .

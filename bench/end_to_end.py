@@ -296,9 +296,10 @@ def _onnx(model: str | Path, batch: int) -> DiffuMaskPipeline:
     import tempfile
 
     from diffumask_fast.export.onnx_export import export_onnx
+    from diffumask_fast.export.options import ShapeOptions
 
     with tempfile.TemporaryDirectory() as folder:
-        export_onnx(model, Path(folder) / "engine", max_batch=batch)
+        export_onnx(model, Path(folder) / "engine", shapes=ShapeOptions(max_batch=batch))
         pipe = DiffuMaskPipeline.from_pretrained(model, engine="onnx", engine_path=Path(folder) / "engine")
         pipe.pipe.set_progress_bar_config(disable=True)
         return pipe

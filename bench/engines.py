@@ -182,12 +182,10 @@ def _self_attention(geometry: str, device: torch.device, batch: int, pairs: int 
 
 
 def _export(model: str | Path, path: Path, engine: str, dtype: str, batch: int) -> None:
-    from diffumask_fast.export import export_onnx, export_tensorrt
+    from diffumask_fast.export.export_model import export_model
+    from diffumask_fast.export.options import ExportOptions, ShapeOptions
 
-    if engine == "onnx":
-        export_onnx(model, path, dtype, max_batch=batch)
-    else:
-        export_tensorrt(model, path, dtype, flavour=engine, max_batch=batch)
+    export_model(ExportOptions(str(model), path, engine, dtype=dtype, shapes=ShapeOptions(max_batch=batch)))
 
 
 def _open(

@@ -13,7 +13,7 @@ from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.bench.rows import environment, row
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.learning.evaluation import boundary, look, overlap
+from diffumask_fast.learning.evaluation import boundary, overlap, predict
 from diffumask_fast.masks.make import make_masks, quantise_maps
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.mini.oracle import load_oracle
@@ -75,7 +75,7 @@ def run(
 
 def _rows(geometry: str, device: torch.device, num: int, seed: int, settings: Sequence[str]) -> Iterator[dict]:
     images, maps, ids = _draw(DiffuMaskPipeline.from_pretrained(geometry, device=device), num, seed)
-    truth = look(load_oracle(), list(images.numpy()))
+    truth = predict(load_oracle(), list(images.numpy()))
     facts = {"num": num, "seed": seed, **environment(device)}
     for propagate, stored in maps.items():
         for name in settings:
@@ -117,7 +117,7 @@ def _judge(
     for start in range(0, len(maps), BATCH):
         part = slice(start, start + BATCH)
         began = time.process_time()
-        made, _, numbers = make_masks(maps[part].to(device), images[part].to(device), options, ids[part])
+        made, numbers = make_masks(maps[part].to(device), images[part].to(device), options, ids[part])
         masks = made.cpu().numpy()
         seconds += time.process_time() - began
         quality += numbers[:, 0].tolist()

@@ -6,16 +6,18 @@ import json
 import logging
 import shlex
 import sys
-import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from diffumask_fast.bench.options import BenchOptions, CompareOptions, TuneOptions
+from diffumask_fast.console import progress_bar, run_program, stoppable
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.export.options import ExportOptions
 from diffumask_fast.flags import with_flags
 from diffumask_fast.generation.options import GenerateOptions
+from diffumask_fast.learning.options import EvaluateOptions
 from diffumask_fast.masks.options import MaskOptions
 
 logger = logging.getLogger("diffumask_fast")
@@ -35,11 +37,8 @@ def generate(options: GenerateOptions, log: LogFlag = None, as_json: JsonFlag = 
     _log_to(log)
     from diffumask_fast.generation.generate import run_generate
 
-    try:
-        summary = run_generate(options, progress=_progress)
-    except KeyboardInterrupt:
-        print("Stopped; run the same command again to finish.", file=sys.stderr)
-        raise typer.Exit(130) from None
+    with stoppable("Stopped; run the same command again to finish."):
+        summary = run_generate(options, progress=progress_bar)
     if as_json:
         print(json.dumps(summary))
     else:
@@ -60,7 +59,7 @@ def remask(
     from diffumask_fast.dataset import remask as remasking
     from diffumask_fast.models.device import resolve_device
 
-    summary = remasking.remask(source, out, options, device=resolve_device(device), progress=_progress)
+    summary = remasking.remask(source, out, options, device=resolve_device(device), progress=progress_bar)
     if as_json:
         print(json.dumps(summary))
     else:
@@ -68,17 +67,12 @@ def remask(
 
 
 @app.command()
-def evaluate(
-    model: Annotated[str, typer.Argument(help="mini-oracle: the judge of mini's world.")],
-    data: Annotated[Path, typer.Argument(help="Dataset whose masks are judged.")],
-    accepted: Annotated[bool, typer.Option("--accepted", help="Leave out rejected rows.")] = False,
-    sheet: Annotated[Path | None, typer.Option(help="Write the twenty worst images into this PNG file.")] = None,
-    as_json: JsonFlag = False,
-) -> None:
+@with_flags
+def evaluate(options: EvaluateOptions, as_json: JsonFlag = False) -> None:
     """Judge the masks of a dataset."""
     from diffumask_fast.learning import evaluation
 
-    figures = evaluation.evaluate(model, data, accepted_only=accepted, sheet_file=sheet, progress=_progress)
+    figures = evaluation.evaluate(options, progress=progress_bar)
     if as_json:
         print(json.dumps(figures))
         return
@@ -92,62 +86,22 @@ def evaluate(
 
 
 @app.command()
-def export(
-    model: Annotated[str, typer.Argument(help="mini, a diffusers folder, or a hub id; with --refit, an engine.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the engine; must not be there yet.")],
-    to: Annotated[str, typer.Option(help="onnx, tensorrt or tensorrt-rtx.")] = "onnx",
-    revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
-    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16; auto: fp32 for onnx, else fp16.")] = "auto",
-    compute_capability: Annotated[
-        str | None, typer.Option(help="Of the GPU, such as 8.9, for TensorRT; that of the one here when left out.")
-    ] = None,
-    max_batch: Annotated[int, typer.Option(help="The most images of a batch.")] = 16,
-    min_size: Annotated[str | None, typer.Option(help="HxW in pixels; the model's own when left out.")] = None,
-    max_size: Annotated[str | None, typer.Option(help="HxW in pixels; twice the least when left out.")] = None,
-    static: Annotated[bool, typer.Option("--static", help="Only --max-batch images of --min-size.")] = False,
-    columns: Annotated[int, typer.Option(help="The most phrases times propagations.")] = 8,
-    propagate: Annotated[bool, typer.Option(help="Let the graph propagate maps.")] = True,
-    refittable: Annotated[bool, typer.Option("--refittable", help="Of TensorRT: allow --refit later.")] = False,
-    refit: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Write the engine given with the weights of this fine-tune.")
-    ] = None,
-    as_json: JsonFlag = False,
-) -> None:
+@with_flags
+def export(options: ExportOptions, as_json: JsonFlag = False) -> None:
     """Write a model for an engine other than torch, and check it against torch."""
-    from diffumask_fast import export as exports
-    from diffumask_fast.options import split_size
+    from diffumask_fast.export.export_model import export_model
 
-    if to not in ("onnx", "tensorrt", "tensorrt-rtx"):
-        raise DiffuMaskError(f"There is no export to {to}: use onnx, tensorrt or tensorrt-rtx.")
-    if to == "onnx" and not refit and (refittable or compute_capability):
-        raise DiffuMaskError("--refittable and --compute-capability are TensorRT's: say --to tensorrt or tensorrt-rtx.")
-    dtype = {"onnx": "fp32"}.get(to, "fp16") if dtype == "auto" else dtype
-    settings = dict(
-        max_batch=max_batch, static=static, columns=columns, propagate=propagate,
-        min_size=split_size(min_size, "min_size") if min_size else None,
-        max_size=split_size(max_size, "max_size") if max_size else None,
-    )  # fmt: skip
-    told = dict(revision=revision, progress=lambda sentence: print(sentence, file=sys.stderr))
-    try:
-        if refit:
-            manifest = exports.refit_engine(model, refit, out, **told)
-        elif to == "onnx":
-            manifest = exports.export_onnx(model, out, dtype, **settings, **told)
-        else:
-            settings |= dict(flavour=to, compute_capability=compute_capability, refittable=refittable)
-            manifest = exports.export_tensorrt(model, out, dtype, **settings, **told)
-    except KeyboardInterrupt:
-        print("Stopped; nothing was written.", file=sys.stderr)
-        raise typer.Exit(130) from None
+    with stoppable("Stopped; nothing was written."):
+        manifest = export_model(options, progress=lambda sentence: print(sentence, file=sys.stderr))
     if as_json:
-        print(json.dumps({"folder": str(out), "sha256": manifest.sha256, **manifest.as_json()}))
+        print(json.dumps({"folder": str(options.out), "sha256": manifest.sha256, **manifest.as_json()}))
         return
     for part, errors in manifest.checked.items():
         figures = errors if isinstance(errors, str) else ", ".join(f"{k} {v:.1e}" for k, v in errors.items())
         print(f"{part:16} {figures}")
     if manifest.passed:
         print("Largest errors against torch in fp32, relative to the largest value.")
-    print(f"Draw with --engine {manifest.engine.removesuffix('-rtx')} --engine-path {shlex.quote(str(out))}")
+    print(f"Draw with --engine {manifest.engine.removesuffix('-rtx')} --engine-path {shlex.quote(str(options.out))}")
 
 
 bench_app = typer.Typer(help="Measure, side by side, and compare what was measured.", pretty_exceptions_enable=False)
@@ -226,18 +180,6 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit()
 
 
-def _progress(total: int) -> Any:
-    """Return a rich progress bar on stderr, hidden when that is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=console, disable=not console.is_terminal, transient=True,
-    )  # fmt: skip
-
-
 def _number(value: float | None) -> str:
     return "    -" if value is None else f"{value:5.3f}"
 
@@ -256,18 +198,4 @@ def _log_to(path: Path | None) -> None:
 
 def main() -> None:
     """Run the command line; errors become one sentence on stderr and an exit code."""
-    logger.addHandler(logging.NullHandler())
-    try:
-        app()
-    except DiffuMaskError as error:
-        _fail(error.as_flags())
-    except Exception as error:  # noqa: BLE001 - no traceback reaches a user; the log has it
-        logger.error("%s", traceback.format_exc())
-        detail = " ".join(str(error).split())[:300]
-        _fail(f"Unexpected {type(error).__name__}: {detail}. Run again with --log FILE to keep the details.")
-
-
-def _fail(sentence: str) -> None:
-    logger.error("%s", sentence)
-    print(sentence, file=sys.stderr)
-    sys.exit(1)
+    run_program(app, advice="Run again with --log FILE to keep the details.")

@@ -65,7 +65,8 @@ def _works() -> dict[str, str]:
             check()
             report[name] = "works"
         except Exception as error:  # noqa: BLE001 - the reason is the answer
-            report[name] = f"does not work: {' '.join(str(error).split())[:200] or type(error).__name__}"
+            reason = error.as_flags() if isinstance(error, DiffuMaskError) else str(error)
+            report[name] = f"does not work: {' '.join(reason.split())[:200] or type(error).__name__}"
     return report
 
 
@@ -131,7 +132,7 @@ def _maps() -> None:
 
     q = torch.randn(1, 4, 32)
     out, maps = attend(q, q, q, torch.eye(4)[None], heads=2)
-    if not torch.allclose(maps.sum(1), torch.ones(1, 4), atol=1e-4):
+    if maps is None or not torch.allclose(maps.sum(1), torch.ones(1, 4), atol=1e-4):
         raise RuntimeError("attention weights do not sum to 1")
 
 

@@ -11,49 +11,54 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 
-def with_flags(command: Callable[..., None]) -> Callable[..., None]:
+def with_flags(command: Callable[..., None], dash: str = "-") -> Callable[..., None]:
     """Give a command a flag for every field of the option dataclasses among its parameters.
 
-    A field's type, default and help are the flag's; a bool is a flag without a value, a field without a default is an
-    argument, and a dataclass in a dataclass gives its fields too. The command gets the dataclasses, made of the flags.
+    A field's type, default and help are those of its flag. A bool is a flag without a value, with a `--no-` form where
+    its default is True; an `argument` stands without a flag; the fields of a dataclass in a dataclass are flags too.
+    The command is called with the dataclasses, made of the flags' values.
+
+    Args:
+        command: a function whose parameters are annotated.
+        dash: what joins the words of a flag.
     """
     parameters: list[inspect.Parameter] = []
     kinds: dict[str, type] = {}
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        if is_dataclass(kind := parameter.annotation):
+        kind = parameter.annotation
+        if isinstance(kind, type) and is_dataclass(kind):
             kinds[parameter.name] = kind
-            parameters += _flags_of(kind)
+            parameters += _flags_of(kind, dash)
         else:
             parameters.append(parameter)
 
     def called(**values: Any) -> None:
-        command(**{name: _made(kind, values) for name, kind in kinds.items()}, **values)
+        options = {name: _made(kind, values) for name, kind in kinds.items()}
+        command(**options, **values)
 
     called.__name__, called.__doc__ = command.__name__, command.__doc__
-    called.__signature__ = inspect.Signature(
-        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
-    )
+    keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    vars(called)["__signature__"] = inspect.Signature(keywords)
     called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return called
 
 
-def _flags_of(kind: type) -> Iterator[inspect.Parameter]:
+def _flags_of(kind: type, dash: str) -> Iterator[inspect.Parameter]:
     hints = get_type_hints(kind)
     for one in fields(kind):
         if is_dataclass(hints[one.name]):
-            yield from _flags_of(hints[one.name])
+            yield from _flags_of(hints[one.name], dash)
         else:
-            yield _flag(one, hints[one.name])
+            yield _flag(one, hints[one.name], dash)
 
 
-def _flag(one: Field, hint: Any) -> inspect.Parameter:
-    kind, told = _kind(hint), {"help": one.metadata["help"]}
-    if one.default is MISSING:
-        info = typer.Argument(metavar=one.metadata["metavar"], **told)
-    elif kind is bool or one.metadata["also"]:
-        info = typer.Option(f"--{one.name.replace('_', '-')}", *filter(None, [one.metadata["also"]]), **told)
+def _flag(one: Field[Any], hint: Any, dash: str) -> inspect.Parameter:
+    kind, words, name = _kind(hint), one.metadata["help"], one.name.replace("_", dash)
+    if "metavar" in one.metadata:
+        info = typer.Argument(metavar=one.metadata["metavar"], help=words)
     else:
-        info = typer.Option(**told)
+        flag = f"--{name}/--no{dash}{name}" if one.default is True else f"--{name}"
+        info = typer.Option(flag, *filter(None, [one.metadata.get("also")]), help=words)
     default = inspect.Parameter.empty if one.default is MISSING else one.default
     optional = Annotated[kind | None, info] if one.default is None else Annotated[kind, info]
     return inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=optional)
@@ -67,7 +72,7 @@ def _kind(hint: Any) -> type:
 
 
 def _made(kind: type, values: dict[str, Any]) -> Any:
-    """Make a dataclass of the values of its flags, which are taken out."""
+    """Make a dataclass of the values of its flags, which are removed from `values`."""
     hints = get_type_hints(kind)
     return kind(
         **{

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import MISSING, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from diffumask_fast.errors import DiffuMaskError
@@ -12,6 +12,7 @@ from diffumask_fast.errors import DiffuMaskError
 Reader = Callable[[Any], Any]  # returns the value as it is kept; raises ValueError with what is allowed
 
 
+@dataclass(frozen=True)
 class Options:
     """The base of all sets of options: each value is checked, and may be given as the command line has it ("0.45")."""
 
@@ -34,9 +35,14 @@ def option(default: Any, help: str, read: Reader | None = None, *, also: str | N
     return field(default=default, metadata={"help": help, "read": read, "also": also})
 
 
+def required(help: str, read: Reader | None = None) -> Any:
+    """Return the field of an option that must be given."""
+    return field(metadata={"help": help, "read": read})
+
+
 def argument(help: str, metavar: str | None = None) -> Any:
     """Return the field of an option that has no default: on the command line it stands without a flag."""
-    return field(default=MISSING, metadata={"help": help, "metavar": metavar})
+    return field(metadata={"help": help, "metavar": metavar})
 
 
 def checked(name: str, value: Any, read: Reader) -> Any:
@@ -110,13 +116,13 @@ def number(low: float | None = None, high: float | None = None, *words: str, end
     return read
 
 
-def split_size(size: str, name: str) -> tuple[int, int]:
-    """Return height and width of "HxW".
+def pixel_size() -> Reader:
+    """Allow a height and a width in pixels, as "HxW" or as two numbers."""
 
-    Raises:
-        DiffuMaskError: it is written otherwise; names the parameter.
-    """
-    parts = size.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise DiffuMaskError(f"`{name}={size}` is not HxW: write height and width in pixels, such as 512x512.")
-    return int(parts[0]), int(parts[1])
+    def read(value: Any) -> Any:
+        sides = value.lower().split("x") if isinstance(value, str) else value
+        if not isinstance(sides, list | tuple) or len(sides) != 2 or not all(str(side).isdecimal() for side in sides):
+            raise ValueError("HxW, height and width in pixels, such as 512x512")
+        return int(sides[0]), int(sides[1])
+
+    return read

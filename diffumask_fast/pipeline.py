@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffumask_fast.attention.call import Denoiser
@@ -30,6 +29,7 @@ from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.masks.rejection import NOT_FINITE, rejections
 from diffumask_fast.models.decoding import decode, decodes_later, timed_decoding
 from diffumask_fast.models.device import resolve_device, resolve_dtype
+from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 from diffumask_fast.models.find import ModelInfo, find_model
 from diffumask_fast.models.generators import Generators, generators_of
 from diffumask_fast.models.loading import check_size, load_pipe, says_force_upcast, without_bars
@@ -59,7 +59,7 @@ class DiffuMaskPipeline:
 
     def __init__(
         self,
-        pipe: DiffusionPipeline,
+        pipe: DiffusersPipeline,
         info: ModelInfo | None = None,
         engine: Any = None,
         compiled: CompiledEngine | None = None,
@@ -110,13 +110,13 @@ class DiffuMaskPipeline:
         dtype = resolve_dtype(dtype, device)
         info = find_model(model, revision)
         pipe = load_pipe(info, dtype, device)
-        if dtype == torch.float16 and says_force_upcast(info.folder):
+        if dtype == torch.float16 and says_force_upcast(info.local_folder):
             pipe.vae.to(torch.float32)
         set_attention(pipe.unet, attention)
         return cls(pipe, info, compiled=compile_pipe(pipe) if engine == "compile" else None)
 
     @classmethod
-    def from_pipe(cls, pipe: DiffusionPipeline) -> DiffuMaskPipeline:
+    def from_pipe(cls, pipe: DiffusersPipeline) -> DiffuMaskPipeline:
         """Compose a pipeline that is already loaded; it is used as it is and stays usable by itself."""
         return cls(pipe)
 
@@ -227,7 +227,7 @@ class DiffuMaskPipeline:
         *,
         maps: MapOptions | None = None,
         **kwargs: Any,
-    ) -> Iterator[Result]:
+    ) -> Generator[Result]:
         """Draw requests in order, batch by batch, and yield one Result each; closes cleanly when left early.
 
         Args:
@@ -257,7 +257,7 @@ class DiffuMaskPipeline:
         num_phrases: int,
         use_negative_prompts: bool,
         **kwargs: Any,
-    ) -> Iterator[Result]:
+    ) -> Generator[Result]:
         """Draw batches as they are handed in, as `stream`: each is finished beside the denoising of the next.
 
         Args:
@@ -277,11 +277,11 @@ class DiffuMaskPipeline:
     def _draw_batches(
         self, batches: Iterable[Sequence[Request]], maps: MapOptions, mask: MaskOptions, num_phrases: int,
         use_negative_prompts: bool, kwargs: dict[str, Any],
-    ) -> Iterator[Result]:  # fmt: skip
+    ) -> Generator[Result]:  # fmt: skip
         waiting: deque[Future] = deque()
         with StreamWorker(self.device) as worker:
             for batch in batches:
-                negative = {}
+                negative: dict[str, Any] = {}
                 if use_negative_prompts:
                     negative["negative_prompt"] = [request.negative_prompt for request in batch]
                 with without_bars(self.pipe):
@@ -350,7 +350,7 @@ class DiffuMaskPipeline:
         finite = pixels.isfinite().flatten(1).all(1)
         images = (pixels.nan_to_num(0).permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8)
         class_maps = quantise_maps(denoised.store.class_maps(denoised.maps))
-        mask, _, quality = make_masks(class_maps, images, options, denoised.ids)
+        mask, quality = make_masks(class_maps, images, options, denoised.ids)
         drawn = Drawn(pixels, images, finite.tolist(), mask, class_maps, quality, denoised.ids)
         self.seconds.masks += time.perf_counter() - start
         return drawn
@@ -378,9 +378,9 @@ class DiffuMaskPipeline:
 
     def batch_size(self, batch_size: int | str, height: int | None = None, width: int | None = None) -> int:
         """Return the batch size: as given, or for "auto" a function of model, size and the device's total memory."""
-        batch_size = checked("batch_size", batch_size, whole(1, None, "auto"))
-        if batch_size != "auto":
-            return batch_size
+        asked = checked("batch_size", batch_size, whole(1, None, "auto"))
+        if isinstance(asked, int):
+            return asked
         most = self.engine.limits.batch if self.engine is not None else 64
         if self.device.type != "cuda":
             return min(8, most)

@@ -16,7 +16,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.denoiser import ExportedDenoiser
 from diffumask_fast.export.graphs import pooled_width, states_width
 from diffumask_fast.export.limits import Limits
-from diffumask_fast.export.session import Session
+from diffumask_fast.export.session import OnnxSession
 
 logger = logging.getLogger("diffumask_fast")
 # the largest error over the largest value, against torch in fp32
@@ -40,11 +40,11 @@ def check_part(name: str, graph: Path, module: nn.Module, limits: Limits, dtype:
         DiffuMaskError: an error over the tolerance of the type.
     """
     try:
-        session = Session(graph, torch.device("cpu"))
-    except DiffuMaskError as error:
+        session = OnnxSession(graph, torch.device("cpu"))
+    except DiffuMaskError as refused:
         if dtype != "bf16":
             raise
-        logger.info("%s", error)
+        logger.info("%s", refused)
         return "written, never run: ONNX Runtime has no bf16 on the CPU"
     with torch.no_grad():
         if name == "unet":
@@ -55,12 +55,12 @@ def check_part(name: str, graph: Path, module: nn.Module, limits: Limits, dtype:
         if not error <= TOLERANCE[dtype]:
             raise DiffuMaskError(
                 f"The graph of {name} does not give what torch gives ({output}: relative error {error:.2g}, allowed "
-                f"{TOLERANCE[dtype]}): nothing was written; use --dtype fp32, or --engine torch."
+                f"{TOLERANCE[dtype]}): nothing was written; use `dtype=fp32`, or `engine=torch`."
             )
     return errors
 
 
-def random_inputs(unet: nn.Module, limits: Limits, rows: int, conditional: int, size: tuple[int, int]) -> dict:
+def random_inputs(unet: Any, limits: Limits, rows: int, conditional: int, size: tuple[int, int]) -> dict:
     """Return random arguments of a UNetCall.
 
     Args:
@@ -70,7 +70,7 @@ def random_inputs(unet: nn.Module, limits: Limits, rows: int, conditional: int, 
         conditional: Bc.
         size: height and width of the images, pixels.
     """
-    config, phrases = unet.config, max(1, limits.columns // 2)
+    config, phrases = unet.config, max(1, limits.max_phrases // 2)
     h, w = (side // limits.vae_factor for side in size)
     pixels = limits.level_pixels((h, w))
     added = None
@@ -103,7 +103,7 @@ def _check_unet(denoiser: ExportedDenoiser, model: UNetWithMaps, limits: Limits)
     return errors
 
 
-def _check_decoder(session: Session, vae: nn.Module, limits: Limits) -> dict[str, float]:
+def _check_decoder(session: OnnxSession, vae: Any, limits: Limits) -> dict[str, float]:
     errors: dict[str, float] = {}
     for images, _, size in _shapes(limits):
         latents = torch.randn(images, limits.channels, *(side // limits.vae_factor for side in size))
@@ -112,7 +112,7 @@ def _check_decoder(session: Session, vae: nn.Module, limits: Limits) -> dict[str
     return errors
 
 
-def _check_text(session: Session, encoder: nn.Module, limits: Limits) -> dict[str, float]:
+def _check_text(session: OnnxSession, encoder: Any, limits: Limits) -> dict[str, float]:
     errors: dict[str, float] = {}
     for rows in (1, 3):
         ids = torch.randint(0, encoder.config.vocab_size, (rows, limits.tokens))

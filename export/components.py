@@ -1,4 +1,4 @@
-"""Components of a diffusers pipeline without weights: its class and configuration, and an engine that does the work."""
+"""Components of a diffusers pipeline whose calls an engine answers: class and configuration, without weights."""
 
 from __future__ import annotations
 
@@ -21,43 +21,50 @@ from diffumask_fast.attention.tap import Tap
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.denoiser import ExportedDenoiser
 from diffumask_fast.export.limits import Limits
-from diffumask_fast.export.session import Runs
+from diffumask_fast.export.session import GraphSession
 
-CHANGES = (
+# Methods that would change the component, which an engine cannot do.
+REFUSED = (
     "load_lora_adapter", "load_attn_procs", "add_adapter", "set_attn_processor", "fuse_lora", "enable_freeu",
     "resize_token_embeddings", "save_pretrained", "requires_grad_", "train",
 )  # fmt: skip
 
 
 class EngineComponent:
-    """What all of them share: where they are, in which type they work, and that they cannot be changed."""
+    """What the components of an engine share: a fixed device and dtype, and no way to change them."""
 
-    where: torch.device
-    works_in: torch.dtype
+    engine_device: torch.device
+    engine_dtype: torch.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the engine is."""
-        return self.where
+        """The device of the engine."""
+        return self.engine_device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the engine works in."""
-        return self.works_in
+        """The dtype of the engine."""
+        return self.engine_dtype
 
     def to(self, *args: Any, **kwargs: Any) -> EngineComponent:
-        """Stay; raises DiffuMaskError for another kind of device or another floating type."""
+        """Return the component as it is.
+
+        Raises:
+            DiffuMaskError: another kind of device, or another dtype.
+        """
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        if device is not None and device.type != self.where.type:
-            raise DiffuMaskError(f"The engine is on {self.where}: load the pipeline again with device={device}.")
-        if dtype is not None and dtype != self.works_in:
-            raise DiffuMaskError(f"The engine works in {self.works_in}: export the model again for {dtype}.")
+        if device is not None and device.type != self.engine_device.type:
+            raise DiffuMaskError(
+                f"The engine is on {self.engine_device}: load the pipeline again with `device={device}`."
+            )
+        if dtype is not None and dtype != self.engine_dtype:
+            raise DiffuMaskError(f"The engine works in {self.engine_dtype}: export the model again for {dtype}.")
         return self
 
 
 def _refuse(name: str) -> Callable[..., Any]:
     def refuse(self: EngineComponent, *_: Any, **__: Any) -> Any:
-        raise DiffuMaskError(f"An exported {type(self).__name__} has no {name}: use --engine torch, or export again.")
+        raise DiffuMaskError(f"An exported {type(self).__name__} has no {name}: use `engine=torch`, or export again.")
 
     return refuse
 
@@ -69,7 +76,7 @@ class EngineUNet(EngineComponent, UNet2DConditionModel):
 
     @property
     def limits(self) -> Limits:
-        """What the graph can be asked for."""
+        """The shapes that the graph takes."""
         return self.denoiser.limits
 
     def forward(
@@ -102,7 +109,7 @@ class EngineUNet(EngineComponent, UNet2DConditionModel):
 class EngineDecoder(EngineComponent):
     """The decoding side of a VAE."""
 
-    session: Runs
+    session: GraphSession
     vae_factor: int
     encode = _refuse("encode")
 
@@ -116,7 +123,8 @@ class EngineDecoder(EngineComponent):
 class EngineTextEncoder(EngineComponent):
     """A CLIP text encoder."""
 
-    session: Runs
+    config: Any
+    session: GraphSession
 
     def forward(
         self,
@@ -126,32 +134,34 @@ class EngineTextEncoder(EngineComponent):
         return_dict: bool = True,
         **_: Any,
     ) -> BaseModelOutputWithPooling | CLIPTextModelOutput:
-        """Encode ids [B, T]; of the hidden states only the last but one, for SDXL."""
+        """Encode ids [B, T]; of the hidden states only hidden_states[-2] is there, which SDXL reads."""
         if attention_mask is not None:
-            raise DiffuMaskError("The exported text encoder takes no attention mask: use --engine torch.")
+            raise DiffuMaskError("The exported text encoder takes no attention mask: use `engine=torch`.")
         rows, tokens = input_ids.shape
         wide, pooled = (rows, tokens, self.config.hidden_size), (rows, self.config.hidden_size)
         shapes = {"last_hidden_state": wide, "pooler_output": pooled, "penultimate": wide}
         shapes["text_embeds"] = (rows, self.config.projection_dim)
-        out = self.session.run({"input_ids": input_ids}, {name: shapes[name] for name in self.session.outputs})
-        penultimate = _Penultimate(out.pop("penultimate", None))
-        kind = CLIPTextModelOutput if "text_embeds" in out else BaseModelOutputWithPooling
-        return kind(**out, hidden_states=penultimate if output_hidden_states else None)
+        out: dict[str, Any] = dict(
+            self.session.run({"input_ids": input_ids}, {name: shapes[name] for name in self.session.outputs})
+        )
+        penultimate = _PenultimateState(out.pop("penultimate", None))
+        out["hidden_states"] = penultimate if output_hidden_states else None
+        return CLIPTextModelOutput(**out) if "text_embeds" in out else BaseModelOutputWithPooling(**out)
 
 
-class _Penultimate:
-    """hidden_states of which only [-2] is there."""
+class _PenultimateState:
+    """Stands for `hidden_states`; only index -2 is there."""
 
     def __init__(self, tensor: Tensor | None) -> None:
         self.tensor = tensor
 
     def __getitem__(self, index: int) -> Tensor:
         if index != -2 or self.tensor is None:
-            raise DiffuMaskError("The exported text encoder knows no clip_skip: leave it out, or use --engine torch.")
+            raise DiffuMaskError("The exported text encoder knows no clip_skip: leave it out, or use `engine=torch`.")
         return self.tensor
 
 
-for _name in CHANGES:
+for _name in REFUSED:
     setattr(EngineComponent, _name, _refuse(_name))
 
 
@@ -167,29 +177,31 @@ def engine_unet(config: Path, denoiser: ExportedDenoiser) -> EngineUNet:
     return unet
 
 
-def engine_decoder(kind: str, config: Path, session: Runs, vae_factor: int) -> Any:
+def engine_decoder(kind: str, config: Path, session: GraphSession, vae_factor: int) -> Any:
     """Make the VAE of an engine; `kind` is its class in diffusers."""
-    vae = _without_weights(_mixed(EngineDecoder, "diffusers", kind), config, session.device, session.inputs["latents"])
+    decoder = _subclass(EngineDecoder, "diffusers", kind)
+    vae = _without_weights(decoder, config, session.device, session.inputs["latents"])
     vae.session, vae.vae_factor = session, vae_factor
     return vae
 
 
-def engine_text_encoder(kind: str, config: Path, session: Runs) -> Any:
+def engine_text_encoder(kind: str, config: Path, session: GraphSession) -> Any:
     """Make a text encoder of an engine; `kind` is its class in transformers."""
     dtype = session.outputs["last_hidden_state"]
-    encoder = _without_weights(_mixed(EngineTextEncoder, "transformers", kind), config, session.device, dtype)
+    encoder = _without_weights(_subclass(EngineTextEncoder, "transformers", kind), config, session.device, dtype)
     encoder.session = session
     return encoder
 
 
-def _mixed(mixin: type, library: str, kind: str) -> type:
+def _subclass(mixin: type, library: str, kind: str) -> type:
+    """Return a class that diffusers or transformers takes for `kind`, with the methods of the mixin."""
     base = getattr(importlib.import_module(library), kind, None)
     if not (isinstance(base, type) and issubclass(base, nn.Module)):
-        raise DiffuMaskError(f"{library} has no {kind}, which the engine stands for: export the model again.")
+        raise DiffuMaskError(f"{library} has no {kind}, which the engine was exported from: export the model again.")
     return type(f"Exported{kind}", (mixin, base), {})
 
 
-def _without_weights(kind: type, config: Path, device: torch.device, dtype: torch.dtype) -> Any:
+def _without_weights(kind: Any, config: Path, device: torch.device, dtype: torch.dtype) -> Any:
     settings = json.loads(config.read_text("utf-8"))
     with torch.device("meta"):
         if hasattr(kind, "config_class") and kind.config_class is not None:
@@ -198,5 +210,5 @@ def _without_weights(kind: type, config: Path, device: torch.device, dtype: torc
             module = kind.from_config(settings)
     module = nn.Module.to(module, dtype=dtype)
     nn.Module.train(module, False)
-    module.where, module.works_in = device, dtype
+    module.engine_device, module.engine_dtype = device, dtype
     return module

@@ -1,4 +1,4 @@
-"""What an engine's folder says of itself, and whether that still holds."""
+"""The manifest of an engine's folder, and the checks that the folder and the machine still fit it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.limits import Limits
 from diffumask_fast.models.hashing import combined_hash, file_hashes
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "engine.json"
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
@@ -131,7 +131,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise DiffuMaskError(f"{folder} is no exported engine: give the folder that `diffumask-fast export` wrote.")
     try:
         data = json.loads(path.read_text("utf-8"))
-        if data["format"] == FORMAT:
+        version = data["format"]
+        if version == FORMAT:
             parts = {name: Part(**part) for name, part in data.pop("parts").items()}
             manifest = Manifest(**{**data, "limits": Limits.from_json(data["limits"]), "parts": parts})
             named = {name for part in parts.values() for name in (part.graph, part.config)}
@@ -139,8 +140,10 @@ def read_manifest(folder: Path) -> Manifest:
                 raise KeyError("unet" if "unet" not in parts else min(named - manifest.files.keys()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DiffuMaskError(f"{path} is damaged ({error!r:.100}): export the model again.") from error
-    if data["format"] != FORMAT or manifest.versions.get("diffumask_fast") != __version__:
-        wrote = data.get("versions", {}).get("diffumask_fast", "another version")
+    if version != FORMAT:
+        raise DiffuMaskError(f"{folder} has format {version}, and this program reads {FORMAT}: export the model again.")
+    wrote = manifest.versions.get("diffumask_fast", "another version")
+    if wrote != __version__:
         raise DiffuMaskError(
             f"{folder} was written by diffumask-fast {wrote} and this is {__version__}: export the model again."
         )
@@ -187,7 +190,7 @@ def check_build(manifest: Manifest, folder: Path, version: str, capability: str 
         here = f"the one here has {capability}" if capability else "there is none here"
         raise DiffuMaskError(
             f"{folder} was built for a GPU of compute capability {manifest.target} and {here}: export the model again "
-            "for the GPU that runs it, or use --engine torch."
+            "for the GPU that runs it, or use `engine=torch`."
         )
 
 

@@ -19,9 +19,18 @@ from diffumask_fast.attention.store import MAX_PROPAGATED_PIXELS
 from diffumask_fast.attention.unet import UNetWithMaps, attention_places
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.check import check_part
-from diffumask_fast.export.graphs import OPSET, Call, decode_call, text_call, unet_call, unet_factor, write_graph
+from diffumask_fast.export.graphs import (
+    OPSET,
+    Exportable,
+    exportable_decoder,
+    exportable_text_encoder,
+    exportable_unet,
+    unet_factor,
+    write_graph,
+)
 from diffumask_fast.export.limits import Limits
 from diffumask_fast.export.manifest import Manifest, Part, hash_files, versions, write_manifest
+from diffumask_fast.export.options import ShapeOptions
 from diffumask_fast.export.session import extra
 from diffumask_fast.models.device import DTYPES
 from diffumask_fast.models.find import ModelInfo, find_model
@@ -29,20 +38,14 @@ from diffumask_fast.models.hashing import file_hashes
 from diffumask_fast.models.loading import load_pipe, says_force_upcast
 
 EXTERNAL_BYTES = 2**29
-Size = tuple[int, int]
 
 
 def export_onnx(
     model: str | Path,
     out: str | Path,
     dtype: str = "fp32",
+    shapes: ShapeOptions | None = None,
     *,
-    max_batch: int = 16,
-    min_size: Size | None = None,
-    max_size: Size | None = None,
-    static: bool = False,
-    columns: int = 8,
-    propagate: bool = True,
     revision: str | None = None,
     external_bytes: int = EXTERNAL_BYTES,
     progress: Callable[[str], Any] = lambda _: None,
@@ -53,23 +56,17 @@ def export_onnx(
         model: "mini", a diffusers folder or a hub id.
         out: folder of the engine; must not be there yet.
         dtype: "fp32", "fp16" or "bf16"; a VAE that overflows in fp16 stays in fp32.
-        max_batch: the most images of a call.
-        min_size: the least height and width, pixels; None is the model's own.
-        max_size: the most; None is twice the least.
-        static: exactly max_batch images (fewer are padded) of min_size.
-        columns: the most phrases, and the most maps propagated at a level; up to 8 cost nothing where the heads' size
-            is a multiple of 8.
-        propagate: apply self-attention to earlier maps, at the levels that are small enough at min_size.
+        shapes: batch sizes, image sizes and phrases that the graphs take.
         revision: of a hub id.
-        external_bytes: weights of a graph that are larger stand in a file beside it.
-        progress: is told what comes next.
+        external_bytes: larger weights of a graph go into a file beside it.
+        progress: is called with a sentence before each step.
 
     Returns:
         what was written, with the figures of the check.
 
     Raises:
-        DiffuMaskError: a library is missing, out is there, the model or a number cannot be exported, or a graph does
-            not give what torch gives; nothing is left then.
+        DiffuMaskError: a library is missing, out exists, the model or the shapes cannot be exported, or a graph does
+            not agree with torch; nothing is left then.
     """
     need_exporter()
     out = Path(out).expanduser()
@@ -79,8 +76,10 @@ def export_onnx(
     info = find_model(model, revision)
     pipe = load_pipe(info, torch.float32, torch.device("cpu"))
     if getattr(pipe.unet.config, "time_cond_proj_dim", None):
-        raise DiffuMaskError(f"The UNet of {model} is told its guidance (LCM), which has no graph: use --engine torch.")
-    limits = find_limits(pipe, max_batch, min_size, max_size, static, columns, propagate)
+        raise DiffuMaskError(
+            f"The UNet of {model} takes the guidance scale as an input (LCM), which no graph does: use `engine=torch`."
+        )
+    limits = find_limits(pipe, shapes or ShapeOptions())
     with staged(out) as folder, torch.random.fork_rng(devices=[]):
         folder.mkdir(parents=True)
         torch.manual_seed(0)
@@ -89,10 +88,10 @@ def export_onnx(
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """Give a folder name to write in, which becomes `out` when all went well, and is gone when not.
+    """Yield the name of a folder to write in: it is renamed to `out` on success, and removed after an exception.
 
     Raises:
-        DiffuMaskError: out is there, or cannot be written.
+        DiffuMaskError: out exists, or cannot be written.
     """
     check_out(out)
     folder = out.parent / f".{out.name}.part"
@@ -106,51 +105,51 @@ def staged(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def find_limits(
-    pipe: Any,
-    max_batch: int,
-    min_size: Size | None,
-    max_size: Size | None,
-    static: bool,
-    columns: int,
-    propagate: bool,
-) -> Limits:
-    """Return the limits of an engine; for the arguments see export_onnx.
+def find_limits(pipe: Any, shapes: ShapeOptions) -> Limits:
+    """Return the limits of an engine for the shapes.
 
     Raises:
-        DiffuMaskError: numbers that no engine can have.
+        DiffuMaskError: the model cannot draw these sizes.
     """
     unet, vae_factor = pipe.unet, pipe.vae_scale_factor
     multiple = unet_factor(unet) * vae_factor
-    own = unet.config.sample_size
-    own = tuple(own) if isinstance(own, (list, tuple)) else (own, own)
-    least = min_size or tuple(size * vae_factor for size in own)
-    most = max_size or (least if static else tuple(2 * size for size in least))
-    if max_batch < 1 or columns < 1:
-        raise DiffuMaskError("--max-batch and --columns must be at least 1.")
+    least, most = _sizes(unet, vae_factor, shapes)
     if any(size < multiple or size % multiple for size in (*least, *most)):
         raise DiffuMaskError(f"Sizes must be multiples of {multiple} for this model, unlike {least} to {most}.")
-    if any(a > b for a, b in zip(least, most, strict=True)) or (static and least != most):
-        raise DiffuMaskError(f"--min-size {least} and --max-size {most} do not go together.")
+    if any(a > b for a, b in zip(least, most, strict=True)) or (shapes.static and least != most):
+        low, high = ("x".join(map(str, size)) for size in (least, most))
+        raise DiffuMaskError(
+            f"`min_size={low}` and `max_size={high}` do not go together: give a larger `max_size`, or leave it out."
+        )
     divisors = level_divisors(unet)
     pixels = {key: least[0] * least[1] // (vae_factor * divisor) ** 2 for key, divisor in divisors.items()}
-    propagated = tuple(key for key, num in pixels.items() if propagate and num <= MAX_PROPAGATED_PIXELS)
+    propagated = tuple(key for key, num in pixels.items() if shapes.propagate and num <= MAX_PROPAGATED_PIXELS)
+    rows = 2 * shapes.max_batch
     return Limits(
-        rows=(2 * max_batch if static else 1, 2 * max_batch), height=(least[0], most[0]), width=(least[1], most[1]),
+        rows=(rows if shapes.static else 1, rows), height=(least[0], most[0]), width=(least[1], most[1]),
         multiple=multiple, vae_factor=vae_factor, channels=unet.config.out_channels,
-        tokens=_tokens(pipe), columns=columns, divisors=divisors, propagated=propagated,
+        tokens=_tokens(pipe), max_phrases=shapes.max_phrases, divisors=divisors, propagated=propagated,
     )  # fmt: skip
 
 
+def _sizes(unet: Any, vae_factor: int, shapes: ShapeOptions) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the least and the most height and width, those left out filled in."""
+    own = unet.config.sample_size
+    height, width = own if isinstance(own, (list, tuple)) else (own, own)
+    least = shapes.min_size or (height * vae_factor, width * vae_factor)
+    return least, shapes.max_size or (least if shapes.static else (2 * least[0], 2 * least[1]))
+
+
 def _tokens(pipe: Any) -> int:
-    # SDXL's refiner has only the second of both
+    # SDXL's refiner has only the second tokenizer and text encoder.
     tokenizer, encoder = pipe.tokenizer or pipe.tokenizer_2, pipe.text_encoder or pipe.text_encoder_2
     return min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
 
 
-def level_divisors(unet: nn.Module) -> dict[str, int]:
-    """Return level -> by how much its maps are smaller than the latents."""
-    depths, depth, places = {}, 0, attention_places(unet)
+def level_divisors(unet: Any) -> dict[str, int]:
+    """Return level -> the factor by which its maps are smaller than the latents."""
+    depths: dict[str, int] = {}
+    depth, places = 0, attention_places(unet)
     for block in unet.down_blocks:
         for module in block.modules():
             if module in places:
@@ -165,53 +164,54 @@ def level_divisors(unet: nn.Module) -> dict[str, int]:
 def _write(
     pipe: Any, info: ModelInfo, folder: Path, dtype: str, limits: Limits, external_bytes: int, progress: Any
 ) -> Manifest:
-    parts, checked = {}, {}
-    for name, module in _exportable(pipe).items():
+    parts: dict[str, Part] = {}
+    checked: dict[str, Any] = {}
+    for name, module in _exported_components(pipe).items():
         part_dtype = "fp32" if name == "vae" and dtype == "fp16" and _overflows(pipe, info) else dtype
         progress(f"exporting {name} in {part_dtype}")
-        call = _call(name, nn.Module.to(copy.deepcopy(module), DTYPES[part_dtype]), limits, pipe)
-        write_graph(call, folder / f"{name}.onnx", external_bytes)
+        part = _exportable(name, nn.Module.to(copy.deepcopy(module), DTYPES[part_dtype]), limits, pipe)
+        write_graph(part, folder / f"{name}.onnx", external_bytes)
         (folder / f"{name}.json").write_text(_config(module), "utf-8")
         library = type(module).__module__.split(".")[0]
-        parts[name] = Part(f"{name}.onnx", f"{name}.json", library, type(module).__name__, part_dtype, call.outputs)
+        parts[name] = Part(f"{name}.onnx", f"{name}.json", library, type(module).__name__, part_dtype, part.outputs)
         progress(f"checking {name} against torch")
         checked[name] = check_part(name, folder / f"{name}.onnx", module, limits, part_dtype)
     manifest = Manifest(
         engine="onnx", dtype=dtype, opset=OPSET, limits=limits, parts=parts, files=hash_files(folder),
-        model=info.identity, sources=file_hashes(info.folder), versions=versions(), checked=checked,
+        model=info.identity, sources=file_hashes(info.local_folder), versions=versions(), checked=checked,
     )  # fmt: skip
     write_manifest(folder, manifest)
     return manifest
 
 
-def _exportable(pipe: Any) -> dict[str, nn.Module]:
-    """Return the components that become graphs; a text encoder that takes a mask stays with torch."""
+def _exported_components(pipe: Any) -> dict[str, nn.Module]:
+    """Return the components that become graphs; a text encoder that takes an attention mask stays in torch."""
     names = [name for name in ("text_encoder", "text_encoder_2") if getattr(pipe, name, None) is not None]
     plain = [name for name in names if not getattr(getattr(pipe, name).config, "use_attention_mask", False)]
     return {name: getattr(pipe, name) for name in ("unet", *plain, "vae")}
 
 
-def _call(name: str, module: nn.Module, limits: Limits, pipe: Any) -> Call:
+def _exportable(name: str, module: nn.Module, limits: Limits, pipe: Any) -> Exportable:
     if name == "unet":
-        return unet_call(UNetWithMaps(module, impl="sdpa"), limits)
+        return exportable_unet(UNetWithMaps(module, impl="sdpa"), limits)
     if name == "vae":
-        return decode_call(module, limits, pipe.unet.config.out_channels)
-    return text_call(module, limits, penultimate=hasattr(pipe, "text_encoder_2"))
+        return exportable_decoder(module, limits, pipe.unet.config.out_channels)
+    return exportable_text_encoder(module, limits, penultimate=hasattr(pipe, "text_encoder_2"))
 
 
-def _config(module: nn.Module) -> str:
+def _config(module: Any) -> str:
     config = module.config
     return config.to_json_string() if hasattr(config, "to_json_string") else json.dumps(dict(config), indent=1)
 
 
 def _overflows(pipe: Any, info: ModelInfo) -> bool:
-    return says_force_upcast(info.folder) or (
+    return says_force_upcast(info.local_folder) or (
         hasattr(pipe, "text_encoder_2") and bool(getattr(pipe.vae.config, "force_upcast", False))
     )
 
 
 def check_out(out: Path) -> None:
-    """Raise DiffuMaskError where something stands in the place of a new engine."""
+    """Raise DiffuMaskError where the folder of a new engine exists and is not empty."""
     try:
         taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
     except OSError as error:
@@ -221,7 +221,7 @@ def check_out(out: Path) -> None:
 
 
 def need_exporter() -> None:
-    """Raise DiffuMaskError where a library is missing that writes or checks graphs."""
+    """Raise DiffuMaskError where a library that writes or checks graphs is missing."""
     for library in ("onnx", "onnxscript", "onnxruntime"):
         try:
             importlib.import_module(library)

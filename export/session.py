@@ -13,15 +13,14 @@ from torch import Tensor
 
 from diffumask_fast.errors import DiffuMaskError
 
-# ONNX's numbers of the element types
+# The numbers that ONNX gives the element types.
 ELEMENTS = {torch.float32: 1, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}
 TYPES = {
     "tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16,
     "tensor(int64)": torch.int64,
 }  # fmt: skip
 
-
-# both fill the module onnxruntime, and removing one of them breaks the other
+# Both install the module onnxruntime, so removing one of them breaks the other.
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 REMOVE = f"pip uninstall -y {' '.join(PACKAGES)}"
 INSTALL = "pip install 'diffumask-fast[onnx]', for CUDA 'diffumask-fast[gpu]'"
@@ -35,7 +34,7 @@ def runtime() -> Any:
     """
     try:
         module = importlib.import_module("onnxruntime")
-        module.InferenceSession  # noqa: B018, for a package that was half removed can be imported
+        module.InferenceSession  # noqa: B018 - a half-removed package still imports
         return module
     except (ImportError, AttributeError) as error:
         advice = f"{REMOVE}, then {INSTALL}" if installed() else INSTALL
@@ -48,23 +47,23 @@ def installed() -> list[str]:
 
 
 def extra() -> str:
-    """Name the extra whose ONNX Runtime is here, so that advice to install it brings no second one."""
+    """Return the extra that has the installed ONNX Runtime, so that our advice does not install a second one."""
     return "gpu" if "onnxruntime-gpu" in installed() else "onnx"
 
 
-class Runs(Protocol):
-    """What answers for a graph: `Session`, or `TensorRTSession`."""
+class GraphSession(Protocol):
+    """A graph that is loaded and can be run: an `OnnxSession` or a `TensorRTSession`."""
 
     device: torch.device
     inputs: dict[str, torch.dtype]
     outputs: dict[str, torch.dtype]
 
     def run(self, inputs: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        """Run the graph; shapes are those of the outputs."""
+        """Run the graph; `shapes` are those of the outputs."""
 
 
-class Session:
-    """Run a graph on one device.
+class OnnxSession:
+    """Run an ONNX graph on one device.
 
     Args:
         path: of the graph.
@@ -93,7 +92,7 @@ class Session:
         if device.type == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
             raise DiffuMaskError(
                 "ONNX Runtime cannot load the CUDA libraries that it was built for, and would draw on the CPU: install "
-                "its CUDA and cuDNN (pip install 'onnxruntime-gpu[cuda,cudnn]'), or use --device cpu."
+                "its CUDA and cuDNN (pip install 'onnxruntime-gpu[cuda,cudnn]'), or use `device=cpu`."
             )
         self.inputs = {entry.name: TYPES[entry.type] for entry in self._session.get_inputs()}
         self.outputs = {entry.name: TYPES[entry.type] for entry in self._session.get_outputs()}
@@ -104,10 +103,11 @@ class Session:
         if "CUDAExecutionProvider" not in ort.get_available_providers():
             raise DiffuMaskError(
                 f"The onnxruntime that is installed has no CUDA: {REMOVE}, then pip install 'diffumask-fast[gpu]', or "
-                "use --device cpu."
+                "use `device=cpu`."
             )
         ort.preload_dlls()
-        # not the current one: ONNX Runtime takes the default stream, 0, for none and makes one that nothing waits for
+        # A stream of our own: ONNX Runtime takes the default stream, 0, for "none given" and makes one that torch
+        # does not wait for.
         self._stream = torch.cuda.Stream(self.device)
         stream = {"user_compute_stream": str(self._stream.cuda_stream), "device_id": str(self.device.index or 0)}
         return [("CUDAExecutionProvider", stream), "CPUExecutionProvider"]
@@ -116,21 +116,21 @@ class Session:
         """Run the graph.
 
         Args:
-            inputs: name -> tensor; brought to the device and the type of the graph where they differ.
-            shapes: name -> shape of the outputs that are wanted.
+            inputs: name -> tensor; converted to the device and the dtype of the graph where they differ.
+            shapes: name -> shape of the wanted outputs.
 
         Returns:
             name -> tensor on the device, in the order of shapes.
         """
         binding = self._session.io_binding()
-        kept = {name: inputs[name].to(self.device, dtype).contiguous() for name, dtype in self.inputs.items()}
-        types = {name: self.outputs[name] for name in shapes}
-        out = {name: torch.empty(*shapes[name], dtype=types[name], device=self.device) for name in shapes}
-        where = (self.device.type, self.device.index or 0)
-        for name, tensor in kept.items():
-            binding.bind_input(name, *where, ELEMENTS[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
-        for name, tensor in out.items():
-            binding.bind_output(name, *where, ELEMENTS[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+        given = {name: inputs[name].to(self.device, dtype).contiguous() for name, dtype in self.inputs.items()}
+        out = {
+            name: torch.empty(*shape, dtype=self.outputs[name], device=self.device) for name, shape in shapes.items()
+        }
+        device = (self.device.type, self.device.index or 0)
+        for bind, tensors in ((binding.bind_input, given), (binding.bind_output, out)):
+            for name, tensor in tensors.items():
+                bind(name, *device, ELEMENTS[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
         self._session.run_with_iobinding(binding)

@@ -12,6 +12,7 @@ from typing import Any
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.manifest import Manifest, check_build, read_manifest
 from diffumask_fast.export.onnx_export import check_out, export_onnx, staged
+from diffumask_fast.export.options import ShapeOptions
 from diffumask_fast.export.tensorrt_build import replace_graph, write_engine
 from diffumask_fast.export.tensorrt_library import MODULES, compute_capability, keeping_logger, library, words_of
 
@@ -27,11 +28,11 @@ def refit_engine(
     """Write an engine with the weights of another model, without building it again.
 
     Args:
-        engine_path: folder of an engine that was built refittable; it stays as it is.
+        engine_path: folder of an engine that was built refittable; it is not changed.
         model: "mini", a diffusers folder or a hub id, of the geometry of the engine's model.
         out: folder of the new engine; must not be there yet.
         revision: of a hub id.
-        progress: is told what comes next.
+        progress: is called with a sentence before each step.
 
     Returns:
         what was written.
@@ -43,36 +44,40 @@ def refit_engine(
     source = Path(engine_path).expanduser()
     manifest = read_manifest(source)
     if manifest.engine not in MODULES:
-        raise DiffuMaskError(f"{source} is an engine for {manifest.engine}, which is written anew: leave --refit out.")
+        raise DiffuMaskError(
+            f"{source} is an engine for {manifest.engine}, whose models are exported anew: leave `refit` out."
+        )
     if not manifest.refittable:
-        raise DiffuMaskError(f"{source} cannot take other weights: export its model again with --refittable.")
+        raise DiffuMaskError(f"{source} cannot take other weights: export its model again with `refittable`.")
     trt = library(manifest.engine)
     check_build(manifest, source, trt.__version__, compute_capability())
     out = Path(out).expanduser()
     check_out(out)
     limits = manifest.limits
+    shapes = ShapeOptions(
+        max_batch=limits.rows[1] // 2, min_size=(limits.height[0], limits.width[0]),
+        max_size=(limits.height[1], limits.width[1]), static=limits.rows[0] == limits.rows[1],
+        max_phrases=limits.max_phrases, propagate=bool(limits.propagated),
+    )  # fmt: skip
     with staged(out) as folder:
-        found = export_onnx(
-            model, folder, manifest.dtype, max_batch=limits.rows[1] // 2, min_size=(limits.height[0], limits.width[0]),
-            max_size=(limits.height[1], limits.width[1]), static=limits.rows[0] == limits.rows[1],
-            columns=limits.columns, propagate=bool(limits.propagated), revision=revision, progress=progress,
-        )  # fmt: skip
-        if found.limits != limits or _geometry(found, folder) != _geometry(manifest, source):
+        exported = export_onnx(model, folder, manifest.dtype, shapes, revision=revision, progress=progress)
+        if exported.limits != limits or _geometry(exported, folder) != _geometry(manifest, source):
             raise DiffuMaskError(f"{model} has another geometry than {source}: export it by itself.")
         for name, part in manifest.parts.items():
             progress(f"refitting {name}")
-            plan = refit_plan(trt, source / part.graph, folder / found.parts[name].graph)
+            plan = refit_plan(trt, source / part.graph, folder / exported.parts[name].graph)
             replace_graph(folder, name, plan)
-        found = replace(found, engine=manifest.engine, target=manifest.target, refittable=True)
-        found = write_engine(found, folder, trt, "refitted, never run")
-    return found
+        refitted = replace(exported, engine=manifest.engine, target=manifest.target, refittable=True)
+        return write_engine(refitted, folder, trt, "refitted, never run")
 
 
 def _geometry(manifest: Manifest, folder: Path) -> dict[str, Any]:
-    """Return the configuration of each part, without what says where it came from."""
-    found = {name: json.loads((folder / part.config).read_text("utf-8")) for name, part in manifest.parts.items()}
-    told = ("_", "transformers_version", "torch_dtype", "dtype")
-    return {name: {key: config[key] for key in config if not key.startswith(told)} for name, config in found.items()}
+    """Return the configuration of each part, without the entries that tell where it came from."""
+    configs = {name: json.loads((folder / part.config).read_text("utf-8")) for name, part in manifest.parts.items()}
+    origins = ("_", "transformers_version", "torch_dtype", "dtype")
+    return {
+        name: {key: config[key] for key in config if not key.startswith(origins)} for name, config in configs.items()
+    }
 
 
 def refit_plan(trt: Any, engine_file: Path, graph: Path) -> bytes:

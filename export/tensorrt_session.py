@@ -13,9 +13,8 @@ from torch import Tensor
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.tensorrt_library import is_rtx, keeping_logger, words_of
 
-# a call of other shapes drops the oldest: each holds memory of its own
-KEPT_CALLS = 2
-SMALLER = "use a smaller --batch-size or --size"
+MAX_CONTEXTS = 2  # each holds memory of its own; a call of new shapes drops the oldest
+SMALLER = "use a smaller `batch_size` or `size`"
 
 
 class TensorRTSession:
@@ -35,7 +34,7 @@ class TensorRTSession:
         self._trt = trt
         self._logger = keeping_logger(trt)
         self._stream = torch.cuda.Stream(device)
-        self._calls: dict[tuple, _Call] = {}
+        self._contexts: dict[tuple[tuple[int, ...], ...], _BoundContext] = {}
         with torch.cuda.device(device):
             runtime = trt.Runtime(self._logger)
             engine = runtime.deserialize_cuda_engine(path.read_bytes())
@@ -55,7 +54,7 @@ class TensorRTSession:
         """Run the engine, in the order of torch's current stream.
 
         Args:
-            inputs: name -> tensor; brought to the device and the type of the engine where they differ.
+            inputs: name -> tensor; converted to the device and the dtype of the engine where they differ.
             shapes: name -> shape of every output.
 
         Returns:
@@ -66,35 +65,35 @@ class TensorRTSession:
         """
         key = tuple(tuple(inputs[name].shape) for name in self.inputs)
         current = torch.cuda.current_stream(self.device)
-        # TensorRT synchronises the whole device when it is given the default stream
+        # On the default stream TensorRT would synchronise the whole device.
         self._stream.wait_stream(current)
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            call = self._calls.pop(key, None) or self._prepare(inputs, shapes)
-            self._calls[key] = call
-            for name, own in call.inputs.items():
+            bound = self._contexts.pop(key, None) or self._bind(inputs, shapes)
+            self._contexts[key] = bound
+            for name, own in bound.inputs.items():
                 own.copy_(inputs[name])
-            call.launch()
-            out = {name: call.outputs[name].clone() for name in shapes}
+            bound.launch()
+            out = {name: bound.outputs[name].clone() for name in shapes}
         current.wait_stream(self._stream)
         for tensor in out.values():
             tensor.record_stream(current)
         return out
 
-    def _prepare(self, inputs: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> _Call:
-        while len(self._calls) >= KEPT_CALLS:
+    def _bind(self, inputs: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> _BoundContext:
+        while len(self._contexts) >= MAX_CONTEXTS:
             torch.cuda.synchronize(self.device)
-            self._calls.pop(next(iter(self._calls)))
-        where = {"device": self.device}
+            self._contexts.pop(next(iter(self._contexts)))
         try:
-            given = {n: torch.zeros(inputs[n].shape, dtype=dtype, **where) for n, dtype in self.inputs.items()}
-            taken = {n: torch.empty(*shapes[n], dtype=dtype, **where) for n, dtype in self.outputs.items()}
-            return _Call(self._trt, self._engine, self._logger, self._stream, given, taken)
+            with self.device:
+                own_inputs = {n: torch.zeros(inputs[n].shape, dtype=dtype) for n, dtype in self.inputs.items()}
+                own_outputs = {n: torch.empty(*shapes[n], dtype=dtype) for n, dtype in self.outputs.items()}
+            return _BoundContext(self._trt, self._engine, self._logger, self._stream, own_inputs, own_outputs)
         except torch.OutOfMemoryError as error:
             raise DiffuMaskError(f"The GPU's memory is too small for this call: {SMALLER}.") from error
 
 
-class _Call:
-    """A context with tensors of its own, so that its CUDA graph stays valid."""
+class _BoundContext:
+    """An execution context for one set of shapes; its tensors are its own, so that its CUDA graph stays valid."""
 
     def __init__(
         self,
@@ -109,13 +108,13 @@ class _Call:
         self._logger, self._stream = logger, stream
         self._graph: torch.cuda.CUDAGraph | None = None
         own_graph = is_rtx(trt)
-        # the library's own way takes what the profile's most would need, whatever is asked for
+        # By default the library allocates what the profile's largest shapes need, whatever the shapes of the call.
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if own_graph:
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            # lazily, other kernels would take over in the middle of a run, at a time that the clock decides
+            # With lazy specialization other kernels take over in the middle of a run, at a time that the clock decides.
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
             context = engine.create_execution_context(runtime_config=config)
         else:
@@ -145,10 +144,10 @@ class _Call:
             self._enqueue()
 
     def _capture(self) -> None:
-        self._enqueue()  # the first call allocates, which cannot be captured
+        self._enqueue()  # the first call allocates memory, which cannot be captured
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # a capture must not trip over what another thread does on a stream of its own
+        # thread_local: work of another thread on its own stream does not break the capture.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._enqueue()
         self._graph = graph

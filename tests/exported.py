@@ -51,23 +51,25 @@ def sdxl_folder(sdxl_parts, tiny_folder, tmp_path_factory):
 @pytest.fixture(scope="session")
 def sdxl_engine(sdxl_folder, tmp_path_factory):
     """A tiny SDXL: two text encoders, added conditions, dynamic rows and size."""
-    from diffumask_fast.export import export_onnx
+    from diffumask_fast.export.onnx_export import export_onnx
+    from diffumask_fast.export.options import ShapeOptions
 
     pytest.importorskip("onnxruntime")
     out = tmp_path_factory.mktemp("engine") / "sdxl"
     torch.manual_seed(0)
-    read_back(out, export_onnx(sdxl_folder, out, max_batch=4).as_json())
+    read_back(out, export_onnx(sdxl_folder, out, shapes=ShapeOptions(max_batch=4)).as_json())
     return out
 
 
 @pytest.fixture(scope="session")
 def static_engine(tiny_folder, tmp_path_factory):
-    """A tiny SD of exactly 2 images of 64x96, two columns, no propagation, weights in files of their own."""
-    from diffumask_fast.export import export_onnx
+    """A tiny SD of exactly 2 images of 64x96, two phrases, no propagation, weights in files of their own."""
+    from diffumask_fast.export.onnx_export import export_onnx
+    from diffumask_fast.export.options import ShapeOptions
 
     pytest.importorskip("onnxruntime")
     out = tmp_path_factory.mktemp("engine") / "static"
     torch.manual_seed(0)
-    settings = dict(max_batch=2, min_size=(64, 96), static=True, columns=2, propagate=False, external_bytes=0)
-    read_back(out, export_onnx(tiny_folder, out, **settings).as_json())
+    shapes = ShapeOptions(max_batch=2, min_size=(64, 96), static=True, max_phrases=2, propagate=False)
+    read_back(out, export_onnx(tiny_folder, out, shapes=shapes, external_bytes=0).as_json())
     return out

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export import check
-from diffumask_fast.export.graphs import decode_call, write_graph
+from diffumask_fast.export.graphs import exportable_decoder, write_graph
 from diffumask_fast.export.manifest import read_manifest
 from diffumask_fast.models.device import DTYPES
 
@@ -23,7 +23,7 @@ def test_the_figures_of_an_export_are_small_and_complete(mini_engine, sdxl_engin
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_reduced_types_are_checked_or_said_to_be_unchecked(static_engine, sd_parts, tmp_path, dtype):
     limits, vae = read_manifest(static_engine).limits, copy.deepcopy(sd_parts["vae"])
-    write_graph(decode_call(torch.nn.Module.to(vae, DTYPES[dtype]), limits, 4), tmp_path / "vae.onnx", 2**30)
+    write_graph(exportable_decoder(torch.nn.Module.to(vae, DTYPES[dtype]), limits, 4), tmp_path / "vae.onnx", 2**30)
     found = check.check_part("vae", tmp_path / "vae.onnx", sd_parts["vae"], limits, dtype)
     if dtype == "fp16":
         assert 1e-6 < found["image"] < 5e-3
@@ -35,7 +35,7 @@ def test_a_vae_with_attention_is_exported(static_engine, tmp_path):
     wide = dict(block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=4, layers_per_block=1)
     kinds = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
     limits, vae = read_manifest(static_engine).limits, AutoencoderKL(**wide, **kinds).eval()
-    write_graph(decode_call(vae, limits, 4), tmp_path / "vae.onnx", 2**30)
+    write_graph(exportable_decoder(vae, limits, 4), tmp_path / "vae.onnx", 2**30)
     assert check.check_part("vae", tmp_path / "vae.onnx", vae, limits, "fp32")["image"] < 1e-4
 
 

@@ -16,9 +16,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
     "given, words",
     [
         (("flash", "torch", CUDA), "no attention flash: use sdpa or xformers"),
-        (("xformers", "onnx", CUDA), "--engine onnx has an attention of its own: use --attention sdpa"),
-        (("xformers", "torch", CPU), "the device is cpu: use --attention sdpa"),
-        (("xformers", "torch", CUDA), r"not installed: pip install 'diffumask-fast\[gpu\]', or use --attention sdpa"),
+        (("xformers", "onnx", CUDA), "`engine=onnx` has an attention of its own: use `attention=sdpa`"),
+        (("xformers", "torch", CPU), "the device is cpu: use `attention=sdpa`"),
+        (("xformers", "torch", CUDA), r"not installed: pip install 'diffumask-fast\[gpu\]', or use `attention=sdpa`"),
     ],
 )
 def test_what_cannot_be_had_is_one_sentence(monkeypatch, given, words):
@@ -40,7 +40,7 @@ def test_nothing_is_loaded_for_an_attention_that_cannot_be_had(tmp_path):
 
 def test_xformers_that_does_not_work_is_one_sentence(sd_parts, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(DiffuMaskError, match="xformers does not work here .*: use --attention sdpa") as caught:
+    with pytest.raises(DiffuMaskError, match="xformers does not work here .*: use `attention=sdpa`") as caught:
         set_attention(sd_parts["unet"], "xformers")
     assert "\n" not in str(caught.value)
 

@@ -210,11 +210,11 @@ def test_masks_of_a_plain_model_folder(tiny_folder, tmp_path):
 
 def test_what_an_export_cannot_be_is_one_sentence(tmp_path):
     out = tmp_path / "engine"
-    assert "use onnx, tensorrt or tensorrt-rtx" in refused("export", "mini", out, "--to", "coreml")
-    assert "say --to tensorrt" in refused("export", "mini", out, "--refittable")
+    assert "--to must be one of onnx, tensorrt, tensorrt-rtx" in refused("export", "mini", out, "--to", "coreml")
+    assert "use --to tensorrt or --to tensorrt-rtx" in refused("export", "mini", out, "--refittable")
     assert "[onnx,tensorrt]" in refused("export", "mini", out, "--to", "tensorrt")
     assert "is no exported engine" in refused("export", tmp_path, out, "--refit", "mini")
-    assert "--min-size 64 is not HxW" in refused("export", "mini", out, "--min-size", "64")
+    assert "--min-size must be HxW" in refused("export", "mini", out, "--min-size", "64")
     assert "multiples of 32" in refused("export", "mini", out, "--min-size", "80x128")
     assert "needs --engine-path" in refused("generate", tmp_path / "run", "--engine", "onnx")
     assert list(tmp_path.iterdir()) == []

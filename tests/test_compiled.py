@@ -44,7 +44,7 @@ def test_maps_and_noise_are_the_eager_ones_and_a_smaller_batch_compiles_nothing(
 def test_a_machine_without_a_compiler_is_told_before_anything_is_drawn(tiny_sd, monkeypatch):
     monkeypatch.setattr(native.shutil, "which", lambda _: None)
     native.library.cache_clear()
-    with pytest.raises(DiffuMaskError, match="needs a C\\+\\+ compiler.*engine=torch"):
+    with pytest.raises(DiffuMaskError, match="needs a C\\+\\+ compiler.*`engine=torch`"):
         compile_pipe(tiny_sd)
 
 

@@ -8,7 +8,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.check import random_inputs
 from diffumask_fast.export.denoiser import ExportedDenoiser
 from diffumask_fast.export.manifest import read_manifest
-from diffumask_fast.export.session import Session
+from diffumask_fast.export.session import OnnxSession
 from diffumask_fast.models.find import find_model
 from diffumask_fast.models.loading import load_pipe
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def denoiser_of(folder):
-    return ExportedDenoiser(Session(folder / "unet.onnx", CPU), read_manifest(folder).limits)
+    return ExportedDenoiser(OnnxSession(folder / "unet.onnx", CPU), read_manifest(folder).limits)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_the_noise_has_the_type_of_the_latents_and_maps_are_fp32(static):
         ("mini", 9, (128, 128), {}, "at most 4 images"),
         ("mini", 2, (128, 288), {}, "width from 128 to 256"),
         ("static", 2, (64, 64), {}, "width from 96 to 96"),
-        ("static", 2, (64, 96), {"select": torch.rand(1, 77, 3)}, "2 columns, and 3 phrases"),
+        ("static", 2, (64, 96), {"select": torch.rand(1, 77, 3)}, "at most 2 phrases, and 3 phrases"),
         ("static", 2, (64, 96), {"prior": {"1": torch.rand(1, 1, 24)}}, "does not propagate maps at level 1"),
         ("mini", 2, (128, 128), {"prior": {"1": torch.rand(1, 9, 64)}}, "at most 8 maps, not 9"),
         ("mini", 2, (128, 128), {"unet_kwargs": {"timestep_cond": torch.rand(2)}}, "has no timestep_cond"),

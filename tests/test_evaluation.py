@@ -13,18 +13,20 @@ from typer.testing import CliRunner
 from diffumask_fast.cli import app
 from diffumask_fast.dataset.run import open_run
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.learning.evaluation import Tally, _figures, best_threshold_iou, boundary, evaluate, judge, overlap
+from diffumask_fast.learning.evaluation import Metrics, best_threshold_iou, boundary, evaluate, overlap
+from diffumask_fast.learning.options import EvaluateOptions
 from diffumask_fast.masks.make import refine_maps
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.mini.world import HOME, VOC, World, load_sprites, write_world
 
-DOG, CAT = VOC.index("dog"), VOC.index("cat")
+DOG, CAT = VOC["dog"].id, VOC["cat"].id
+IDS = {name: VOC[name].id for name in HOME}
 PLAIN = MaskOptions(refine="none")
 
 
 def row(mask, *classes, maps=None, image=None):
     image = np.zeros((*mask.shape, 3), np.uint8) if image is None else image
-    ids = [VOC.index(name) for name in classes if name in VOC]
+    ids = [VOC[name].id for name in classes if name in VOC]
     return SimpleNamespace(
         key="+".join(classes), classes=classes, class_ids=ids, mask=mask, maps=maps, image=image
     )  # fmt: skip
@@ -37,11 +39,11 @@ def square(value, top, left, side, size=20):
 
 
 def test_ious_are_counted_by_hand():
-    tally = Tally()
-    judge(tally, row(square(DOG, 0, 0, 10), "dog"), square(DOG, 0, 5, 10), HOME, PLAIN)  # 50 common, 150 in all
-    judge(tally, row(square(DOG, 0, 0, 10), "dog"), square(CAT, 0, 0, 10), HOME, PLAIN)  # another class: 0 of 100
-    judge(tally, row(square(CAT, 0, 0, 10), "cat"), square(CAT, 0, 0, 10), HOME, PLAIN)
-    figures = _figures(tally)
+    metrics = Metrics()
+    metrics.update(row(square(DOG, 0, 0, 10), "dog"), square(DOG, 0, 5, 10), IDS, PLAIN)  # 50 common, 150 in all
+    metrics.update(row(square(DOG, 0, 0, 10), "dog"), square(CAT, 0, 0, 10), IDS, PLAIN)  # another class: 0 of 100
+    metrics.update(row(square(CAT, 0, 0, 10), "cat"), square(CAT, 0, 0, 10), IDS, PLAIN)
+    figures = metrics.compute()
     assert figures["n"] == 3
     assert figures["per_class_iou"] == pytest.approx({"dog": 50 / 250, "cat": 100 / 200})
     assert figures["miou"] == pytest.approx((0.2 + 0.5) / 2)
@@ -52,30 +54,30 @@ def test_ious_are_counted_by_hand():
 
 
 def test_a_dataset_may_have_ids_of_its_own():
-    ours, own = Tally(), Tally()
-    for value, tally in ((DOG, ours), (1, own)):
+    ours, own = Metrics(), Metrics()
+    for value, metrics in ((DOG, ours), (1, own)):
         judged = row(square(value, 0, 0, 10), "dog")
         judged.class_ids = [value]
-        judge(tally, judged, square(DOG, 0, 5, 10), HOME, PLAIN)
-    assert _figures(own) == _figures(ours) and _figures(own)["miou"] == pytest.approx(50 / 150)
+        metrics.update(judged, square(DOG, 0, 5, 10), IDS, PLAIN)
+    assert own.compute() == ours.compute() and own.compute()["miou"] == pytest.approx(50 / 150)
 
 
 def test_the_ignore_band_is_background_and_nothing_seen_is_no_agreement():
-    tally, mask = Tally(), square(DOG, 0, 0, 10)
+    metrics, mask = Metrics(), square(DOG, 0, 0, 10)
     mask[:, 5:] = 255
-    judge(tally, row(mask, "dog"), square(DOG, 0, 0, 10), HOME, PLAIN)
-    judge(tally, row(mask, "dog"), np.zeros_like(mask), HOME, PLAIN)
-    assert tally.foreground == [0.5, 0.0] and tally.agreed == {"dog": [True, False]}
+    metrics.update(row(mask, "dog"), square(DOG, 0, 0, 10), IDS, PLAIN)
+    metrics.update(row(mask, "dog"), np.zeros_like(mask), IDS, PLAIN)
+    assert metrics.foreground == [0.5, 0.0] and metrics.agreed == {"dog": [True, False]}
 
 
 def test_two_classes_are_seen_where_both_see_both():
     both = square(DOG, 0, 0, 10) + square(CAT, 10, 10, 10)
     speck = square(DOG, 0, 0, 10) + square(CAT, 10, 10, 1)  # 1 of 400 pixels
-    tally = Tally()
+    metrics = Metrics()
     for mask, truth in ((both, both), (both, speck), (speck, both), (square(DOG, 0, 0, 10), both)):
-        judge(tally, row(mask, "dog", "cat"), truth, HOME, PLAIN)
-    assert tally.confirmed == [True, False, False, False]
-    assert not tally.agreed
+        metrics.update(row(mask, "dog", "cat"), truth, IDS, PLAIN)
+    assert metrics.seen == [True, False, False, False]
+    assert not metrics.agreed
 
 
 def test_the_boundary_is_three_pixels_at_128_and_grows_with_the_side():
@@ -105,7 +107,7 @@ def scenes(tmp_path_factory):
 
 
 def test_exact_masks_of_the_world_are_found_good(scenes):
-    figures = evaluate("mini-oracle", scenes)
+    figures = evaluate(EvaluateOptions("mini-oracle", scenes))
     assert figures["n"] == 40 and figures["best_threshold_iou"] is None
     assert figures["foreground_iou"] > 0.9 and figures["miou"] > 0.85 and figures["boundary_iou"] > 0.7
     assert figures["class_agreement"] > 0.95
@@ -120,7 +122,7 @@ def test_shuffled_masks_are_found_bad(scenes, tmp_path):
         for sample, scene, other in zip(samples, drawn, drawn[1:] + drawn[:1], strict=True):
             sample.image, sample.mask = scene.image, other.mask
         run.write(0, samples)
-    assert evaluate("mini-oracle", tmp_path)["foreground_iou"] < 0.6
+    assert evaluate(EvaluateOptions("mini-oracle", tmp_path))["foreground_iou"] < 0.6
 
 
 def test_the_command(scenes, tmp_path):
@@ -138,22 +140,22 @@ def test_the_command(scenes, tmp_path):
 
 def test_what_cannot_be_judged_is_one_sentence(tmp_path):
     with pytest.raises(DiffuMaskError, match="no segmenter other"):
-        evaluate("other", tmp_path)
+        evaluate(EvaluateOptions("other", tmp_path))
     with pytest.raises(DiffuMaskError, match="generate"):
-        evaluate("mini-oracle", tmp_path)
+        evaluate(EvaluateOptions("mini-oracle", tmp_path))
     wanted = requests(2, "dog,bicycle")
     with open_run(tmp_path / "a", wanted, {}, {}, 8) as run:
         run.write(0, [draw(request) for request in wanted])
     with pytest.raises(DiffuMaskError, match="bicycle"):
-        evaluate("mini-oracle", tmp_path / "a")
+        evaluate(EvaluateOptions("mini-oracle", tmp_path / "a"))
     wanted = requests(1)
     with open_run(tmp_path / "b", wanted, {}, {}, 8) as run:
         rejected = draw(wanted[0])
         rejected.accepted, rejected.reason = False, "too small"
         run.write(0, [rejected])
-    assert evaluate("mini-oracle", tmp_path / "b")["n"] == 1
+    assert evaluate(EvaluateOptions("mini-oracle", tmp_path / "b"))["n"] == 1
     with pytest.raises(DiffuMaskError, match="no row to judge"):
-        evaluate("mini-oracle", tmp_path / "b", accepted_only=True)
+        evaluate(EvaluateOptions("mini-oracle", tmp_path / "b", accepted=True))
     (tmp_path / "b" / "data" / "shard-00000.parquet").write_bytes(b"half a shard")
     with pytest.raises(DiffuMaskError, match="cannot be read"):
-        evaluate("mini-oracle", tmp_path / "b")
+        evaluate(EvaluateOptions("mini-oracle", tmp_path / "b"))

@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.bench.options import BenchOptions, CompareOptions, TuneOptions
 from diffumask_fast.cli import app
+from diffumask_fast.export.options import ExportOptions
 from diffumask_fast.flags import with_flags
 from diffumask_fast.generation.options import GenerateOptions
+from diffumask_fast.learning.options import EvaluateOptions
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import Options, argument, one_of, option, whole
 
@@ -26,9 +28,10 @@ def flat(kind):
 
 
 KINDS = {
-    "generate": GenerateOptions, "remask": MaskOptions, "bench": BenchOptions, "compare": CompareOptions,
-    "tune": TuneOptions,
+    "generate": GenerateOptions, "remask": MaskOptions, "evaluate": EvaluateOptions, "export": ExportOptions,
+    "bench": BenchOptions, "compare": CompareOptions, "tune": TuneOptions,
 }  # fmt: skip
+OTHERS = {"generate": {"log", "as_json"}, "remask": {"source", "out", "device", "as_json"}}
 
 
 @pytest.mark.parametrize("command, kind", KINDS.items())
@@ -41,9 +44,8 @@ def test_every_field_is_a_flag_with_its_default_and_help(command, kind):
         assert flag.required or flag.default == one.default
         names = [f"--{one.name.replace('_', '-')}", *filter(None, [one.metadata.get("also")])]
         assert flag.param_type_name == "argument" or flag.opts == names
-        assert not flag.secondary_opts  # no --no-flags
-    rest = {"generate": {"log"}, "remask": {"source", "out", "device"}}.get(command, set())
-    assert flags.keys() - {"help"} == rest | {"as_json"}
+        assert bool(flag.secondary_opts) == (one.default is True)  # what is on by default has a --no-form
+    assert flags.keys() - {"help"} == OTHERS.get(command, {"as_json"})
 
 
 def test_the_options_of_maps_are_flags_of_generate_alone():
@@ -64,6 +66,7 @@ class Outer(Options):
     num_parts: int | None = option(None, "How many.", whole(1))
     inner: Inner = Inner()
     is_dry: bool = option(False, "Do nothing.")
+    wide: bool = option(True, "Both sides.")
 
 
 def test_a_command_gets_its_dataclasses():
@@ -77,7 +80,10 @@ def test_a_command_gets_its_dataclasses():
 
     run = CliRunner().invoke
     assert run(program, ["here"]).exit_code == 0
-    assert run(program, ["--num-parts", "3", "there", "--size", "4", "--is-dry", "--share", "1"]).exit_code == 0
-    assert got == [(Outer("here"), 0.5), (Outer("there", 3, Inner("red", 4), True), 1.0)]
+    assert (
+        run(program, ["--num-parts", "3", "there", "--size", "4", "--is-dry", "--no-wide", "--share", "1"]).exit_code
+        == 0
+    )
+    assert got == [(Outer("here"), 0.5), (Outer("there", 3, Inner("red", 4), True, False), 1.0)]
     assert "Say what was given." in run(program, ["--help"]).stdout
     assert run(program, []).exit_code == 2 and run(program, ["here", "--num-parts", "x"]).exit_code == 2

@@ -83,7 +83,7 @@ def test_the_libraries_speak_again_after_a_run(tiny_folder, tmp_path):
     [
         (dict(device="gpu"), "no device gpu"),
         (dict(device="mps"), "not supported"),
-        (dict(attention="xformers"), "xformers draws on CUDA alone.*use --attention sdpa"),
+        (dict(attention="xformers"), "xformers runs on CUDA alone.*use `attention=sdpa`"),
         (dict(size="64"), "HxW"),
         (dict(size="0x64"), "multiple of 8"),
         (dict(classes="../dog"), "cannot"),

@@ -7,18 +7,13 @@ from torch.utils._pytree import tree_map
 from diffumask_fast import DiffuMaskPipeline, doctor
 from diffumask_fast.attention.call import UNetCall
 from diffumask_fast.attention.unet import UNetWithMaps
-from diffumask_fast.export import export_onnx, export_tensorrt
 from diffumask_fast.export.check import TOLERANCE, random_inputs, relative_error
+from diffumask_fast.export.export_model import export_model
+from diffumask_fast.export.options import ExportOptions, ShapeOptions
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 DTYPES = {"onnx": "fp32", "tensorrt": "fp16", "tensorrt-rtx": "fp16"}
-
-
-def export(engine, folder):
-    if engine == "onnx":
-        return export_onnx("mini", folder, DTYPES[engine], max_batch=2)
-    return export_tensorrt("mini", folder, DTYPES[engine], flavour=engine, max_batch=2)
 
 
 @torch.no_grad()
@@ -28,7 +23,7 @@ def test_an_engine_gives_what_torch_gives(engine, tmp_path):
     for needed in (f"export to {engine}", f"{engine} engine"):
         if found[needed] != "works":
             pytest.skip(f"{needed} {found[needed]}")
-    export(engine, tmp_path / "engine")
+    export_model(ExportOptions("mini", tmp_path / "engine", engine, shapes=ShapeOptions(max_batch=2)))
     name, dtype = engine.partition("-")[0], DTYPES[engine]
     pipe = DiffuMaskPipeline.from_pretrained("mini", engine=name, engine_path=tmp_path / "engine", device=DEVICE)
     denoiser, limits = pipe.pipe.unet.denoiser, pipe.engine.limits

@@ -59,7 +59,7 @@ def made(options, side, device="cpu"):
     ids = torch.tensor([[1, 2], [3, 0]])
     found = [store.class_maps(MapOptions(name, propagate=2)) for name in ("paper", "reference", "finest")]
     found += make_masks(found[0], images, options, ids)
-    reasons = rejections(images, found[-3], ids, [["dog", "cat"], ["dog"]], options, found[-1])
+    reasons = rejections(images, found[-2], ids, [["dog", "cat"], ["dog"]], options, found[-1])
     return [x.cpu() for x in found], reasons
 
 

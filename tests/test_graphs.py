@@ -8,7 +8,14 @@ from diffusers.models.upsampling import Upsample2D
 
 from diffumask_fast.attention.call import UNetCall
 from diffumask_fast.attention.unet import UNetWithMaps
-from diffumask_fast.export.graphs import OPSET, decode_call, unet_call, unet_factor, write_graph
+from diffumask_fast.export.graphs import (
+    OPSET,
+    Exportable,
+    exportable_decoder,
+    exportable_unet,
+    unet_factor,
+    write_graph,
+)
 from diffumask_fast.export.limits import Limits
 
 onnx = pytest.importorskip("onnx")
@@ -36,18 +43,18 @@ def test_large_weights_stand_beside_the_graph(static_engine, mini_engine):
 
 
 def test_only_levels_of_the_limits_are_propagated():
-    call = unet_call(UNetWithMaps(make_unet()), LIMITS)
-    assert [name for name in call.names if "prior" in name] == ["prior.1", "prior.2"]
-    assert call.outputs == ["noise_pred", "maps.0", "maps.1", "maps.2", "propagated.1", "propagated.2"]
-    assert call.inputs["prior"]["1"].shape == (2, 8, 16)
+    part = exportable_unet(UNetWithMaps(make_unet()), LIMITS)
+    assert [name for name in part.names if "prior" in name] == ["prior.1", "prior.2"]
+    assert part.outputs == ["noise_pred", "maps.0", "maps.1", "maps.2", "propagated.1", "propagated.2"]
+    assert part.inputs["prior"]["1"].shape == (2, 8, 16)
 
 
 def test_unconditional_rows_of_zeros_change_nothing():
     model = UNetWithMaps(make_unet())
-    call = unet_call(model, LIMITS)
-    inputs = dict(call.inputs)
+    part = exportable_unet(model, LIMITS)
+    inputs = dict(part.inputs)
     inputs["select"][:1] = 0
-    noise_pred, *levels = call.module(**inputs)
+    noise_pred, *levels = part.module(**inputs)
     prior = {key: value[1:] for key, value in inputs["prior"].items()}
     first = (inputs["latents"], inputs["timestep"], inputs["encoder_hidden_states"])
     truth = model(UNetCall(*first, inputs["select"][1:], prior))
@@ -71,9 +78,8 @@ def test_diffusers_is_as_it_was_after_a_failure(tmp_path):
             raise RuntimeError("not traceable")
 
     unet = make_unet()
-    call = unet_call(UNetWithMaps(unet), LIMITS)
     upsamplers = [module for module in unet.modules() if isinstance(module, Upsample2D)]
-    broken = type(call)(Refusing(), {"latents": torch.zeros(2, 3)}, {"latents": None}, ["x"])
+    broken = Exportable(Refusing(), {"latents": torch.zeros(2, 3)}, {"latents": None}, ["x"])
     with pytest.raises(Exception, match="not traceable"):
         write_graph(broken, tmp_path / "x.onnx", 0)
     assert upsamplers and not any("forward" in vars(module) for module in upsamplers)
@@ -81,7 +87,7 @@ def test_diffusers_is_as_it_was_after_a_failure(tmp_path):
 
 def test_graphs_are_the_same_each_time_and_hold_no_paths(sd_parts, tmp_path):
     for name in ("a", "b"):
-        write_graph(decode_call(sd_parts["vae"], LIMITS, 4), tmp_path / name, 2**30)
+        write_graph(exportable_decoder(sd_parts["vae"], LIMITS, 4), tmp_path / name, 2**30)
     written = (tmp_path / "a").read_bytes()
     assert (
         written == (tmp_path / "b").read_bytes() and b".py" not in written and str(Path.home()).encode() not in written

@@ -82,7 +82,7 @@ def test_auto_batch_size_and_calls_respect_the_limits(tiny_folder, static_engine
         pipe(PROMPTS + PROMPTS[:1], CLASSES + CLASSES[:1], height=64, width=96)
     with pytest.raises(DiffuMaskError, match="width from 96 to 96"):
         pipe(PROMPTS, CLASSES)
-    with pytest.raises(DiffuMaskError, match="cannot propagate maps at level 0.*--propagate none"):
+    with pytest.raises(DiffuMaskError, match="cannot propagate maps at level 0.*`propagate=none`"):
         pipe(PROMPTS, CLASSES, height=64, width=96)
 
 
@@ -90,8 +90,8 @@ def test_auto_batch_size_and_calls_respect_the_limits(tiny_folder, static_engine
     "changes, words",
     [
         (dict(engine="nonsense"), "no engine nonsense: use torch, compile, onnx or tensorrt"),
-        (dict(engine_path=None), "needs --engine-path"),
-        (dict(dtype="fp16"), "works in fp32: leave --dtype out"),
+        (dict(engine_path=None), "`engine=onnx` needs `engine_path`"),
+        (dict(dtype="fp16"), "works in fp32: leave `dtype` out, or export with `dtype=fp16`"),
         (dict(model="mini"), "other weights than"),
     ],
 )
@@ -114,11 +114,11 @@ def tensorrt(engine, folder, version):
 def test_a_tensorrt_engine_that_cannot_run_here_is_refused(tiny_folder, static_engine, tmp_path, monkeypatch):
     trt = pytest.importorskip("tensorrt_rtx_bindings")
     other = tensorrt(static_engine, tmp_path / "engine", trt.__version__)
-    with pytest.raises(DiffuMaskError, match="is an engine for tensorrt-rtx: use --engine tensorrt"):
+    with pytest.raises(DiffuMaskError, match="is an engine for tensorrt-rtx: use `engine=tensorrt`"):
         load_engine(tiny_folder, "onnx", other)
-    with pytest.raises(DiffuMaskError, match="is an engine for onnx: use --engine onnx"):
+    with pytest.raises(DiffuMaskError, match="is an engine for onnx: use `engine=onnx`"):
         load_engine(tiny_folder, "tensorrt", static_engine)
-    with pytest.raises(DiffuMaskError, match="compute capability 8.9 and there is none here.*--engine torch"):
+    with pytest.raises(DiffuMaskError, match="compute capability 8.9 and there is none here.*`engine=torch`"):
         load_engine(tiny_folder, "tensorrt", other, device="cpu")
     old = tensorrt(static_engine, tmp_path / "old", "1.2.3")
     with pytest.raises(DiffuMaskError, match="built by tensorrt-rtx 1.2.3 and .* is installed: export the model again"):
@@ -148,7 +148,7 @@ def test_a_run_outside_the_limits_writes_nothing(sdxl_folder, sdxl_engine, tmp_p
 
 
 def test_auto_device_is_what_the_runtime_can_use():
-    from diffumask_fast.export.load import _device
+    from diffumask_fast.export.load import _onnx_device
 
     no_cuda = SimpleNamespace(get_available_providers=lambda: ["CPUExecutionProvider"])
-    assert _device("auto", no_cuda) == _device(None, no_cuda) == torch.device("cpu")
+    assert _onnx_device("auto", no_cuda) == _onnx_device(None, no_cuda) == torch.device("cpu")

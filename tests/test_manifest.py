@@ -25,12 +25,16 @@ def change(folder, **fields):
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
+def read_limits(folder):
+    return json.loads((folder / "engine.json").read_text())["limits"]
+
+
 def test_the_manifest_says_what_the_engine_is(static_engine, mini_engine, tiny_folder):
     manifest = read_manifest(static_engine)
     assert set(manifest.parts) == {"unet", "text_encoder", "vae"}
     assert manifest.files == hash_files(static_engine) and "unet.onnx.data" in manifest.files
     assert manifest.sources["unet/config.json"] and manifest.versions == versions()
-    assert manifest.limits.rows == (4, 4) and manifest.limits.propagated == () and manifest.limits.columns == 2
+    assert manifest.limits.rows == (4, 4) and manifest.limits.propagated == () and manifest.limits.max_phrases == 2
     assert manifest.limits.divisors == {"0": 1, "1": 2, "2": 4}
     assert str(tiny_folder.parent) not in (static_engine / "engine.json").read_text()
     assert read_manifest(mini_engine).limits.rows == (1, 8) and read_manifest(mini_engine).model == "mini"
@@ -40,7 +44,7 @@ def test_the_hash_is_of_what_decides(copy):
     before = read_manifest(copy).sha256
     change(copy, checked={}, model="another name")
     assert read_manifest(copy).sha256 == before
-    for field, value in (("dtype", "fp16"), ("limits", read_manifest(copy).limits.as_json() | {"columns": 3})):
+    for field, value in (("dtype", "fp16"), ("limits", read_manifest(copy).limits.as_json() | {"max_phrases": 3})):
         kept = json.loads((copy / "engine.json").read_text())[field]
         change(copy, **{field: value})
         assert read_manifest(copy).sha256 != before
@@ -87,9 +91,13 @@ def test_an_engine_of_another_version_is_refused(copy):
     change(copy, versions={**versions(), "diffumask_fast": "0.0.9"})
     with pytest.raises(DiffuMaskError, match="written by diffumask-fast 0.0.9 and this is"):
         read_manifest(copy)
-    change(copy, versions=versions(), format=99)
-    with pytest.raises(DiffuMaskError, match="written by diffumask-fast"):
-        read_manifest(copy)
+    old = read_limits(copy)
+    old["columns"] = old.pop("max_phrases")
+    for number, limits in ((1, old), (99, read_limits(copy))):
+        change(copy, versions=versions(), format=number, limits=limits)
+        words = f"has format {number}, and this program reads 2: export the model again"
+        with pytest.raises(DiffuMaskError, match=words):
+            read_manifest(copy)
 
 
 def test_an_older_runtime_is_refused_and_a_newer_one_is_not(copy):
@@ -111,7 +119,7 @@ def test_another_library_or_gpu_than_it_was_built_for_is_refused(copy):
         check_build(manifest, copy, "11.5.0", "9.0")
     with pytest.raises(DiffuMaskError, match="compute capability 9.0 and the one here has 8.9"):
         check_build(manifest, copy, "11.4.0", "8.9")
-    with pytest.raises(DiffuMaskError, match="there is none here.*--engine torch"):
+    with pytest.raises(DiffuMaskError, match="there is none here.*`engine=torch`"):
         check_build(manifest, copy, "11.4.0", None)
 
 

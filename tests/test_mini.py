@@ -11,10 +11,12 @@ from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.cli import app
 from diffumask_fast.dataset.remask import remask
 from diffumask_fast.learning.evaluation import evaluate
+from diffumask_fast.learning.options import EvaluateOptions
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.mini import folder
-from diffumask_fast.mini.world import HOME, PHRASES, SCENES, article
+from diffumask_fast.mini.world import HOME, SCENES, VOC
 from diffumask_fast.pipeline import DiffuMaskPipeline
+from diffumask_fast.prompts.planner import article
 
 
 def generate(out, *arguments):
@@ -39,7 +41,7 @@ def test_the_class_word_gets_a_good_share_of_the_attention():
     pipe = DiffuMaskPipeline.from_pretrained("mini", device="cpu").pipe
     pipe.set_progress_bar_config(disable=True)
     names = list(HOME)
-    words = [PHRASES.get(name, name) for name in names]
+    words = [VOC[name].phrase for name in names]
     prompts = [f"a photo of {article(word)} {SCENES[HOME[name][0]]}" for name, word in zip(names, words, strict=True)]
     groups = []
     for prompt, word in zip(prompts, words, strict=True):
@@ -62,20 +64,20 @@ def drawn(tmp_path_factory):
 
 
 def test_it_draws_the_word_and_its_mask_lies_on_it(drawn, tmp_path):
-    figures = evaluate("mini-oracle", drawn[0])
+    figures = evaluate(EvaluateOptions("mini-oracle", drawn[0]))
     assert figures["n"] == 48
     assert figures["class_agreement"] >= 0.9, figures["per_class_agreement"]  # 0.95 over 200, less four of 48
     assert figures["foreground_iou"] >= 0.8, figures
     # no mask by one threshold beats the best threshold; the defaults move it by the colours after that
     remask(drawn[0], tmp_path / "plain", MaskOptions(colour_steps=0))
-    plain = evaluate("mini-oracle", tmp_path / "plain")
+    plain = evaluate(EvaluateOptions("mini-oracle", tmp_path / "plain"))
     assert plain["best_threshold_iou"] == figures["best_threshold_iou"] >= plain["foreground_iou"]
     assert figures["foreground_iou"] > plain["foreground_iou"] and figures["boundary_iou"] > plain["boundary_iou"]
 
 
 def test_two_words_are_two_objects(tmp_path):
     generate(tmp_path / "two", "--num", 24, "--classes-per-image", 2, "--seed", 20265)
-    figures = evaluate("mini-oracle", tmp_path / "two")
+    figures = evaluate(EvaluateOptions("mini-oracle", tmp_path / "two"))
     assert figures["all_classes_seen"] >= 0.5, figures  # 0.6 over 100, less two of 24
 
 
@@ -87,7 +89,7 @@ def test_the_weights_are_small():
 @pytest.mark.parametrize(("num", "arguments"), [(200, ()), (100, ("--classes-per-image", 2))], ids=["one", "two"])
 def test_the_bars(tmp_path, num, arguments, capsys):
     speed = generate(tmp_path / "run", "--num", num, "--seed", 123, *arguments)["images_per_s"]
-    figures = evaluate("mini-oracle", tmp_path / "run")
+    figures = evaluate(EvaluateOptions("mini-oracle", tmp_path / "run"))
     with capsys.disabled():
         print(f"\n{speed:.2f} images/s {json.dumps(figures, indent=2)}")
     if arguments:

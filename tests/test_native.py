@@ -57,8 +57,8 @@ def test_without_a_compiler_or_a_temporary_folder(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert native.compiler() == ["g++"]
     monkeypatch.setattr(native.tempfile, "TemporaryDirectory", lambda: open("/no/such/folder"))
-    with pytest.raises(DiffuMaskError, match="No such file.*TMPDIR.*engine=torch"):
+    with pytest.raises(DiffuMaskError, match="No such file.*TMPDIR.*`engine=torch`"):
         native.library.__wrapped__()
     monkeypatch.setattr(native.shutil, "which", lambda _: None)
-    with pytest.raises(DiffuMaskError, match="needs a C\\+\\+ compiler.*engine=torch"):
+    with pytest.raises(DiffuMaskError, match="needs a C\\+\\+ compiler.*`engine=torch`"):
         native.library.__wrapped__()

@@ -7,6 +7,7 @@ from conftest import make_unet
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export import onnx_export
 from diffumask_fast.export.onnx_export import export_onnx, find_limits, level_divisors
+from diffumask_fast.export.options import ShapeOptions
 
 
 def test_levels_and_their_sizes(sdxl_parts):
@@ -18,28 +19,28 @@ def test_levels_and_their_sizes(sdxl_parts):
 
 
 def test_limits_of_a_model(tiny_sd):
-    limits = find_limits(tiny_sd, 4, None, None, False, 8, True)
+    limits = find_limits(tiny_sd, ShapeOptions(max_batch=4))
     assert (limits.rows, limits.height, limits.width) == ((1, 8), (64, 128), (64, 128))
     assert (limits.multiple, limits.vae_factor, limits.tokens, limits.channels) == (32, 8, 77, 4)
     assert limits.propagated == ("0", "1", "2")
-    large = find_limits(tiny_sd, 4, (512, 512), (512, 1024), False, 8, True)
+    large = find_limits(tiny_sd, ShapeOptions(4, (512, 512), (512, 1024)))
     assert large.propagated == ("1", "2") and large.width == (512, 1024)
-    assert find_limits(tiny_sd, 4, (64, 96), None, True, 8, False).rows == (8, 8)
+    assert find_limits(tiny_sd, ShapeOptions(4, (64, 96), static=True, propagate=False)).rows == (8, 8)
 
 
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ((0, None, None, False, 8, True), "at least 1"),
-        ((1, None, None, False, 0, True), "at least 1"),
-        ((1, (48, 64), None, False, 8, True), "multiples of 32"),
-        ((1, (96, 96), (64, 64), False, 8, True), "do not go together"),
-        ((1, (64, 64), (96, 96), True, 8, True), "do not go together"),
+        (dict(max_batch=0), "`max_batch` must be a whole number from 1 on"),
+        (dict(max_phrases=0), "`max_phrases` must be a whole number from 1 on"),
+        (dict(min_size=(48, 64)), "multiples of 32"),
+        (dict(min_size=(96, 96), max_size=(64, 64)), "`min_size=96x96` and `max_size=64x64` do not go together"),
+        (dict(min_size=(64, 64), max_size=(96, 96), static=True), "do not go together"),
     ],
 )
 def test_limits_that_no_engine_can_have(tiny_sd, settings, words):
     with pytest.raises(DiffuMaskError, match=words):
-        find_limits(tiny_sd, *settings)
+        find_limits(tiny_sd, ShapeOptions(**settings))
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), DiffuMaskError("no")])
@@ -74,7 +75,7 @@ def test_a_missing_library_and_a_wrong_type_are_one_sentence(tiny_folder, tmp_pa
 def test_a_unet_that_is_told_its_guidance_is_refused(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "lcm")
     make_unet(time_cond_proj_dim=16).save_pretrained(folder / "unet")
-    with pytest.raises(DiffuMaskError, match="LCM.*--engine torch"):
+    with pytest.raises(DiffuMaskError, match="LCM.*`engine=torch`"):
         export_onnx(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["lcm"]
 

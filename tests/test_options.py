@@ -8,7 +8,7 @@ from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.options import GenerateOptions
 from diffumask_fast.masks.options import MaskOptions
-from diffumask_fast.options import Options, number, option, split_size, whole
+from diffumask_fast.options import Options, checked, number, option, pixel_size, whole
 
 
 def test_takes_what_the_command_line_has():
@@ -40,10 +40,11 @@ def test_what_is_left_out_may_stay_none():
 
 
 def test_a_size_is_height_by_width():
-    assert split_size("512X768", "size") == (512, 768)
-    for wrong in ("512", "x", "1x2x3", "-1x5"):
-        with pytest.raises(DiffuMaskError, match=f"`max_size={wrong}` is not HxW"):
-            split_size(wrong, "max_size")
+    assert checked("size", "512X768", pixel_size()) == checked("size", [512, 768], pixel_size()) == (512, 768)
+    for wrong in ("512", "x", "1x2x3", "-1x5", (1.5, 2), 7, (64,)):
+        with pytest.raises(DiffuMaskError, match="`max_size` must be HxW, height and width in pixels") as caught:
+            checked("max_size", wrong, pixel_size())
+        assert repr(wrong) in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from samples import draw, requests
 
+from diffumask_fast.dataset import reader
 from diffumask_fast.dataset.reader import read_manifest, read_rows, shard_paths
 from diffumask_fast.dataset.schema import make_row
 from diffumask_fast.dataset.writer import make_folder, write_shard
@@ -42,6 +43,15 @@ def test_only_the_columns_asked_for(folder):
     with pytest.raises(AttributeError, match="prompt"):
         row.prompt  # noqa: B018
     assert pickle.loads(pickle.dumps(row)).key == row.key
+
+
+def test_maps_are_arrays_in_batches_of_any_size(folder, monkeypatch):
+    for size in (1, 2, 64):
+        monkeypatch.setattr(reader, "BATCH", size)
+        rows = list(read_rows(folder, accepted_only=False))
+        assert {(type(row.values["maps"]), row.values["maps"].dtype) for row in rows} == {(np.ndarray, np.dtype("u1"))}
+        assert all(np.array_equal(row.maps, sample.maps) for row, sample in zip(rows, DRAWN, strict=True))
+        assert all(row.maps.flags.writeable for row in rows)
 
 
 def test_more_than_100000_shards_stay_in_order(folder):

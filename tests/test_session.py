@@ -7,7 +7,7 @@ import torch
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export import session
 from diffumask_fast.export.onnx_export import need_exporter
-from diffumask_fast.export.session import Session, runtime
+from diffumask_fast.export.session import OnnxSession, runtime
 
 CPU = torch.device("cpu")
 
@@ -37,17 +37,17 @@ def test_a_graph_that_two_libraries_in_one_module_cannot_run_says_so(tmp_path, m
     monkeypatch.setattr(session, "installed", lambda: list(session.PACKAGES))
     (tmp_path / "unet.onnx").write_bytes(b"nonsense")
     with pytest.raises(DiffuMaskError, match=r"cannot run .*: pip uninstall -y onnxruntime onnxruntime-gpu, then"):
-        Session(tmp_path / "unet.onnx", CPU)
+        OnnxSession(tmp_path / "unet.onnx", CPU)
 
 
 def test_threads_are_those_of_torch_or_as_told(static_engine):
     graph = static_engine / "vae.onnx"
-    assert Session(graph, CPU)._session.get_session_options().intra_op_num_threads == torch.get_num_threads()
-    assert Session(graph, CPU, threads=1)._session.get_session_options().intra_op_num_threads == 1
+    assert OnnxSession(graph, CPU)._session.get_session_options().intra_op_num_threads == torch.get_num_threads()
+    assert OnnxSession(graph, CPU, threads=1)._session.get_session_options().intra_op_num_threads == 1
 
 
 def test_outputs_are_new_tensors_of_the_right_type(static_engine):
-    session = Session(static_engine / "vae.onnx", CPU)
+    session = OnnxSession(static_engine / "vae.onnx", CPU)
     latents = torch.randn(2, 4, 8, 12)
     first = session.run({"latents": latents}, {"image": (2, 3, 64, 96)})["image"]
     kept = first.clone()
@@ -59,17 +59,17 @@ def test_outputs_are_new_tensors_of_the_right_type(static_engine):
 def test_a_file_that_is_no_graph_is_one_sentence(tmp_path):
     (tmp_path / "unet.onnx").write_bytes(b"\x08\x0a nonsense")
     with pytest.raises(DiffuMaskError, match="cannot run .*unet.onnx on cpu .*export it again"):
-        Session(tmp_path / "unet.onnx", CPU)
+        OnnxSession(tmp_path / "unet.onnx", CPU)
 
 
 def test_a_session_that_lost_cuda_is_refused_and_never_draws_on_the_cpu(static_engine, monkeypatch):
-    monkeypatch.setattr(Session, "_providers", lambda self, ort: ["CPUExecutionProvider"])
+    monkeypatch.setattr(OnnxSession, "_providers", lambda self, ort: ["CPUExecutionProvider"])
     with pytest.raises(DiffuMaskError, match="would draw on the CPU: install"):
-        Session(static_engine / "vae.onnx", torch.device("cuda"))
+        OnnxSession(static_engine / "vae.onnx", torch.device("cuda"))
 
 
 def test_on_cuda_it_runs_on_a_stream_of_its_own(monkeypatch):
-    session, own = Session.__new__(Session), SimpleNamespace(cuda_stream=7)
+    session, own = OnnxSession.__new__(OnnxSession), SimpleNamespace(cuda_stream=7)
     session.device = torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: own)
     providers = session._providers(
@@ -83,4 +83,4 @@ def test_on_cuda_it_runs_on_a_stream_of_its_own(monkeypatch):
                     reason="this onnxruntime has CUDA")  # fmt: skip
 def test_cuda_without_a_cuda_build_is_refused(static_engine):
     with pytest.raises(DiffuMaskError, match=r"has no CUDA: pip uninstall -y .*diffumask-fast\[gpu\]"):
-        Session(static_engine / "vae.onnx", torch.device("cuda"))
+        OnnxSession(static_engine / "vae.onnx", torch.device("cuda"))

@@ -11,10 +11,11 @@ from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.bench.geometries import UNETS
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export import plan_cache, tensorrt_build
-from diffumask_fast.export.graphs import Call, decode_call, unet_call, write_graph
+from diffumask_fast.export.graphs import Exportable, exportable_decoder, exportable_unet, write_graph
 from diffumask_fast.export.limits import Limits
 from diffumask_fast.export.manifest import read_manifest
 from diffumask_fast.export.onnx_export import level_divisors
+from diffumask_fast.export.options import ShapeOptions
 from diffumask_fast.export.tensorrt_build import build_plan, export_tensorrt, find_target, profile_shapes
 
 trt = pytest.importorskip("tensorrt_rtx_bindings")
@@ -46,22 +47,23 @@ def written(unet, path, latents, batch=2, sizes=1, propagated=None):
     side = (8 * latents, 8 * latents * sizes)
     limits = Limits(
         rows=(1, 2 * batch), height=side, width=side, multiple=8 * max(divisors.values()), vae_factor=8, channels=4,
-        tokens=77, columns=8, divisors=divisors, propagated=tuple(key for key, num in pixels.items() if num <= 1024),
+        tokens=77, max_phrases=8, divisors=divisors,
+        propagated=tuple(key for key, num in pixels.items() if num <= 1024),
     )  # fmt: skip
-    write_graph(unet_call(UNetWithMaps(unet.half(), impl="sdpa"), limits), path, 2**29)
+    write_graph(exportable_unet(UNetWithMaps(unet.half(), impl="sdpa"), limits), path, 2**29)
     return limits
 
 
 def test_a_graph_is_built_once_without_a_gpu(mini_engine, sd_parts, tmp_path, cache, monkeypatch):
     limits, vae = read_manifest(mini_engine).limits, torch.nn.Module.to(copy.deepcopy(sd_parts["vae"]), torch.float16)
-    write_graph(decode_call(vae, limits, 4), tmp_path / "vae.onnx", 2**30)
+    write_graph(exportable_decoder(vae, limits, 4), tmp_path / "vae.onnx", 2**30)
     plan = build_plan(trt, tmp_path / "vae.onnx", limits, "8.9")
     assert len(plan) > 10_000
 
     def refuse(*_):
         raise AssertionError("it is built again")
 
-    monkeypatch.setattr(tensorrt_build, "_built", refuse)
+    monkeypatch.setattr(tensorrt_build, "_build", refuse)
     assert build_plan(trt, tmp_path / "vae.onnx", limits, "8.9") == plan
     for other in (dict(target="8.6"), dict(refittable=True), dict(decompose=True)):
         with pytest.raises(AssertionError):
@@ -91,10 +93,10 @@ def test_attention_in_fp32_is_built_decomposed_and_refused_otherwise(mini_engine
             return (self.back(out.transpose(1, 2).flatten(2)),)
 
     limits, graph = read_manifest(mini_engine).limits, tmp_path / "attention.onnx"
-    write_graph(Call(Attention(), {"x": torch.randn(2, 64, 64)}, {"x": None}, ["out"]), graph, 2**30)
+    write_graph(Exportable(Attention(), {"x": torch.randn(2, 64, 64)}, {"x": None}, ["out"]), graph, 2**30)
     assert nodes_of(graph)["Attention"] == 1
     assert len(build_plan(trt, graph, limits, "8.9", decompose=True)) > 1000
-    with pytest.raises(DiffuMaskError, match="cannot build attention.onnx.*another --dtype"):
+    with pytest.raises(DiffuMaskError, match="cannot build attention.onnx.*another `dtype`, or `to=onnx`"):
         build_plan(trt, graph, limits, "8.9")
 
 
@@ -132,10 +134,10 @@ def test_fewer_images_than_a_static_engine_draws_are_decoded_too(mini_engine):
 
 def test_a_gpu_that_it_does_not_know_is_refused_before_anything_is_exported(tmp_path, monkeypatch):
     for wrong in ("9.0", "CURRENT", "sm_89"):
-        with pytest.raises(DiffuMaskError, match="it knows 7.5, 8.0, 8.6, 8.9.*--to onnx"):
+        with pytest.raises(DiffuMaskError, match="it knows 7.5, 8.0, 8.6, 8.9.*`to=onnx`"):
             export_tensorrt("mini", tmp_path / "out", compute_capability=wrong)
     monkeypatch.setattr(tensorrt_build, "local_capability", lambda: None)
-    with pytest.raises(DiffuMaskError, match="no GPU here.*--compute-capability 8.9"):
+    with pytest.raises(DiffuMaskError, match="no GPU here.*`compute_capability=8.9`"):
         export_tensorrt("mini", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -145,7 +147,7 @@ def test_a_gpu_that_it_does_not_know_is_refused_before_anything_is_exported(tmp_
 )
 def test_tensorrt_itself_builds_only_for_the_gpu_that_is_here(monkeypatch, here, asked, words):
     monkeypatch.setattr(tensorrt_build, "local_capability", lambda: here)
-    with pytest.raises(DiffuMaskError, match=f"{words}.*--to tensorrt-rtx, which needs no GPU"):
+    with pytest.raises(DiffuMaskError, match=f"{words}.*`to=tensorrt-rtx`, which needs no GPU"):
         find_target(trt, "tensorrt", asked)
 
 
@@ -191,7 +193,7 @@ def test_timings_of_another_gpu_are_left_out(tmp_path, accepted, used):
 
 @pytest.mark.slow
 def test_mini_is_built_whole_and_says_that_it_was_never_run(tmp_path):
-    manifest = export_tensorrt("mini", tmp_path / "out", max_batch=2, compute_capability="8.9")
+    manifest = export_tensorrt("mini", tmp_path / "out", shapes=ShapeOptions(max_batch=2), compute_capability="8.9")
     assert read_manifest(tmp_path / "out") == manifest and manifest.engine == "tensorrt-rtx"
     assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".engine"] * 3 + [".json"] * 4
     assert set(manifest.checked.values()) == {"built for compute capability 8.9, never run"}

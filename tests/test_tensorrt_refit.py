@@ -28,8 +28,8 @@ RTX = {"engine": "tensorrt-rtx", "target": "8.9", "refittable": True}
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({}, "is an engine for onnx, which is written anew: leave --refit out"),
-        (RTX | {"refittable": False}, "export its model again with --refittable"),
+        ({}, "is an engine for onnx, whose models are exported anew: leave `refit` out"),
+        (RTX | {"refittable": False}, "export its model again with `refittable`"),
         (RTX, "compute capability 8.9 and there is none here"),
     ],
 )

@@ -57,7 +57,7 @@ def call_of(takes_shapes=True):
     context.set_input_shape.return_value = takes_shapes
     stream = SimpleNamespace(device=torch.device("cpu"), cuda_stream=7, synchronize=lambda: None)
     given, taken = {"x": torch.zeros(2, 3)}, {"y": torch.empty(4)}
-    return tensorrt_session._Call(trt, engine, keeping_logger(trt), stream, given, taken), context, config
+    return tensorrt_session._BoundContext(trt, engine, keeping_logger(trt), stream, given, taken), context, config
 
 
 def test_a_call_of_rtx_gives_shapes_then_memory_for_them_then_addresses():
@@ -74,7 +74,7 @@ def test_a_call_of_rtx_gives_shapes_then_memory_for_them_then_addresses():
     assert call._memory.nbytes == 1000
     assert config.dynamic_shapes_kernel_specialization_strategy == trt.DynamicShapesKernelSpecializationStrategy.EAGER
     context.execute_async_v3.return_value = False
-    with pytest.raises(DiffuMaskError, match="could not run .*smaller --batch-size"):
+    with pytest.raises(DiffuMaskError, match="could not run .*smaller `batch_size`"):
         call.launch()
 
 

@@ -64,7 +64,7 @@ def derive(
                 values = [row.values for row in read_shard(target, ["accepted"])]
             else:
                 with _naming(path):
-                    values = transform(read_shard(path))
+                    values = transform(list(read_shard(path)))
                 write_shard(out, index, values)
             images += len(values)
             accepted += sum(row["accepted"] for row in values)

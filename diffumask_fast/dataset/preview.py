@@ -80,7 +80,7 @@ def tile(arrays: Sequence[np.ndarray], text: str, ink: str = "black", side: int 
     """
     pictures = [Image.fromarray(pixels) for pixels in arrays]
     for slot, picture in enumerate(pictures):
-        picture.thumbnail((side, side), Image.BICUBIC if slot < 2 else Image.NEAREST)
+        picture.thumbnail((side, side), Image.Resampling.BICUBIC if slot < 2 else Image.Resampling.NEAREST)
     width, height = pictures[0].size
     page = Image.new("RGB", (len(pictures) * (width + _SEAM) - _SEAM, height + _LINE), "white")
     for slot, picture in enumerate(pictures):

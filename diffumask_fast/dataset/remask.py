@@ -74,10 +74,10 @@ def _remade(
     rows: Sequence[Row], options: MaskOptions, phrases: dict[str, str], device: torch.device
 ) -> list[dict[str, Any]]:
     """Return the values of rows with new masks."""
-    maps = torch.from_numpy(np.stack([row.maps for row in rows])).to(device)
+    maps = torch.from_numpy(np.stack([row.maps for row in rows if row.maps is not None])).to(device)
     images = torch.from_numpy(np.stack([row.image for row in rows])).to(device)
     ids = torch.tensor([row.class_ids for row in rows], device=device)
-    mask, _, quality = make_masks(maps, images, options, ids)
+    mask, quality = make_masks(maps, images, options, ids)
     names = [[phrases.get(name, name) for name in row.classes] for row in rows]
     reasons = rejections(images, mask, ids, names, options, quality)
     values = []

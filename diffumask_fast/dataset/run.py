@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 from diffumask_fast.dataset.folder import DatasetFolder, differences
 from diffumask_fast.dataset.reader import Row, read_rows
@@ -21,12 +22,12 @@ UNRECORDED = {"attention": "sdpa"}
 def open_run(
     folder: str | Path,
     requests: Sequence[Request],
-    options: dict,
-    environment: dict,
+    options: dict[str, Any],
+    environment: dict[str, Any],
     shard_size: int = 64,
     allow_drift: bool = False,
     *,
-    model: dict | None = None,
+    model: dict[str, Any] | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> "Run":
     """Begin a run in a folder, or go on with the one that is there.
@@ -81,7 +82,7 @@ def open_run(
 class Run:
     """The shards of one run; made by `open_run`."""
 
-    def __init__(self, place: DatasetFolder, requests: Sequence[Request], shard_size: int, manifest: dict):
+    def __init__(self, place: DatasetFolder, requests: Sequence[Request], shard_size: int, manifest: dict[str, Any]):
         self.folder, self.requests, self.shard_size, self.manifest = place.path, requests, shard_size, manifest
         self._place = place
 
@@ -107,7 +108,7 @@ class Run:
             raise DiffuMaskError(f"shard {index} takes the samples of its requests, all of them and in their order")
         return self.write_rows(index, [make_row(sample) for sample in samples])
 
-    def write_rows(self, index: int, rows: Sequence[dict]) -> Path:
+    def write_rows(self, index: int, rows: Sequence[dict[str, Any]]) -> Path:
         """Write a whole shard of rows that are already encoded, as `write`."""
         if [row["key"] for row in rows] != [request.key for request in self.requests_of(index)]:
             raise DiffuMaskError(f"shard {index} takes the rows of its requests, all of them and in their order")
@@ -132,7 +133,7 @@ class Run:
         self.close()
 
 
-def _begin(place: DatasetFolder, manifest: dict, allow_drift: bool) -> dict:
+def _begin(place: DatasetFolder, manifest: dict[str, Any], allow_drift: bool) -> dict[str, Any]:
     """Write the manifest, or compare it with the one that is there; return the one that holds."""
     there = place.begun()
     if there is None:  # a run that has drawn nothing yet binds nobody
@@ -153,11 +154,11 @@ def _begin(place: DatasetFolder, manifest: dict, allow_drift: bool) -> dict:
     return there
 
 
-def _missing(folder: Path, manifest: dict) -> list[int]:
+def _missing(folder: Path, manifest: dict[str, Any]) -> list[int]:
     return [index for index in range(manifest["plan"]["shards"]) if not shard_path(folder, index).exists()]
 
 
-def _compare(there: dict, now: dict, folder: Path) -> None:
+def _compare(there: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     """Raise unless the folder was begun with the same model, options and plan."""
     model = {"id": "`model`", "weights": "the model's weights"}
     changes = _named(there["model"], now["model"], lambda name: model.get(name, f"the model's {name}"))
@@ -175,13 +176,14 @@ def _compare(there: dict, now: dict, folder: Path) -> None:
         )
 
 
-def _named(old: dict, new: dict, title: Callable[[str], str] = str) -> list[str]:
+def _named(old: dict[str, Any], new: dict[str, Any], title: Callable[[str], str] = str) -> list[str]:
     return [f"{title(name)} {change}" for name, change in differences(old, new)]
 
 
 def _digest(requests: Sequence[Request]) -> str:
     """Return the hash of a plan; raises where a key comes twice."""
-    digest, keys = hashlib.sha256(), set()
+    digest = hashlib.sha256()
+    keys: set[str] = set()
     for request in requests:
         digest.update(json.dumps(astuple(request)).encode())
         keys.add(request.key)

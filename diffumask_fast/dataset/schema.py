@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +34,7 @@ _FIELDS = [
 ]
 
 
-def _datasets_features() -> dict:
+def _datasets_features() -> dict[str, Any]:
     """Return the columns as the `datasets` library notes them, so that it hands out pictures instead of bytes."""
     features: dict[str, object] = {}
     for name, kind in _FIELDS:
@@ -63,16 +63,36 @@ SCHEMA = pa.schema(
 class Sample(Protocol):
     """What a row is made of: `pipeline.Result` or anything with these attributes."""
 
-    request: Request
-    image: np.ndarray  # [H, W, 3] uint8
-    mask: np.ndarray  # [H, W] uint8
-    quality: Sequence[float]  # one per class
-    maps: np.ndarray | None  # [K, h, w] uint8, as `masks.quantise_maps` leaves them
-    accepted: bool
-    reason: str
+    @property
+    def request(self) -> Request:
+        """What was asked for."""
+
+    @property
+    def image(self) -> np.ndarray:
+        """[H, W, 3] uint8."""
+
+    @property
+    def mask(self) -> np.ndarray:
+        """[H, W] uint8."""
+
+    @property
+    def quality(self) -> Sequence[float]:
+        """One number per class."""
+
+    @property
+    def maps(self) -> np.ndarray | None:
+        """[K, h, w] uint8, as `quantise_maps` leaves them."""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether it is kept."""
+
+    @property
+    def reason(self) -> str:
+        """Why it is not; "" where it is."""
 
 
-def make_row(sample: Sample) -> dict:
+def make_row(sample: Sample) -> dict[str, Any]:
     """Turn a sample into a row of `SCHEMA`.
 
     Args:
@@ -121,13 +141,13 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def decode_png(picture: dict) -> np.ndarray:
+def decode_png(picture: dict[str, Any]) -> np.ndarray:
     """Decode the `image` or `mask` of a row: [H, W, 3] or [H, W] uint8."""
     with Image.open(io.BytesIO(picture["bytes"])) as image:
         return np.array(image)
 
 
-def decode_maps(values: dict) -> np.ndarray | None:
+def decode_maps(values: dict[str, Any]) -> np.ndarray | None:
     """Give the `maps` of a row their shape: [K, h, w] uint8; None where none are stored."""
     sizes = values["map_sizes"]
     if not sizes:

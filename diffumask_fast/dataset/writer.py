@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,7 +25,7 @@ def shard_path(folder: str | Path, index: int) -> Path:
     return Path(folder) / "data" / f"shard-{index:05d}.parquet"
 
 
-def write_shard(folder: str | Path, index: int, rows: Sequence[dict]) -> Path:
+def write_shard(folder: str | Path, index: int, rows: Sequence[dict[str, Any]]) -> Path:
     """Write rows as a shard; equal rows give equal bytes.
 
     Args:
@@ -46,7 +47,7 @@ def write_shard(folder: str | Path, index: int, rows: Sequence[dict]) -> Path:
     return path
 
 
-def dump_manifest(manifest: dict) -> bytes:
+def dump_manifest(manifest: dict[str, Any]) -> bytes:
     """Return the bytes of a `dataset.json`."""
     return (json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from diffumask_fast.attention.call import Results, UNetCall
@@ -17,6 +16,7 @@ from diffumask_fast.engines.decoder import CompiledDecoder
 from diffumask_fast.engines.inductor import inductor, many_shapes
 from diffumask_fast.engines.optimized_unet import KeysValues, OptimizedUNet
 from diffumask_fast.kernels import native
+from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of numbers of so many bytes
 
@@ -33,7 +33,7 @@ class CompiledEngine:
         return nullcontext() if self.decoder is None else self.decoder.in_place()
 
 
-def compile_pipe(pipe: DiffusionPipeline) -> CompiledEngine:
+def compile_pipe(pipe: DiffusersPipeline) -> CompiledEngine:
     """Make what draws with compiled code in the place of a pipeline's UNet and decoder.
 
     Nothing is compiled yet: that happens at the first call of each set of shapes, twice where maps are propagated, and

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 def draw_shards(
     pipe: DiffuMaskPipeline, job: Job, indices: Iterable[int], on_result: Callable[[Result], Any] = lambda result: None
-) -> Iterator[tuple[int, list[Row]]]:
+) -> Generator[tuple[int, list[Row]]]:
     """Draw shards of a job, in any process and any order; a shard's rows are the same whatever else is drawn.
 
     All shards are one stream: the last batch of one is finished beside the denoising of the first of the next, and

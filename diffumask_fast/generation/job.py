@@ -15,7 +15,6 @@ from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.models.device import DTYPES
 from diffumask_fast.models.loading import check_size
 from diffumask_fast.models.scheduler import set_scheduler, try_scheduler
-from diffumask_fast.options import split_size
 from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.planner import Plan, Recipe
 from diffumask_fast.prompts.request import Request
@@ -128,8 +127,11 @@ class Job:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Job:
         """Return the job that `as_json` wrote."""
-        parts = {"recipe": Recipe.from_json(values["recipe"])}
-        parts |= {"maps": MapOptions(**values["maps"]), "mask": MaskOptions(**values["mask"])}
+        parts = {
+            "recipe": Recipe.from_json(values["recipe"]),
+            "maps": MapOptions(**values["maps"]),
+            "mask": MaskOptions(**values["mask"]),
+        }
         return cls(**{**values, **parts})
 
 
@@ -156,7 +158,7 @@ def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
     """
     known = Vocabulary.named(pipe.info.classes) if pipe.info.classes else None
     vocabulary = Vocabulary.parse(options.classes, known, options.model)
-    asked = split_size(options.size, "size") if options.size else (None, None)
+    asked = options.size or (None, None)
     check_size(pipe.pipe, *asked)
     height, width = pipe.size(*asked)
     batch_size, maps = pipe.batch_size(options.batch_size, height, width), pipe.map_options(options.maps)

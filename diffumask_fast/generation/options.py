@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.masks.options import MaskOptions
-from diffumask_fast.options import Options, argument, number, option, whole
+from diffumask_fast.options import Options, argument, number, option, pixel_size, whole
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class GenerateOptions(Options):
     steps: int | None = option(None, "Denoising steps; the model's best when left out.", whole(1))
     guidance_scale: float | None = option(None, "Guidance; the model's best when left out.", number())
     scheduler: str | None = option(None, "For example ddim; the model's own when left out.")
-    size: str | None = option(None, "HxW in pixels; the model's own when left out.")
+    size: tuple[int, int] | None = option(None, "HxW in pixels; the model's own when left out.", pixel_size())
     dtype: str = option("auto", "auto, fp32, fp16 or bf16.")
     maps: MapOptions = MapOptions()
     mask: MaskOptions = MaskOptions()

@@ -1,68 +1,135 @@
-"""How good masks are: IoU against what a segmenter sees in the images."""
+"""How good masks are: IoU with the masks that a segmenter predicts of the images."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.progress import Progress
 from torch.nn import functional as F
 
 from diffumask_fast.dataset.preview import colour, overlay, sheet, tile, write_png
-from diffumask_fast.dataset.reader import read_manifest, read_rows
+from diffumask_fast.dataset.reader import Row, read_manifest, read_rows
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.learning.options import EvaluateOptions
 from diffumask_fast.masks.make import refine_maps
 from diffumask_fast.masks.options import MaskOptions
-from diffumask_fast.mini.world import VOC
 
 MODELS = ("mini-oracle",)
-VISIBLE = 0.01  # share of the image from which on an object counts as there
+VISIBLE = 0.01  # an object that covers a larger share of the image counts as seen
 WORST = 20
-_THRESHOLDS = np.arange(0.02, 1, 0.02, dtype=np.float32)
+THRESHOLDS = np.arange(0.02, 1, 0.02, dtype=np.float32)
+
+
+class Segmenter(Protocol):
+    """What judges: it predicts masks whose values are those of `class_ids`."""
+
+    @property
+    def class_ids(self) -> Mapping[str, int]:
+        """Name -> value in the masks."""
+
+    def masks(self, images: np.ndarray, batch: int = 32) -> np.ndarray:
+        """Return masks uint8 [B, H, W] of images uint8 [B, H, W, 3]; H and W are multiples of 16."""
+
+
+class Judged(NamedTuple):
+    """An image beside its two masks, and their IoU of any class against background."""
+
+    iou: float
+    key: str
+    image: np.ndarray
+    mask: np.ndarray
+    truth: np.ndarray
 
 
 @dataclass
-class Tally:
+class Metrics:
     """Sums over the images judged so far."""
 
-    inside: np.ndarray = field(default_factory=lambda: np.zeros((256, 2), np.int64))  # class -> intersection, union
+    counts: np.ndarray = field(default_factory=lambda: np.zeros((256, 2), np.int64))  # class -> intersection, union
     foreground: list[float] = field(default_factory=list)
     boundary: list[float] = field(default_factory=list)
-    ceiling: list[float] = field(default_factory=list)
+    best_threshold: list[float] = field(default_factory=list)
     agreed: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
-    confirmed: list[bool] = field(default_factory=list)
-    wanted: dict[str, int] = field(default_factory=dict)
-    worst: list[tuple[float, SimpleNamespace]] = field(default_factory=list)
+    seen: list[bool] = field(default_factory=list)
+    class_ids: dict[str, int] = field(default_factory=dict)
+    worst: list[Judged] = field(default_factory=list)
+
+    def update(self, row: Row, truth: np.ndarray, class_ids: Mapping[str, int], options: MaskOptions) -> None:
+        """Add one row.
+
+        Args:
+            row: of a dataset, which may number its classes in its own way.
+            truth: [H, W] uint8, what the segmenter predicts of the row's image.
+            class_ids: name -> value in truth, of the classes that the segmenter knows.
+            options: how the row's mask was refined.
+
+        Raises:
+            DiffuMaskError: the segmenter does not know a class of the row.
+        """
+        unknown = set(row.classes) - set(class_ids)
+        if unknown:
+            raise DiffuMaskError(f"{row.key} holds {', '.join(sorted(unknown))}, which mini-oracle has never seen.")
+        ids = [class_ids[name] for name in row.classes]
+        mask = np.zeros_like(row.mask)
+        for own, value in zip(row.class_ids, ids, strict=True):
+            mask[row.mask == own] = value
+        for value in np.union1d(mask, truth):
+            same, either = (mask == value) & (truth == value), (mask == value) | (truth == value)
+            self.counts[value] += (same.sum(), either.sum())
+        self.class_ids |= dict(zip(row.classes, ids, strict=True))
+        iou = overlap(mask > 0, truth > 0)
+        self.foreground.append(iou)
+        self.boundary.append(overlap(boundary(mask > 0), boundary(truth > 0)))
+        self.seen.append(all((part == value).mean() > VISIBLE for value in ids for part in (mask, truth)))
+        if len(ids) == 1:
+            largest = np.bincount(truth[truth > 0], minlength=1).argmax()
+            self.agreed[row.classes[0]].append(bool(largest == ids[0]))
+            if row.maps is not None:
+                self.best_threshold.append(best_threshold_iou(row, truth > 0, options))
+        self.worst = sorted([*self.worst, Judged(iou, row.key, row.image, mask, truth)], key=lambda one: one.iou)
+        del self.worst[WORST:]
+
+    def compute(self) -> dict[str, Any]:
+        """Return the figures that `evaluate` describes."""
+        per_class = {
+            name: float(self.counts[i, 0] / max(self.counts[i, 1], 1)) for name, i in sorted(self.class_ids.items())
+        }
+        return {
+            "n": len(self.foreground),
+            "miou": _mean(per_class.values()),
+            "per_class_iou": per_class,
+            "foreground_iou": _mean(self.foreground),
+            "boundary_iou": _mean(self.boundary),
+            "class_agreement": _mean(value for values in self.agreed.values() for value in values),
+            "per_class_agreement": {name: _mean(values) for name, values in sorted(self.agreed.items())},
+            "all_classes_seen": _mean(self.seen),
+            "best_threshold_iou": _mean(self.best_threshold),
+        }
 
 
 def evaluate(
-    model: str,
-    data: str | Path,
+    options: EvaluateOptions,
     *,
-    accepted_only: bool = False,
-    sheet_file: Path | None = None,
     progress: Callable[[int | None], Progress] = lambda total: Progress(disable=True),
     batch: int = 32,
 ) -> dict[str, Any]:
-    """Judge the masks of a dataset by what a segmenter sees in its images.
+    """Judge the masks of a dataset by the masks that a segmenter predicts of its images.
 
-    255 in a mask counts as background. Images whose sides are no multiples of 16 are padded by their edge pixels while
-    the segmenter looks at them.
+    255 in a mask counts as background. Images whose sides are no multiples of 16 are padded by their edge pixels for
+    the segmenter.
 
     Args:
-        model: "mini-oracle", the judge of the embedded model's world.
-        data: the dataset.
-        accepted_only: leave out rejected rows; every drawn row counts otherwise.
-        sheet_file: a PNG of the twenty images of lowest foreground IoU: image, mask and what the segmenter sees.
-        progress: makes a progress bar of the number of rows, or of None where the run does not say it.
-        batch: images looked at together.
+        options: the flags; `sheet` is a PNG of the twenty images of lowest foreground IoU: image, mask and prediction.
+        progress: makes a progress bar of the number of rows, or of None where the dataset does not record it.
+        batch: images that are predicted together.
 
     Returns:
         `n`, images; `miou`, mean of `per_class_iou` (intersection over union over all images, of every class wanted);
@@ -76,64 +143,37 @@ def evaluate(
     Raises:
         DiffuMaskError: there is no such segmenter or dataset, or it knows none of the classes.
     """
-    if model not in MODELS:
-        raise DiffuMaskError(f"There is no segmenter {model} in this version: use {', '.join(MODELS)}.")
+    if options.model not in MODELS:
+        raise DiffuMaskError(f"There is no segmenter {options.model} in this version: use {', '.join(MODELS)}.")
     from diffumask_fast.mini.oracle import load_oracle
 
-    oracle, options = load_oracle(), _mask_options(data)
-    rows = read_rows(data, accepted_only=accepted_only)
-    tally = Tally()
-    total = read_manifest(data)["options"].get("num")  # None shows a bar without an end
+    segmenter, refinement = load_oracle(), _mask_options(options.data)
+    rows = read_rows(options.data, accepted_only=options.accepted)
+    metrics = Metrics()
+    total = read_manifest(options.data)["options"].get("num")
     with progress(total) as bar:
         task = bar.add_task("judging", total=total)
         while part := list(islice(rows, batch)):
-            for row, truth in zip(part, look(oracle, [row.image for row in part]), strict=True):
-                judge(tally, row, truth, oracle.classes, options)
+            for row, truth in zip(part, predict(segmenter, [row.image for row in part]), strict=True):
+                metrics.update(row, truth, segmenter.class_ids, refinement)
             bar.advance(task, len(part))
-    if not tally.foreground:
-        raise DiffuMaskError(f"{data} holds no row to judge: let rejected rows count too, or draw more.")
-    if sheet_file is not None:
-        write_png(sheet_file, sheet([_worst_tile(iou, found) for iou, found in tally.worst], columns=3))
-    return _figures(tally)
+    if not metrics.foreground:
+        raise DiffuMaskError(f"{options.data} holds no row to judge: let rejected rows count too, or draw more.")
+    if options.sheet is not None:
+        write_png(options.sheet, sheet([_worst_tile(one) for one in metrics.worst], columns=3))
+    return metrics.compute()
 
 
-def look(oracle, images: list[np.ndarray]) -> list[np.ndarray]:
-    """Return what the segmenter sees, class ids uint8 [H, W], in images uint8 [H, W, 3] of any sizes."""
-    found: list[np.ndarray | None] = [None] * len(images)
+def predict(segmenter: Segmenter, images: list[np.ndarray]) -> list[np.ndarray]:
+    """Return the segmenter's masks, uint8 [H, W], of images uint8 [H, W, 3] of any sizes."""
+    masks: dict[int, np.ndarray] = {}
     for shape in {image.shape for image in images}:
         places = [place for place, image in enumerate(images) if image.shape == shape]
         height, width = shape[:2]
         edges = ((0, 0), (0, -height % 16), (0, -width % 16), (0, 0))
-        masks = oracle.masks(np.pad(np.stack([images[place] for place in places]), edges, "edge"))
-        for place, mask in zip(places, masks, strict=True):
-            found[place] = mask[:height, :width]
-    return found
-
-
-def judge(tally: Tally, row, truth: np.ndarray, classes: Iterable[str], options: MaskOptions) -> None:
-    """Add one row, judged by truth [H, W], to the sums."""
-    unknown = set(row.classes) - set(classes)
-    if unknown:
-        raise DiffuMaskError(f"{row.key} holds {', '.join(sorted(unknown))}, which mini-oracle has never seen.")
-    ids = [VOC.index(name) for name in row.classes]  # those of the truth; the dataset may have others
-    mask = np.zeros_like(row.mask)
-    for own, value in zip(row.class_ids, ids, strict=True):
-        mask[row.mask == own] = value
-    for value in np.union1d(mask, truth):
-        same, either = (mask == value) & (truth == value), (mask == value) | (truth == value)
-        tally.inside[value] += (same.sum(), either.sum())
-    tally.wanted |= dict(zip(row.classes, ids, strict=True))
-    iou = overlap(mask > 0, truth > 0)
-    tally.foreground.append(iou)
-    tally.boundary.append(overlap(*(boundary(part > 0) for part in (mask, truth))))
-    tally.confirmed.append(all((part == value).mean() > VISIBLE for value in ids for part in (mask, truth)))
-    if len(ids) == 1:
-        counts = np.bincount(truth[truth > 0], minlength=1)
-        tally.agreed[row.classes[0]].append(bool(counts.argmax() == ids[0]))
-        if row.maps is not None:
-            tally.ceiling.append(best_threshold_iou(row, truth > 0, options))
-    tally.worst.append((iou, SimpleNamespace(key=row.key, image=row.image, mask=mask, truth=truth)))
-    tally.worst = sorted(tally.worst, key=lambda pair: pair[0])[:WORST]
+        predicted = segmenter.masks(np.pad(np.stack([images[place] for place in places]), edges, "edge"))
+        masks |= {place: mask[:height, :width] for place, mask in zip(places, predicted, strict=True)}
+    return [masks[place] for place in range(len(images))]
 
 
 def overlap(mask: np.ndarray, truth: np.ndarray) -> float:
@@ -153,31 +193,15 @@ def boundary(mask: np.ndarray) -> np.ndarray:
     return mask & near.numpy()
 
 
-def best_threshold_iou(row, truth: np.ndarray, options: MaskOptions) -> float:
+def best_threshold_iou(row: Row, truth: np.ndarray, options: MaskOptions) -> float:
     """Return the highest IoU with truth [H, W] that any threshold on the row's refined map has."""
     maps, image = torch.from_numpy(row.maps)[None].float(), torch.from_numpy(row.image)[None]
     refined = refine_maps(maps, image, options)[0, 0].numpy()
     # Number of pixels above each threshold, in all and within truth: one sort instead of one mask per threshold.
     within, everywhere = np.sort(refined[truth]), np.sort(refined.ravel())
-    hits = len(within) - np.searchsorted(within, _THRESHOLDS, "right")
-    above = len(everywhere) - np.searchsorted(everywhere, _THRESHOLDS, "right")
+    hits = len(within) - np.searchsorted(within, THRESHOLDS, "right")
+    above = len(everywhere) - np.searchsorted(everywhere, THRESHOLDS, "right")
     return float((hits / np.maximum(len(within) + above - hits, 1)).max())
-
-
-def _figures(tally: Tally) -> dict[str, Any]:
-    per_class = {name: tally.inside[i, 0] / max(tally.inside[i, 1], 1) for name, i in sorted(tally.wanted.items())}
-    agreed = [value for values in tally.agreed.values() for value in values]
-    return {
-        "n": len(tally.foreground),
-        "miou": _mean(per_class.values()),
-        "per_class_iou": {name: float(value) for name, value in per_class.items()},
-        "foreground_iou": _mean(tally.foreground),
-        "boundary_iou": _mean(tally.boundary),
-        "class_agreement": _mean(agreed),
-        "per_class_agreement": {name: _mean(values) for name, values in sorted(tally.agreed.items())},
-        "all_classes_seen": _mean(tally.confirmed),
-        "best_threshold_iou": _mean(tally.ceiling),
-    }
 
 
 def _mean(values: Iterable[float]) -> float | None:
@@ -191,6 +215,6 @@ def _mask_options(data: str | Path) -> MaskOptions:
     return MaskOptions(**{name: options[name] for name in ("refine", "radius", "eps") if name in options})
 
 
-def _worst_tile(iou: float, found: SimpleNamespace):
-    pictures = (found.image, overlay(found.image, found.mask), colour(found.mask), colour(found.truth))
-    return tile(pictures, f"{found.key}  IoU {iou:.2f}")
+def _worst_tile(judged: Judged) -> Image.Image:
+    pictures = (judged.image, overlay(judged.image, judged.mask), colour(judged.mask), colour(judged.truth))
+    return tile(pictures, f"{judged.key}  IoU {judged.iou:.2f}")

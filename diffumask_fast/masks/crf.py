@@ -58,8 +58,7 @@ def crf(labels: Tensor, num_labels: int, images: Tensor, preset: Preset, *, wind
     bilateral, gaussian = (compat, sxy * scale, srgb), (preset.gaussian[0], preset.gaussian[1] * scale)
     dilation = max(1, round(REACH * sxy * scale / (window // 2)))
     guide = images.permute(0, 3, 1, 2).float()
-    settings = {"window": window, "dilation": dilation, "bilateral": bilateral}
-    norm = bilateral_norm(guide, **settings)
+    norm = bilateral_norm(guide, window=window, dilation=dilation, bilateral=bilateral)
     sure, other = preset.gt_prob, (1 - preset.gt_prob) / (LABELS - 1)
     one = labels.shape[0] * num_labels * height * width * 4 * 5
     done = []
@@ -68,6 +67,8 @@ def crf(labels: Tensor, num_labels: int, images: Tensor, preset: Preset, *, wind
         unary = -torch.log(hard * (sure - other) + other)
         q = torch.softmax(-unary, dim=2)
         for _ in range(STEPS):
-            q = mean_field(q, unary, guide, gaussian=gaussian, norm=norm, **settings)
+            q = mean_field(
+                q, unary, guide, window=window, dilation=dilation, bilateral=bilateral, gaussian=gaussian, norm=norm
+            )
         done.append(q)
     return torch.cat(done, 1)

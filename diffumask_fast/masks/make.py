@@ -1,4 +1,4 @@
-"""Class maps to masks: normalise, resize, refine, threshold, argmax; batched and without a word to the host."""
+"""Class maps to masks: normalise, resize, refine, threshold, argmax; batched, without waiting for the device."""
 
 import torch
 from torch import Tensor
@@ -6,15 +6,14 @@ from torch.nn import functional as F
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels.guided_filter import guided_filter
-from diffumask_fast.masks.adaptive import adaptive
 from diffumask_fast.masks.colour import sharpen_by_colour
 from diffumask_fast.masks.components import fill_holes, remove_small
 from diffumask_fast.masks.crf import PRESETS, crf
 from diffumask_fast.masks.options import MaskOptions
-from diffumask_fast.masks.threshold import otsu
+from diffumask_fast.masks.threshold import adaptive, otsu
 
 IGNORE = 255
-_SHIFT = 0.2  # of the threshold, for the stability of a mask
+_SHIFT = 0.2  # by how much the threshold is moved to measure a mask's stability
 
 
 def quantise_maps(class_maps: Tensor) -> Tensor:
@@ -34,15 +33,10 @@ def quantise_maps(class_maps: Tensor) -> Tensor:
     return (maps / _maximum(maps) * 255).round().to(torch.uint8)
 
 
-def make_masks(
-    class_maps: Tensor, images: Tensor, options: MaskOptions, class_ids: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Make masks of class maps and the images they belong to.
+def make_masks(class_maps: Tensor, images: Tensor, options: MaskOptions, class_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Make masks of class maps and the images they belong to: each pixel belongs to the class of the best score.
 
-    Maps pass through `quantise_maps` first, so that masks made again from stored maps are the same. A class's score is
-    0.5 at its threshold and linear on both sides. The best of them is the foreground's, which refinement sharpens; a
-    pixel is foreground where that is above 0.5, and belongs to the class that leads around it. The leading class has
-    the foreground's score, the others at most half of it, the background what is left to 1.
+    Maps pass through `quantise_maps` first, so that masks made again from stored maps are the same.
 
     Args:
         class_maps: [B, K, h, w], one map per class; float or uint8.
@@ -52,7 +46,6 @@ def make_masks(
 
     Returns:
         mask [B, H, W] uint8: 0 background, class ids, 255 in the ignore band;
-        scores [B, K+1, H, W] fp32 in 0..1, background first;
         quality [B, K] fp32 in 0..1: see `mask_quality`; 0 for an empty mask.
 
     Raises:
@@ -60,9 +53,9 @@ def make_masks(
 
     Example:
         >>> images = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
-        >>> mask, scores, quality = make_masks(torch.rand(1, 1, 4, 4), images, MaskOptions(), torch.tensor([[12]]))
-        >>> mask.shape, scores.shape, quality.shape
-        (torch.Size([1, 32, 32]), torch.Size([1, 2, 32, 32]), torch.Size([1, 1]))
+        >>> mask, quality = make_masks(torch.rand(1, 1, 4, 4), images, MaskOptions(), torch.tensor([[12]]))
+        >>> mask.shape, quality.shape
+        (torch.Size([1, 32, 32]), torch.Size([1, 1]))
     """
     _check(class_maps, images, class_ids)
     class_ids = class_ids.to(class_maps.device)
@@ -70,7 +63,7 @@ def make_masks(
     coarse = quantise_maps(class_maps).float() * (class_ids > 0)[..., None, None]
     maps = refine_maps(coarse, images, options)
     threshold = _threshold(maps, images, options)
-    scores = _refined_scores(maps, threshold, coarse, images, options)
+    scores = score_classes(maps, threshold, coarse, images, options)
     best, winner = scores[:, 1:].max(1)
     winner = torch.where(best > scores[:, 0], winner + 1, 0)  # [B, H, W], 0 the background, also in a tie
     if options.min_component:
@@ -82,7 +75,7 @@ def make_masks(
     quality = mask_quality(maps, threshold, inside)
     ids = F.pad(class_ids, (1, 0)).long()
     mask = ids.gather(1, winner.flatten(1)).view(winner.shape)
-    return _with_band(mask, options.ignore_band).to(torch.uint8), scores, quality
+    return _with_band(mask, options.ignore_band).to(torch.uint8), quality
 
 
 def refine_maps(maps: Tensor, images: Tensor, options: MaskOptions) -> Tensor:
@@ -103,15 +96,31 @@ def _threshold(maps: Tensor, images: Tensor, options: MaskOptions) -> Tensor:
     return torch.full(maps.shape[:2], options.threshold, device=maps.device)
 
 
-def _refined_scores(maps: Tensor, threshold: Tensor, coarse: Tensor, images: Tensor, options: MaskOptions) -> Tensor:
-    """Turn maps and thresholds into scores [B, K+1, H, W]: first where any class is, then which."""
+def score_classes(maps: Tensor, threshold: Tensor, coarse: Tensor, images: Tensor, options: MaskOptions) -> Tensor:
+    """Score the background and each class at each pixel: first where any class is, then which.
+
+    A class's own score is 0.5 at its threshold and linear on both sides. The best of them is the foreground's, which
+    refinement sharpens; a pixel is foreground where that is above 0.5, and belongs to the class that leads around it.
+    The leading class has the foreground's score, the others at most half of it, the background what is left to 1.
+
+    Args:
+        maps: [B, K, H, W] in 0..1, refined.
+        threshold: [B, K].
+        coarse: [B, K, h, w], the maps before they were refined.
+        images: [B, H, W, 3] uint8.
+        options: how.
+
+    Returns:
+        [B, K+1, H, W] fp32 in 0..1, background first.
+    """
     cell = _radius(coarse, images, options)
     own = _class_scores(maps, threshold)
     foreground = own.amax(1, keepdim=True)
     if options.refine == "guided" and options.colour_steps:
-        settings = {"steps": options.colour_steps, "radius": max(1, round(0.75 * cell)), "eps": options.eps}
-        half = torch.full_like(threshold[:, :1], 0.5)
-        foreground = sharpen_by_colour(foreground, half, _guide(images), **settings)
+        half, radius = torch.full_like(threshold[:, :1], 0.5), max(1, round(0.75 * cell))
+        foreground = sharpen_by_colour(
+            foreground, half, _guide(images), steps=options.colour_steps, radius=radius, eps=options.eps
+        )
     favourite = _favourite(maps, foreground, 2 * cell)
     if options.refine == "crf":
         labels = torch.where(foreground > 0.5, favourite + 1, 0)

@@ -11,16 +11,19 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from diffumask_fast.mini.tokenizer import write_tokenizer
 from diffumask_fast.mini.world import World, load_sprites
 
 
-def compose(world: World, seed: int, first: int, num: int):
+def compose(world: World, seed: int, first: int, num: int) -> tuple[Tensor, Tensor, list[str]]:
     """Compose scenes first .. first + num of a world: images uint8 [B, 3, H, W], masks uint8 [B, H, W], prompts."""
     drawn = [world.scene(seed, index) for index in range(first, first + num)]
     images = torch.stack([torch.from_numpy(scene.image) for scene in drawn]).permute(0, 3, 1, 2).contiguous()
@@ -28,18 +31,19 @@ def compose(world: World, seed: int, first: int, num: int):
     return images, masks, [scene.prompt for scene in drawn]
 
 
-def load_vae(file: Path):
+def load_vae(file: Path) -> nn.Module:
     """Return an AutoencoderTiny of diffusers' default form with the weights of a safetensors file, in fp32."""
     from diffusers import AutoencoderTiny
     from safetensors.torch import load_file
 
-    vae = AutoencoderTiny().float()
+    vae: Any = AutoencoderTiny()
+    vae = vae.float()
     vae.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
     return vae
 
 
 @torch.no_grad()
-def encode(vae, images, batch=32):
+def encode(vae: Any, images: Tensor, batch: int = 32) -> Tensor:
     """Return latents fp32 [B, 4, h, w] of uint8 images, before the scaling factor; computed in bf16."""
     vae.to(memory_format=torch.channels_last)
     parts = []
@@ -50,12 +54,20 @@ def encode(vae, images, batch=32):
     return torch.cat(parts)
 
 
-def tokens(tokenizer, prompts):
+def tokens(tokenizer: Any, prompts: list[str]) -> Tensor:
     """Return token ids [B, 77], padded and truncated as the pipeline does."""
     return tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
 
 
-def encode_scenes(vae, world: World, tokenizer, seed: int, first: int, num: int, progress=lambda done: None):
+def encode_scenes(
+    vae: Any,
+    world: World,
+    tokenizer: Any,
+    seed: int,
+    first: int,
+    num: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compose and encode scenes: scaled latents [P, 4, h, w], token ids [P, 77], share of object [P, 1, h, w]."""
     latents, ids, shares = [], [], []
     for start in range(first, first + num, 500):
@@ -67,7 +79,7 @@ def encode_scenes(vae, world: World, tokenizer, seed: int, first: int, num: int,
     return torch.cat(latents), torch.cat(ids), torch.cat(shares)
 
 
-def save_latents(file: Path, latents, ids, shares):
+def save_latents(file: Path, latents: Tensor, ids: Tensor, shares: Tensor) -> None:
     """Write encoded scenes in 16 bits under a temporary name, then put the file in its place."""
     from safetensors.torch import save_file
 
@@ -76,7 +88,7 @@ def save_latents(file: Path, latents, ids, shares):
     os.replace(temporary, file)
 
 
-def load_latents(folder: Path):
+def load_latents(folder: Path) -> tuple[Tensor, Tensor, Tensor]:
     """Read the encoded scenes of all files of a folder as one pool, as `encode_scenes` gives them."""
     from safetensors.torch import load_file
 
@@ -85,7 +97,7 @@ def load_latents(folder: Path):
     return latents.float(), ids.long(), shares.float()
 
 
-def main():
+def main() -> None:
     """Encode scenes of the training world into one file."""
     from diffusers import AutoencoderTiny
     from transformers import CLIPTokenizer
@@ -108,8 +120,11 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder))
         tokenizer = CLIPTokenizer.from_pretrained(folder)
-    done = lambda scenes: print(f"{scenes}/{args.num}", flush=True)  # noqa: E731
-    save_latents(args.file, *encode_scenes(vae, world, tokenizer, args.seed, args.first, args.num, done))
+
+    def progress(scenes: int) -> None:
+        print(f"{scenes}/{args.num}", flush=True)
+
+    save_latents(args.file, *encode_scenes(vae, world, tokenizer, args.seed, args.first, args.num, progress))
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from diffumask_fast.mini.world import VOC, World, load_sprites
 
@@ -27,13 +28,13 @@ WIDTHS = (32, 64, 96, 128)
 class Block(nn.Module):
     """Residual block of two 3x3 convolutions."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.first = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norms = nn.ModuleList([nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)])
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norms[0](self.first(x)))
         return F.relu(x + self.norms[1](self.second(y)))
 
@@ -41,9 +42,10 @@ class Block(nn.Module):
 class Oracle(nn.Module):
     """U-shaped segmenter: images [B, 3, H, W] in -1..1, H and W multiples of 16, to logits [B, 1 + classes, H, W]."""
 
-    def __init__(self, classes: list[str]):
+    def __init__(self, classes: list[str]) -> None:
         super().__init__()
         self.classes = list(classes)
+        self.class_ids = {name: VOC[name].id for name in self.classes}
         self.stem = nn.Conv2d(12, WIDTHS[0], 3, padding=1)
         self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False))
         self.up = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False))
@@ -53,7 +55,7 @@ class Oracle(nn.Module):
         self.whole = nn.Linear(WIDTHS[-1], WIDTHS[-1])
         self.head = nn.Conv2d(WIDTHS[0], 4 * (1 + len(self.classes)), 3, padding=1)
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         x = self.stem(F.pixel_unshuffle(images, 2))
         skips = []
         for level, block in enumerate(self.before):
@@ -65,14 +67,14 @@ class Oracle(nn.Module):
             x = self.after[level](x if level == len(WIDTHS) - 1 else skips[level] + self._wider(level, x))
         return F.pixel_shuffle(self.head(x), 2)
 
-    def _wider(self, level, x):
+    def _wider(self, level: int, x: Tensor) -> Tensor:
         return F.interpolate(self.up[level](x), scale_factor=2, mode="bilinear", align_corners=False)
 
     @torch.no_grad()
     def masks(self, images: np.ndarray, batch: int = 32) -> np.ndarray:
-        """Return the class ids of VOC, uint8 [B, H, W], that the oracle sees in uint8 images [B, H, W, 3]."""
+        """Return the predicted masks, uint8 [B, H, W] of VOC's class ids, of images uint8 [B, H, W, 3]."""
         device = self.stem.weight.device
-        ids = torch.tensor([0, *(VOC.index(name) for name in self.classes)], dtype=torch.uint8)
+        ids = torch.tensor([0, *self.class_ids.values()], dtype=torch.uint8)
         found = []
         for start in range(0, len(images), batch):
             part = torch.from_numpy(np.ascontiguousarray(images[start : start + batch])).permute(0, 3, 1, 2)
@@ -87,10 +89,15 @@ def load_oracle(file: Path | None = None) -> Oracle:
     with safe_open(file or WEIGHTS, "pt") as stored:
         oracle = Oracle(json.loads(stored.metadata()["classes"]))
         oracle.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
-    return oracle.float().eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return in_channels_last(oracle.float().eval().requires_grad_(False))
 
 
-def save_oracle(oracle: Oracle, file: Path):
+def in_channels_last(module: Any) -> Any:
+    """Return a module with its weights in channels_last, which is faster on a CPU."""
+    return module.to(memory_format=torch.channels_last)
+
+
+def save_oracle(oracle: Any, file: Path) -> None:
     """Write the oracle in fp16 under a temporary name, then put it in its place."""
     from safetensors.torch import save_file
 
@@ -103,7 +110,7 @@ def save_oracle(oracle: Oracle, file: Path):
     os.replace(temporary, file)
 
 
-def train(args):
+def train(args: argparse.Namespace) -> None:
     """Train on exact scenes and VAE round trips, some warped, some half hidden under a part of another scene."""
     from diffusers import AutoencoderTiny
 
@@ -114,10 +121,10 @@ def train(args):
     oracle = Oracle(world.classes)
     if args.init_from:
         take_weights(oracle, load_oracle(args.init_from))
-    oracle = oracle.to(memory_format=torch.channels_last)
-    vae = AutoencoderTiny.from_pretrained(args.vae).float().to(memory_format=torch.channels_last)
+    oracle = in_channels_last(oracle)
+    vae = in_channels_last(AutoencoderTiny.from_pretrained(args.vae).float())
     labels = torch.zeros(256, dtype=torch.long)
-    labels[[VOC.index(name) for name in oracle.classes]] = torch.arange(1, 1 + len(oracle.classes))
+    labels[list(oracle.class_ids.values())] = torch.arange(1, 1 + len(oracle.classes))
     ema = Ema([oracle], decay=0.998)
     adam, schedule, parameters = optimiser([oracle], args.lr or 2e-3, args.steps)
     generator = torch.Generator().manual_seed(args.seed)
@@ -144,7 +151,7 @@ def train(args):
 
 
 @torch.no_grad()
-def take_weights(oracle: Oracle, trained: Oracle):
+def take_weights(oracle: Any, trained: Any) -> None:
     """Give an oracle the weights of a trained one; classes that the trained one does not know start anew."""
     same = {name: tensor for name, tensor in trained.state_dict().items() if not name.startswith("head")}
     oracle.load_state_dict(same, strict=False)
@@ -157,7 +164,7 @@ def take_weights(oracle: Oracle, trained: Oracle):
 
 @torch.no_grad()
 @torch.autocast("cpu", torch.bfloat16)
-def round_trips(vae, images, generator, noise: float):
+def round_trips(vae: Any, images: Tensor, generator: torch.Generator, noise: float) -> Tensor:
     """Return uint8 images after encoding, up to `noise` standard deviations of noise on the latents, and decoding."""
     parts = []
     for part in images.split(32):
@@ -168,13 +175,13 @@ def round_trips(vae, images, generator, noise: float):
     return torch.cat(parts)
 
 
-def augment(x, y, generator, chance: float = 1 / 3):
+def augment(x: Tensor, y: Tensor, generator: torch.Generator, chance: float = 1 / 3) -> tuple[Tensor, Tensor]:
     """Warp images smoothly, and cover a part of them with the same part of their neighbour, each by chance."""
     batch, size = len(x), x.shape[-1]
     share = torch.rand(2, batch, generator=generator) < chance
     wave = F.interpolate(torch.randn(batch, 2, 5, 5, generator=generator), (size, size), mode="bicubic")
     strength = 0.07 * torch.rand(batch, 1, 1, 1, generator=generator) * share[0][:, None, None, None]
-    grid = F.affine_grid(torch.eye(2, 3).expand(batch, 2, 3), x.shape, align_corners=False)
+    grid = F.affine_grid(torch.eye(2, 3).expand(batch, 2, 3), list(x.shape), align_corners=False)
     grid = grid + (wave * strength).permute(0, 2, 3, 1)
     warped = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
     x = torch.where(share[0][:, None, None, None], warped, x)
@@ -190,13 +197,13 @@ def augment(x, y, generator, chance: float = 1 / 3):
     return x * light + 0.06 * torch.randn(batch, 3, 1, 1, generator=generator), y
 
 
-def copy_buffers(module, average):
+def copy_buffers(module: nn.Module, average: nn.Module) -> None:
     """Give the averaged weights the running statistics of the trained ones."""
     for source, target in zip(module.buffers(), average.buffers(), strict=True):
         target.copy_(source)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, required=True)

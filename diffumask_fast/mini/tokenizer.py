@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from diffumask_fast.mini.world import PHRASES, SCENES, VOC
+from diffumask_fast.mini.world import SCENES, VOC
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 COLOURS = "red green blue yellow orange purple brown black white grey".split()
 # "aeroplane" stays out, so that one class name of a single word is several tokens, as rare words are for CLIP.
 LEXICON = sorted(
-    {word for name in VOC[1:] for word in PHRASES.get(name, name).split() if name != "aeroplane"}
+    {word for entry in VOC.values() for word in entry.phrase.split() if entry.name != "aeroplane"}
     | {word for phrase in SCENES.values() for word in phrase.split()}
     | {*COLOURS, *"a an and of photo picture two with plane no people street scene".split()}
 )
@@ -27,7 +27,7 @@ def byte_alphabet() -> list[str]:
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
     """Return the byte-pair merges that make each word one token: most frequent pair first, ties alphabetically."""
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
         counts: dict[tuple[str, str], int] = {}
         for word in pieces:

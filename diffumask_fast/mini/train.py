@@ -18,10 +18,13 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from diffumask_fast.mini.latents import compose, encode, encode_scenes, load_latents, load_vae, tokens
 from diffumask_fast.mini.tokenizer import write_tokenizer
@@ -35,7 +38,7 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def new_vae():
+def new_vae() -> Any:
     """Return an untrained VAE: factor 8, 4 latent channels, deterministic."""
     from diffusers import AutoencoderTiny
 
@@ -45,7 +48,7 @@ def new_vae():
     )  # fmt: skip
 
 
-def new_unet():
+def new_unet() -> Any:
     """Return an untrained UNet with cross-attention at 16x16, 8x8 and 4x4; heads of 16, 32 and 40."""
     from diffusers import UNet2DConditionModel
 
@@ -56,7 +59,7 @@ def new_unet():
     )  # fmt: skip
 
 
-def new_text_encoder(tokenizer):
+def new_text_encoder(tokenizer: Any) -> Any:
     """Return an untrained CLIP text encoder without layers: a token's state depends on the token alone.
 
     A causal encoder lets every later token know the class word, and the padding then draws most of the attention.
@@ -72,7 +75,7 @@ def new_text_encoder(tokenizer):
     return CLIPTextModel(config)
 
 
-def new_scheduler():
+def new_scheduler() -> Any:
     """Return the scheduler that the folder names; training uses its noise schedule."""
     from diffusers import DPMSolverMultistepScheduler
 
@@ -85,19 +88,21 @@ def new_scheduler():
 class Ema:
     """Exponential moving average of the weights of some modules."""
 
-    def __init__(self, modules, decay=0.9985):
+    def __init__(self, modules: Sequence[nn.Module], decay: float = 0.9985) -> None:
         self.modules, self.decay, self.steps = modules, decay, 0
         self.averages = [copy.deepcopy(module).eval().requires_grad_(False) for module in modules]
 
     @torch.no_grad()
-    def update(self):
+    def update(self) -> None:
         self.steps += 1
         rate = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
         for module, average in zip(self.modules, self.averages, strict=True):
             torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), rate)
 
 
-def optimiser(modules, lr, steps, warmup=150):
+def optimiser(
+    modules: Sequence[nn.Module], lr: float, steps: int, warmup: int = 150
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, list[nn.Parameter]]:
     """Return AdamW with a short warm-up and a cosine decay to zero."""
     parameters = [p for module in modules for p in module.parameters()]
     adam = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.01)
@@ -105,7 +110,7 @@ def optimiser(modules, lr, steps, warmup=150):
     return adam, torch.optim.lr_scheduler.LambdaLR(adam, shape), parameters
 
 
-def save(folder: Path, module, name: str):
+def save(folder: Path, module: Any, name: str) -> None:
     """Write one component in fp16 under a temporary name, then put it in its place."""
     temporary = folder / f".{name}.tmp"
     copy.deepcopy(module).half().save_pretrained(temporary, safe_serialization=True)
@@ -122,7 +127,7 @@ def save(folder: Path, module, name: str):
     temporary.rmdir()
 
 
-def train_vae(args, world: World, device):
+def train_vae(args: argparse.Namespace, world: World, device: torch.device) -> None:
     """Train the VAE: L1 and squared error, weighted on the object, and gradients at three scales; noisy latents.
 
     The stage "decoder" leaves the encoder, and so the latents that a UNet has learnt, as they are.
@@ -161,16 +166,16 @@ def train_vae(args, world: World, device):
     log.close(step, psnr_new_scenes_db=round(psnr(ema.averages[0], held), 2))
 
 
-def pixel_weights(inside, outline: float):
+def pixel_weights(inside: Tensor, outline: float) -> Tensor:
     """Return [B, 1, H, W] for masks bool [B, H, W]: 1, 3 on and near the object, more on its outline."""
     inside = inside.float()[:, None]
     near = F.max_pool2d(inside, 5, 1, 2)
     return 1 + 2 * near + outline * (F.max_pool2d(inside, 3, 1, 1) + F.max_pool2d(-inside, 3, 1, 1))
 
 
-def gradient_loss(error):
+def gradient_loss(error: Tensor) -> Tensor:
     """Return the mean absolute gradient of the error at three scales."""
-    total = 0.0
+    total = error.new_zeros(())
     for _ in range(3):
         total = total + error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         error = F.avg_pool2d(error, 2)
@@ -178,7 +183,7 @@ def gradient_loss(error):
 
 
 @torch.no_grad()
-def psnr(vae, images):
+def psnr(vae: Any, images: Tensor) -> float:
     """Return the mean PSNR in dB of the round trip of uint8 images."""
     values = []
     for part in images.split(32):
@@ -188,19 +193,19 @@ def psnr(vae, images):
     return torch.cat(values).mean().item()
 
 
-def finish_vae(args, vae, images):
+def finish_vae(args: argparse.Namespace, vae: Any, images: Tensor) -> None:
     if args.stage != "decoder":
         vae.register_to_config(scaling_factor=1 / encode(vae, images[:512]).std().item())
     save(args.out, vae, "vae")
 
 
-def take_vae(args, world: World, device):
+def take_vae(args: argparse.Namespace, world: World, device: torch.device) -> None:
     """Take a ready VAE, of diffusers' default form, and scale its latents of the world to unit variance."""
     vae = load_vae(args.vae).to(device)
     finish_vae(args, vae, compose(world, args.seed, args.first, 512)[0])
 
 
-def load_text(args):
+def load_text(args: argparse.Namespace) -> tuple[Any, Any]:
     """Return tokenizer and text encoder: new, or those of --init-from."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -211,7 +216,7 @@ def load_text(args):
     return tokenizer, CLIPTextModel.from_pretrained(args.init_from, subfolder="text_encoder").float()
 
 
-def train_unet(args, world: World, device):
+def train_unet(args: argparse.Namespace, world: World, device: torch.device) -> None:
     """Train UNet and text encoder on v-prediction, squared error, weighted on the object; 10 % empty prompts."""
     from diffusers import AutoencoderTiny, UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor
@@ -260,7 +265,7 @@ def train_unet(args, world: World, device):
     log.close(step)
 
 
-def write_index(folder: Path, world: World):
+def write_index(folder: Path, world: World) -> None:
     """Write what makes the folder a diffusers pipeline, and its classes, scenes and defaults (`diffumask.json`)."""
     import diffusers
 
@@ -284,7 +289,12 @@ def suited() -> dict[str, list[str]]:
     return {words: [name for name, home in HOME.items() if scene in home] for scene, words in SCENES.items()}
 
 
-def descend(loss, adam, schedule, parameters):
+def descend(
+    loss: Tensor,
+    adam: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    parameters: list[nn.Parameter],
+) -> None:
     loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     adam.step()
@@ -295,11 +305,12 @@ def descend(loss, adam, schedule, parameters):
 class Log:
     """Progress lines, and one JSON line per stage in OUT/training.jsonl when it ends."""
 
-    def __init__(self, args, stage):
-        self.args, self.stage, self.mean = args, stage, None
+    def __init__(self, args: argparse.Namespace, stage: str) -> None:
+        self.args, self.stage = args, stage
+        self.mean: Tensor | None = None
         self.start = self.saved = time.monotonic()
 
-    def step(self, step, *values) -> bool:
+    def step(self, step: int, *values: Tensor) -> bool:
         """Note the losses; return True when it is time to save."""
         now = torch.stack([value.detach().float() for value in values])
         self.mean = now if self.mean is None else torch.lerp(self.mean, now, 0.02)
@@ -312,11 +323,11 @@ class Log:
             self.saved = time.monotonic()
         return due
 
-    def close(self, step, **figures):
+    def close(self, step: int, **figures: float) -> None:
         row = {
             "stage": self.stage, "steps": step + 1, "seed": self.args.seed, "first": self.args.first,
             "init_from": bool(self.args.init_from), "lr": self.args.lr,
-            "loss": [round(value, 4) for value in self.mean.tolist()],
+            "loss": [] if self.mean is None else [round(value, 4) for value in self.mean.tolist()],
             "seconds": round(time.monotonic() - self.start), **figures,
         }  # fmt: skip
         print(json.dumps(row), flush=True)
@@ -324,7 +335,7 @@ class Log:
             file.write(json.dumps(row) + "\n")
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--stage", choices=("vae", "ready", "decoder", "unet"), required=True)

@@ -11,7 +11,6 @@ import csv
 import hashlib
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,13 +20,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.mini.backgrounds import BACKGROUNDS
+from diffumask_fast.prompts.planner import article
+from diffumask_fast.prompts.request import Request
+from diffumask_fast.prompts.vocabulary import Vocabulary
 
 ASSETS = Path(__file__).parent / "assets"
-VOC = (
-    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
-    "pottedplant sheep sofa train tvmonitor"
-).split()
-PHRASES = {"diningtable": "dining table", "pottedplant": "potted plant", "tvmonitor": "tv monitor"}
+VOC = {entry.name: entry for entry in Vocabulary.voc().entries}
 SCENES = {
     "grass": "on the grass",
     "street": "on the street",
@@ -82,8 +81,8 @@ def load_sprites(assets: Path | None = None, names: str = "small", objects: str 
     folder = Path(assets) if assets else ASSETS
     table = next((path for path in (folder / "sprites.csv", folder / "sprites" / "sprites.csv") if path.exists()), None)
     if table is None:
-        raise DiffuMaskError(f"{folder} has no sprites.csv: point --assets at a folder of cut-outs, or leave it out.")
-    wanted = set(VOC[1:]) if names == "full" else set(HOME)
+        raise DiffuMaskError(f"{folder} has no sprites.csv: point `assets` at a folder of cut-outs, or leave it out.")
+    wanted = set(VOC) if names == "full" else set(HOME)
     with table.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["class"] in wanted]
     rows = [row for row in rows if row["kind"] == "whole" and row["licence"].startswith(PERMISSIVE)]
@@ -99,15 +98,10 @@ def load_sprites(assets: Path | None = None, names: str = "small", objects: str 
     ]
 
 
-def _objects(row: dict) -> str:
+def _objects(row: dict[str, str]) -> str:
     if "objects" in row:
         return row["objects"]
     return "held-out" if hashlib.sha256(row["model"].encode()).digest()[0] < 51 else "kept"
-
-
-def article(phrase: str) -> str:
-    """Return the phrase with its indefinite article."""
-    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 class World:
@@ -147,7 +141,16 @@ class World:
             image = self._paste(rng, image, mask, sprite, slot, len(classes), place)
         return Scene(_light(rng, image), mask, _caption(rng, classes, place), classes, place, tuple(used))
 
-    def _paste(self, rng, image, mask, sprite, slot, count, place):
+    def _paste(
+        self,
+        rng: np.random.Generator,
+        image: Image.Image,
+        mask: np.ndarray,
+        sprite: Sprite,
+        slot: int,
+        count: int,
+        place: str,
+    ) -> Image.Image:
         size = self.size
         # Objects are alike in area, not in length: a train seen from the side must not vanish between latent cells.
         extent, longest = (rng.uniform(0.42, 0.66), 0.94) if count == 1 else (rng.uniform(0.32, 0.42), 0.49)
@@ -163,12 +166,12 @@ class World:
         image.paste(cut, (x, y), cut)
         alpha = np.asarray(cut)[..., 3]
         region = mask[y : y + h, x : x + w]
-        region[alpha > 127] = VOC.index(sprite.name)
+        region[alpha > 127] = VOC[sprite.name].id
         return image
 
 
-def _caption(rng, classes, place):
-    names = " and ".join(article(PHRASES.get(name, name)) for name in classes)
+def _caption(rng: np.random.Generator, classes: tuple[str, ...], place: str) -> str:
+    names = " and ".join(article(VOC[name].phrase) for name in classes)
     draw = rng.random()
     if draw < 0.7:
         return f"a photo of {names} {SCENES[place]}"
@@ -177,7 +180,7 @@ def _caption(rng, classes, place):
     return f"a photo of {names}" if draw < 0.9 else f"a picture of {names} {SCENES[place]}"
 
 
-def _vary(rng, cut: Image.Image, side: float) -> Image.Image:
+def _vary(rng: np.random.Generator, cut: Image.Image, side: float) -> Image.Image:
     """Resize to `side` pixels, flip, turn a little and jitter the colours of a cut-out; trimmed to its alpha."""
     if rng.random() < 0.5:
         cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -197,7 +200,7 @@ def _vary(rng, cut: Image.Image, side: float) -> Image.Image:
     return Image.fromarray(pixels.round().astype(np.uint8), "RGBA")
 
 
-def _shadow(rng, image, x, y, w, h):
+def _shadow(rng: np.random.Generator, image: Image.Image, x: int, y: int, w: int, h: int) -> Image.Image:
     layer = Image.new("L", image.size, 0)
     lift, lean = 0.1 * h, rng.uniform(-0.1, 0.1) * w
     box = (x + 0.05 * w + lean, y + h - lift, x + 0.95 * w + lean, y + h + lift * 0.6)
@@ -206,122 +209,10 @@ def _shadow(rng, image, x, y, w, h):
     return Image.composite(Image.new("RGB", image.size, (12, 12, 16)), image, layer)
 
 
-def _light(rng, image):
+def _light(rng: np.random.Generator, image: Image.Image) -> np.ndarray:
     pixels = np.asarray(image, np.float32)
     pixels = (pixels - 128) * rng.uniform(0.92, 1.08) + 128 + rng.uniform(-8, 8)
     return np.clip(pixels * rng.uniform(0.97, 1.03, 3), 0, 255).round().astype(np.uint8)
-
-
-def _noise(rng, size, cells_x, cells_y=None):
-    """Smooth noise [size, size] in -1..1 with about cells_x by cells_y bumps."""
-    grid = rng.uniform(-1, 1, (max(2, cells_y or cells_x), max(2, cells_x))).astype(np.float32)
-    return np.asarray(Image.fromarray(grid).resize((size, size), Image.Resampling.BICUBIC))
-
-
-def _blend(low, high, weight):
-    return np.asarray(low, np.float32) + (np.asarray(high, np.float32) - low) * weight[..., None]
-
-
-def _finish(canvas):
-    return np.clip(canvas, 0, 255).round().astype(np.uint8)
-
-
-def _rows(size):
-    return np.repeat(np.linspace(0, 1, size, dtype=np.float32)[:, None], size, 1)
-
-
-def _sky_canvas(rng, size):
-    top = np.array([90, 150, 215]) + rng.uniform(-25, 25, 3)
-    canvas = _blend(top, top + rng.uniform(30, 70), _rows(size))
-    cloud = _noise(rng, size, 4, 6) + 0.5 * _noise(rng, size, 9, 12)
-    return _blend(canvas, np.full(3, 240.0), np.clip(cloud - rng.uniform(0.0, 0.6), 0, 1) * 0.8)
-
-
-def _ground(rng, size, horizon, near, far, texture):
-    """A plane from the horizon down to the viewer, sky above it; `texture` is added to its brightness."""
-    sky = _sky_canvas(rng, size)
-    rows = _rows(size)
-    depth = np.clip((rows - horizon) / max(1 - horizon, 1e-3), 0, 1)
-    plane = _blend(np.asarray(far, np.float32), near, depth) + texture[..., None]
-    return np.where((rows > horizon)[..., None], plane, sky)
-
-
-def _grass(rng, size):
-    green = np.array([88, 145, 60]) + rng.uniform(-22, 22, 3)
-    texture = 9 * _noise(rng, size, 40, 24) + 9 * _noise(rng, size, 8) + rng.normal(0, 4, (size, size))
-    canvas = _ground(rng, size, rng.uniform(-0.2, 0.35), green, green + (18, 14, 10), texture)
-    return _finish(canvas)
-
-
-def _street(rng, size):
-    horizon = rng.uniform(0.25, 0.5)
-    grey = np.full(3, rng.uniform(85, 125)) + rng.uniform(-5, 5, 3)
-    texture = 4 * _noise(rng, size, 30) + 5 * _noise(rng, size, 6) + rng.normal(0, 3, (size, size))
-    image = Image.fromarray(_finish(_ground(rng, size, horizon, grey, grey + 20, texture)))
-    draw = ImageDraw.Draw(image)
-    line = int(horizon * size)
-    x = -rng.integers(0, 12)
-    while x < size:
-        width, height = int(rng.uniform(0.14, 0.32) * size), int(rng.uniform(0.4, 1.1) * line)
-        wall = tuple(int(c) for c in np.array([150, 125, 110]) + rng.uniform(-45, 45) + rng.uniform(-15, 15, 3))
-        draw.rectangle((x, line - height, x + width, line), fill=wall)
-        pane = tuple(max(0, c - 45) for c in wall)
-        for wy in range(line - height + 4, line - 5, 9):
-            for wx in range(x + 3, x + width - 4, 8):
-                draw.rectangle((wx, wy, wx + 3, wy + 4), fill=pane)
-        x += width
-    draw.rectangle((0, line, size, line + max(2, size // 40)), fill=(165, 162, 155))
-    middle = size * rng.uniform(0.35, 0.65)
-    for k in range(4):
-        y0, y1 = (line + (size - line) * ((k + d) / 4) ** 1.6 for d in (0.15, 0.65))
-        half = 0.5 + 2.5 * (k + 0.5) / 4
-        draw.polygon(
-            [(middle - half, y0), (middle + half, y0), (middle + 1.3 * half, y1), (middle - 1.3 * half, y1)],
-            fill=(225, 220, 200),
-        )
-    return np.asarray(image)
-
-
-def _sky(rng, size):
-    return _finish(_sky_canvas(rng, size))
-
-
-def _water(rng, size):
-    blue = np.array([40, 100, 150]) + rng.uniform(-20, 20, 3)
-    texture = 14 * _noise(rng, size, 5, 30) + 8 * _noise(rng, size, 12, 50)
-    return _finish(_ground(rng, size, rng.uniform(0.0, 0.45), blue, blue + 35, texture))
-
-
-def _sand(rng, size):
-    beige = np.array([205, 178, 130]) + rng.uniform(-18, 18, 3)
-    ripple = 5 * np.sin(_rows(size) * rng.uniform(50, 110) + 3 * _noise(rng, size, 4))
-    texture = ripple + 7 * _noise(rng, size, 7) + rng.normal(0, 3, (size, size))
-    return _finish(_ground(rng, size, rng.uniform(-0.2, 0.35), beige, beige + 15, texture))
-
-
-def _room(rng, size):
-    floor_line = int(size * rng.uniform(0.55, 0.75))
-    wall = np.array([200, 190, 175]) + rng.uniform(-35, 35) + rng.uniform(-14, 14, 3)
-    canvas = np.broadcast_to(wall, (size, size, 3)) + 4 * _noise(rng, size, 3)[..., None]
-    image = Image.fromarray(_finish(canvas))
-    draw = ImageDraw.Draw(image)
-    for _ in range(rng.integers(0, 3)):
-        w, h = (int(size * rng.uniform(0.15, 0.3)) for _ in range(2))
-        x, y = int(rng.uniform(0, size - w)), int(rng.uniform(0, max(1, floor_line - h)))
-        draw.rectangle((x - 2, y - 2, x + w + 2, y + h + 2), fill=(110, 85, 60))
-        draw.rectangle((x, y, x + w, y + h), fill=tuple(int(c) for c in rng.uniform(130, 225, 3)))
-    wood = np.array([150, 110, 70]) + rng.uniform(-25, 25, 3)
-    for y in range(floor_line, size, 7):
-        shade = wood + rng.uniform(-8, 8)
-        draw.rectangle((0, y, size, y + 6), fill=tuple(int(c) for c in shade))
-        draw.line((0, y, size, y), fill=tuple(int(c - 22) for c in shade))
-    draw.rectangle((0, floor_line - 3, size, floor_line), fill=(235, 232, 225))
-    return np.asarray(image)
-
-
-BACKGROUNDS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
-    "grass": _grass, "street": _street, "sky": _sky, "water": _water, "sand": _sand, "room": _room,
-}  # fmt: skip
 
 
 def main() -> None:
@@ -356,15 +247,14 @@ def write_world(
         DiffuMaskError: no scenes are asked for, no usable cut-outs, or a folder that is closed or holds another run.
     """
     from diffumask_fast.dataset.run import open_run
-    from diffumask_fast.prompts.request import Request
 
     if num < 1 or seed < 0:
-        raise DiffuMaskError("--num must be at least 1 and --seed at least 0.")
+        raise DiffuMaskError("`num` must be at least 1 and `seed` at least 0.")
     world = World(load_sprites(assets, names, objects))
 
     def request(index: int, scene: Scene) -> Request:
-        phrases = [PHRASES.get(name, name) for name in scene.classes]
-        ids = [VOC.index(name) for name in scene.classes]
+        entries = [VOC[name] for name in scene.classes]
+        phrases, ids = (tuple(getattr(entry, part) for entry in entries) for part in ("phrase", "id"))
         key = f"{'+'.join(scene.classes)}-{index:06d}"
         return Request(key, scene.prompt, "", phrases, ids, index, scene.classes)
 
@@ -377,7 +267,7 @@ def write_world(
             run.write(index, [_sample(request, scene) for request, scene in drawn])
 
 
-def _sample(request, scene: Scene) -> SimpleNamespace:
+def _sample(request: Request, scene: Scene) -> SimpleNamespace:
     exact = (1.0,) * len(scene.classes)
     return SimpleNamespace(
         request=request, image=scene.image, mask=scene.mask, quality=exact, maps=None, accepted=True, reason=""

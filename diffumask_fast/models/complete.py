@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, pipelines
+from diffusers import ModelMixin, pipelines
 from transformers import PreTrainedModel
 
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 
 SENTENCE = "a photo of a dog on the grass"
 NAMED = 3  # tensors of a kind that an error names
@@ -79,7 +80,7 @@ def _some(keys: Collection[str]) -> str:
     return f"{', '.join(names[:NAMED])}{more}"
 
 
-def try_tokenizers(pipe: DiffusionPipeline, folder: Path) -> None:
+def try_tokenizers(pipe: DiffusersPipeline, folder: Path) -> None:
     """Encode a sentence with each tokenizer of a pipeline, and compare what comes out with the text encoder beside it.
 
     Raises:

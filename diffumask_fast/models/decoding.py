@@ -8,21 +8,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from diffumask_fast.borrow import patched
+from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 from diffumask_fast.results import Seconds
 
 
-def decodes_later(pipe: DiffusionPipeline) -> bool:
+def decodes_later(pipe: DiffusersPipeline) -> bool:
     """Tell whether `decode` after a call for latents gives what the call itself would have given."""
     from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, StableDiffusionXLPipeline
 
+    kind: Any = type(pipe)
     extras = ("safety_checker", "watermark")
     return (
         # their call ends in VAE and image processor, and nothing else; these VAEs draw no noise of their own
-        type(pipe) in (StableDiffusionPipeline, StableDiffusionXLPipeline)
+        kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)
         and type(pipe.vae) in (AutoencoderKL, AutoencoderTiny)
         and not (_is_xl(pipe) and pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast)
         and all(getattr(pipe, name, None) is None for name in extras)
@@ -30,7 +31,7 @@ def decodes_later(pipe: DiffusionPipeline) -> bool:
     )
 
 
-def decode(pipe: DiffusionPipeline, latents: Tensor, seconds: Seconds) -> Tensor:
+def decode(pipe: DiffusersPipeline, latents: Tensor, seconds: Seconds) -> Tensor:
     """Decode the latents of such a pipeline.
 
     Args:
@@ -61,7 +62,7 @@ def decode(pipe: DiffusionPipeline, latents: Tensor, seconds: Seconds) -> Tensor
 
 
 @contextmanager
-def timed_decoding(pipe: DiffusionPipeline, seconds: Seconds) -> Iterator[None]:
+def timed_decoding(pipe: DiffusersPipeline, seconds: Seconds) -> Iterator[None]:
     """Time the VAE's decoder in a call, and hand the VAE its own dtype (an fp32 VAE beside an fp16 UNet)."""
 
     def in_own_dtype(method: Any, stage: str) -> Any:
@@ -83,10 +84,11 @@ def timed_decoding(pipe: DiffusionPipeline, seconds: Seconds) -> Iterator[None]:
         yield
 
 
-def _is_xl(pipe: DiffusionPipeline) -> bool:
+def _is_xl(pipe: DiffusersPipeline) -> bool:
     from diffusers import StableDiffusionXLPipeline
 
-    return type(pipe) is StableDiffusionXLPipeline
+    kind: Any = type(pipe)
+    return kind is StableDiffusionXLPipeline
 
 
 def _wait(tensor: Tensor) -> None:

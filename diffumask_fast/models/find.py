@@ -47,6 +47,13 @@ class ModelInfo:
         return weight_hash(self.folder) if self.folder else None
 
     @property
+    def local_folder(self) -> Path:
+        """The folder of a model that was found; a pipeline that was composed in Python has none."""
+        if self.folder is None:
+            raise DiffuMaskError(f"{self.name} was composed in Python and has no folder: load it from one.")
+        return self.folder
+
+    @property
     def identity(self) -> str:
         """The name that a dataset records: a folder's own name, wherever it lies; the hash of its weights decides."""
         return self.folder.name if self.folder and Path(self.name).expanduser().is_dir() else self.name

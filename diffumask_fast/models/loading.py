@@ -14,10 +14,11 @@ from diffusers import DiffusionPipeline
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.models.complete import load_models, try_tokenizers
+from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 from diffumask_fast.models.find import ModelInfo
 
 
-def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **components: Any) -> DiffusionPipeline:
+def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **components: Any) -> DiffusersPipeline:
     """Load a checked folder as the diffusers pipeline that it names, quietly and from safetensors alone.
 
     Args:
@@ -34,11 +35,11 @@ def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **compo
 
     try:
         with quietly():
-            models = load_models(info.folder, dtype, held=components)
-            pipe = DiffusionPipeline.from_pretrained(
+            models = load_models(info.local_folder, dtype, held=components)
+            pipe: Any = DiffusionPipeline.from_pretrained(
                 info.folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **models, **components
             )
-            try_tokenizers(pipe, info.folder)
+            try_tokenizers(pipe, info.local_folder)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise DiffuMaskError(f"diffusers cannot load {info.folder}: {cause}") from error
@@ -53,7 +54,7 @@ def says_force_upcast(folder: Path) -> bool:
     return bool(path.is_file() and json.loads(path.read_text("utf-8")).get("force_upcast", False))
 
 
-def check_size(pipe: DiffusionPipeline, height: int | None, width: int | None) -> None:
+def check_size(pipe: DiffusersPipeline, height: int | None, width: int | None) -> None:
     """Refuse a size that the VAE cannot make.
 
     Raises:
@@ -68,7 +69,7 @@ def check_size(pipe: DiffusionPipeline, height: int | None, width: int | None) -
 
 
 @contextmanager
-def without_bars(pipe: DiffusionPipeline) -> Iterator[None]:
+def without_bars(pipe: DiffusersPipeline) -> Iterator[None]:
     """Hide a pipeline's own progress bars."""
     config = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**config | {"disable": True})

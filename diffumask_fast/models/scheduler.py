@@ -8,13 +8,13 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 
 
-def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
+def set_scheduler(pipe: DiffusersPipeline, name: str) -> None:
     """Replace the pipeline's scheduler by the named one ("DDIMScheduler", or in short "ddim"), same noise schedule.
 
     Raises:
@@ -32,7 +32,7 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     pipe.scheduler = wanted.from_config(config)
 
 
-def try_scheduler(pipe: DiffusionPipeline, steps: int) -> None:
+def try_scheduler(pipe: DiffusersPipeline, steps: int) -> None:
     """Step through the schedule of a pipeline on small latents, before anything is drawn.
 
     Raises:
@@ -69,7 +69,7 @@ def _steps(scheduler: Any, steps: int, seeds: tuple[int, ...]) -> Tensor:
     return latents
 
 
-def _serves(scheduler: type) -> bool:
+def _serves(scheduler: Any) -> bool:
     """Tell whether a scheduler is installed and takes the model's noise schedule; EDM's know no betas."""
     return not _lacks(scheduler) and "beta_schedule" in inspect.signature(scheduler.__init__).parameters
 

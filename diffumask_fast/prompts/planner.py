@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
-from typing import Any
+from typing import Any, overload
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.prompts.request import Request
@@ -17,8 +17,8 @@ _AN = tuple("aeiou")
 _A = ("eu", "one", "uni", "use", "usu", "ute")  # written with a vowel, spoken with a consonant
 _SEED_BITS = 53  # exact in JSON
 
-
 Fits = Callable[[str, tuple[str, ...]], bool]
+Scenes = tuple[tuple[str, tuple[str, ...]], ...]  # each with the names of the classes that it suits, none for all
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Recipe:
     seed: int = 0
     classes_per_image: int = 1
     templates: tuple[str, ...] = (TEMPLATE,)
-    scenes: tuple[tuple[str, tuple[str, ...]], ...] | Mapping[str, Sequence[str]] | Sequence[str] | None = None
+    scenes: Scenes | Mapping[str, Sequence[str]] | Sequence[str] | None = None
     negative_prompt: str = ""
 
     def __post_init__(self) -> None:
@@ -100,7 +100,13 @@ class Plan(Sequence[Request]):
     def __len__(self) -> int:
         return self.recipe.num
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> Request: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Request, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Request | tuple[Request, ...]:
         numbers = range(len(self))[index]
         return self._request(numbers) if isinstance(numbers, int) else tuple(map(self._request, numbers))
 
@@ -168,7 +174,7 @@ class _Captions:
 
     def __init__(self, recipe: Recipe, fits: Fits | None) -> None:
         self.templates, self.fits = recipe.templates, fits
-        self.scenes = _suited(recipe.scenes, recipe.vocabulary)
+        self.scenes = _suited(_with_classes(recipe.scenes or ()), recipe.vocabulary)
         self.dropped = 0
         self._known: dict[tuple[str, ...], list[str]] = {}
 
@@ -205,12 +211,12 @@ def _fill(template: str, objects: str, scene: str) -> str:
 
 def _with_classes(
     scenes: Mapping[str, Sequence[str]] | Sequence[str] | Sequence[tuple[str, Sequence[str]]],
-) -> tuple[tuple[str, tuple[str, ...]], ...]:
+) -> Scenes:
     pairs = scenes.items() if isinstance(scenes, Mapping) else scenes
     return tuple((pair, ()) if isinstance(pair, str) else (pair[0], tuple(pair[1])) for pair in pairs)
 
 
-def _suited(scenes: tuple[tuple[str, tuple[str, ...]], ...], vocabulary: Vocabulary) -> dict[str, frozenset[str]]:
+def _suited(scenes: Scenes, vocabulary: Vocabulary) -> dict[str, frozenset[str]]:
     """Return each scene with the set of classes it suits; classes that no scene names are suited by all."""
     every = frozenset(vocabulary.names)
     named = {name for _, names in scenes for name in names}

@@ -51,7 +51,7 @@ class Request:
     seed: int
     classes: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("phrases", "class_ids", "classes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "classes", self.classes or self.phrases)

@@ -20,7 +20,7 @@ class ClassEntry:
     name: str
     phrase: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_text(self.name, "the class name")
         check_text(self.phrase, "the class phrase")
         if not is_file_stem(self.stem, limit=80) or "  " in self.name:
@@ -56,7 +56,7 @@ class Vocabulary:
 
     entries: tuple[ClassEntry, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "entries", tuple(self.entries))
         if not self.entries:
             raise DiffuMaskError(
@@ -77,7 +77,7 @@ class Vocabulary:
     @classmethod
     def named(cls, names: Iterable[str]) -> "Vocabulary":
         """Make a vocabulary of nouns; VOC's keep their ids, others are numbered from 21 in the order given."""
-        return cls(_resolve([(None, name, None) for name in names]))
+        return cls(_resolve([(None, name, "") for name in names]))
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Vocabulary":
@@ -112,7 +112,7 @@ class Vocabulary:
         elif _names_a_file(text):
             wanted = cls.from_file(text)
         else:
-            wanted = cls(_resolve([(None, name, None) for name in names], known))
+            wanted = cls(_resolve([(None, name, "") for name in names], known))
         if known is not None:
             listed = {_fold(entry.name) for entry in known.entries}
             strange = [entry.name for entry in wanted.entries if _fold(entry.name) not in listed]
@@ -154,8 +154,9 @@ class Vocabulary:
 def names_in(prompt: str) -> list[str]:
     """Return the VOC classes whose phrase stands in a prompt as whole words, in the prompt's order."""
     text = " ".join(prompt.lower().split())
-    found = {entry.name: re.search(rf"(?<![\w-]){entry.phrase}(?![\w-])", text) for entry in _VOC}
-    return sorted((name for name, match in found.items() if match), key=lambda name: found[name].start())
+    matches = {entry.name: re.search(rf"(?<![\w-]){entry.phrase}(?![\w-])", text) for entry in _VOC}
+    starts = {name: match.start() for name, match in matches.items() if match}
+    return sorted(starts, key=lambda name: starts[name])
 
 
 def names_of(
@@ -225,24 +226,25 @@ def _names_a_file(text: str) -> bool:
     return not known and "," not in text and (looks or Path(text).is_file())
 
 
-def _rows(text: str, path: str | Path) -> Iterator[tuple[int | None, str, str | None]]:
+Line = tuple[int | None, str, str]  # id, if it has one, name, phrase
+
+
+def _rows(text: str, path: str | Path) -> Iterator[Line]:
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         fields = [field.strip() for field in next(csv.reader([line], skipinitialspace=True))]
         if len(fields) == 1:
-            yield None, fields[0], None
+            yield None, fields[0], ""
         elif len(fields) == 3 and fields[0].isdecimal():
             yield int(fields[0]), fields[1], fields[2]
         else:
             raise DiffuMaskError(f"{path}, line {number}: {line!r} is neither `name` nor `id,name,phrase`")
 
 
-def _resolve(
-    rows: list[tuple[int | None, str, str | None]], known: "Vocabulary | None" = None
-) -> tuple[ClassEntry, ...]:
+def _resolve(rows: list[Line], known: "Vocabulary | None" = None) -> tuple[ClassEntry, ...]:
     """Give each row without an id that of the known or VOC class of that name or phrase, else the next free one."""
-    table = {}
+    table: dict[str, ClassEntry] = {}
     for entry in (*_VOC, *(known.entries if known else ())):
         table |= {_fold(entry.phrase): entry, _fold(entry.name): entry}
     taken = {row[0] for row in rows} | {entry.id for entry in table.values()}
@@ -259,6 +261,9 @@ def _resolve(
     return tuple(entries)
 
 
-_VOC = tuple(
-    ClassEntry(*row) for row in _rows(resources.files(__package__).joinpath("voc.txt").read_text("utf-8"), "voc.txt")
-)
+def _load_voc() -> tuple[ClassEntry, ...]:
+    text = resources.files(__package__).joinpath("voc.txt").read_text("utf-8")
+    return tuple(ClassEntry(number, name, phrase) for number, name, phrase in _rows(text, "voc.txt") if number)
+
+
+_VOC = _load_voc()

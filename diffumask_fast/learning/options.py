@@ -1,0 +1,16 @@
+"""The options of `diffumask-fast evaluate`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffumask_fast.options import Options, argument, option
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(Options):
+    """Whose masks to judge, and by which segmenter."""
+
+    model: str = argument("mini-oracle: the judge of mini's world.")
+    data: Path = argument("Dataset whose masks are judged.")
+    accepted: bool = option(False, "Leave out rejected rows.")
+    sheet: Path | None = option(None, "Write the twenty worst images into this PNG file.")

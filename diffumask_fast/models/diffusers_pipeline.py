@@ -1,0 +1,30 @@
+"""What we use of a diffusers pipeline; its base class does not declare the components that every pipeline has."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class DiffusersPipeline(Protocol):
+    """A diffusers pipeline whose denoiser is a UNet2DConditionModel."""
+
+    unet: Any
+    vae: Any
+    scheduler: Any
+    tokenizer: Any
+    text_encoder: Any
+    image_processor: Any
+    vae_scale_factor: int
+    components: dict[str, Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Draw images."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move the components."""
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """Configure the progress bar."""
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Write the components as a folder."""
