@@ -10,11 +10,9 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from diffumask_fast.borrow import patched
+from diffumask_fast.borrow import MODULE_CALL, patched
 from diffumask_fast.errors import DiffuMaskError
 
-# what nn.Module's __call__ consults first, so that the module's hooks and its compiled form stay behind it
-UNET_CALL = "_compiled_call_impl"
 UNET_ARGUMENTS = tuple(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]
 
 
@@ -38,7 +36,7 @@ def intercepted(pipe: Any, unet: nn.Module, listener: Listener) -> Iterator[None
     Raises:
         DiffuMaskError: the pipeline has no encode_prompt, or somebody listens to this UNet already.
     """
-    if isinstance(vars(unet).get(UNET_CALL), _UNetCalls):
+    if isinstance(vars(unet).get(MODULE_CALL), _UNetCalls):
         raise DiffuMaskError(
             "the maps of this UNet are being collected already: leave the other collect_maps first, or give the second "
             "pipeline a UNet of its own"
@@ -46,7 +44,7 @@ def intercepted(pipe: Any, unet: nn.Module, listener: Listener) -> Iterator[None
     name = encoding_method(pipe)
     with (
         patched(name, {pipe: _telling(getattr(pipe, name), listener)}),
-        patched(UNET_CALL, {unet: _UNetCalls(unet, listener)}),
+        patched(MODULE_CALL, {unet: _UNetCalls(unet, listener)}),
     ):
         yield
 
@@ -82,7 +80,7 @@ class _UNetCalls:
     """Stands as a UNet's call; what is not the listener's, or comes from its denoiser, passes through."""
 
     def __init__(self, unet: nn.Module, listener: Listener) -> None:
-        self.plain: Callable[..., Any] = vars(unet).get(UNET_CALL) or unet._call_impl
+        self.plain: Callable[..., Any] = vars(unet).get(MODULE_CALL) or unet._call_impl
         self.listener = listener
         self.inside = False
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from diffumask_fast.attention.call import Results, UNetCall
+from diffumask_fast.borrow import many_shapes
 from diffumask_fast.engines.cpu_forwards import TransformedWeights
 from diffumask_fast.engines.cuda_graphs import Answer, Graphs, captured_state, runs_as_graph
 from diffumask_fast.engines.decoder import CompiledDecoder
-from diffumask_fast.engines.inductor import inductor, many_shapes
+from diffumask_fast.engines.inductor import inductor
 from diffumask_fast.engines.optimized_unet import KeysValues, OptimizedUNet
 from diffumask_fast.kernels import native
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline

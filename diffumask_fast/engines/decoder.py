@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffumask_fast.borrow import patched
+from diffumask_fast.borrow import many_shapes, patched
 from diffumask_fast.engines.cpu_forwards import PIECE_BYTES, TransformedWeights, cheaper_forwards
-from diffumask_fast.engines.inductor import inductor, many_shapes
+from diffumask_fast.engines.inductor import inductor
 
 
 class CompiledDecoder:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from diffumask_fast.kernels import source_hash
 from diffumask_fast.models.cache import cache_folder
 
 CODE_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
-VARIANTS = 128
 
 
 def inductor(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
@@ -34,8 +32,3 @@ def _code_folder() -> str:
     if given and given != default_cache_dir():
         return given
     return str(cache_folder() / "inductor" / source_hash())
-
-
-def many_shapes() -> AbstractContextManager[None]:
-    """Let compiled code have more variants: each set of shapes is one, and past torch's limit a call would fail."""
-    return torch._dynamo.config.patch(recompile_limit=max(torch._dynamo.config.recompile_limit, VARIANTS))

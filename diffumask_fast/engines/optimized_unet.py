@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from diffumask_fast.attention.call import Results, UNetCall
 from diffumask_fast.attention.processor import MapProcessor, draws_like
-from diffumask_fast.attention.tap import Tap
-from diffumask_fast.attention.unet import UNetWithMaps
+from diffumask_fast.attention.tap import Place, Tap
+from diffumask_fast.attention.unet import UNetWithMaps, latent_shape
 from diffumask_fast.borrow import patched
 from diffumask_fast.engines.cpu_forwards import cheaper_forwards, has_amx
 from diffumask_fast.kernels.attend import cpp_takes
@@ -29,9 +29,9 @@ class OptimizedUNet(UNetWithMaps):
       gradients are wanted, and in bf16 on a processor that has AMX for it.
     """
 
-    def __init__(self, unet: nn.Module, impl: str = "auto") -> None:
-        super().__init__(unet, impl)
-        self.processor = _TextProcessor(impl)
+    def processor(self, place: Place) -> MapProcessor:
+        """Make the processor of the layers of a kind."""
+        return _TextProcessor(place, self.impl)
 
     def text(self, encoder_hidden_states: Tensor) -> KeysValues | None:
         """Make keys and values of all cross-attention layers.
@@ -67,7 +67,7 @@ class OptimizedUNet(UNetWithMaps):
                 text, are the same.
             weights: what TransformedWeights has of the UNet; on the CPU only.
         """
-        tap = _TextTap(self.places, call.select, call.prior, call.first)
+        tap = _TextTap(call.select, call.prior, call.first, latent_shape(call))
         if text is not None:
             tap.text = dict(zip(self._cross(), text, strict=True))
         forwards = cheaper_forwards(self.unet, weights) if call.latents.device.type == "cpu" else {}
@@ -87,8 +87,9 @@ class _TextTap(Tap):
 
     def alone(self) -> "_TextTap":
         """Return the tap for a call of the conditional rows alone."""
-        tap = _TextTap(self.places, self.select, self.prior, 0)
-        tap.maps, tap.propagated = self.maps, self.propagated
+        shape = None if self.shape is None else (self.shape[0] - self.first, *self.shape[1:])
+        tap = _TextTap(self.select, self.prior, 0, shape)
+        tap.maps, tap.propagated, tap.layers, tap.partial = self.maps, self.propagated, self.layers, self.partial
         return tap
 
 
