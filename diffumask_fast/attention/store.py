@@ -84,16 +84,27 @@ class MapStore:
         self._maps: dict[str, Mean] = {}
         self._propagated: dict[str, list[Mean]] = {}
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all UNet calls that were planned have given their maps."""
+        return self.num_calls is None or self.calls >= self.num_calls
+
+    def propagated_levels(self) -> set[str]:
+        """Return the levels that calls propagate."""
+        if not self.times:
+            return set()
+        keys = self._read(self.aggregation)
+        return {key for key in keys if self._maps[key].mean().shape[-1] <= MAX_PROPAGATED_PIXELS}
+
     def prior(self) -> Levels:
         """Return what the next UNet call propagates: level -> [Bc, n*K, N], empty when it propagates nothing."""
         if not self.calls or not self.times or self.calls < self._first_propagated():
             return {}
         prior = {}
-        for key in self._read(self.aggregation):
+        for key in sorted(self.propagated_levels(), key=int):
             mean = self._maps[key].mean()
-            if mean.shape[-1] <= MAX_PROPAGATED_PIXELS:
-                earlier = [m.mean() if m.weight else torch.zeros_like(mean) for m in self._orders(key)[:-1]]
-                prior[key] = torch.cat([mean, *earlier], dim=1) if earlier else mean
+            earlier = [m.mean() if m.weight else torch.zeros_like(mean) for m in self._orders(key)[:-1]]
+            prior[key] = torch.cat([mean, *earlier], dim=1) if earlier else mean
         return prior
 
     def add(self, maps: Levels, propagated: Levels | None = None, weight: float = 1.0) -> None:
@@ -118,6 +129,12 @@ class MapStore:
     def levels(self) -> Levels:
         """Mean over heads, layers and calls: level -> [Bc, K, N] fp32."""
         return {key: kept.mean() for key, kept in self._maps.items()}
+
+    @property
+    def propagated(self) -> Levels:
+        """Mean of the maps that were propagated most often: level -> [Bc, K, N] fp32, without levels that were not."""
+        ready = {key: _ready(orders) for key, orders in self._propagated.items()}
+        return {key: means[-1].mean() for key, means in ready.items() if means}
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:

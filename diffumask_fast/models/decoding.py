@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffumask_fast.borrow import patched
+from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 from diffumask_fast.results import Seconds
 
@@ -29,6 +30,18 @@ def decodes_later(pipe: DiffusersPipeline) -> bool:
         and all(getattr(pipe, name, None) is None for name in extras)
         and not hasattr(pipe.vae, "_hf_hook")  # offloaded models come and go with the call
     )
+
+
+def finished(output: Any, pipe: DiffusersPipeline) -> Tensor:
+    """Wait for what a pipeline's call gave.
+
+    Raises:
+        DiffuMaskError: it is no tensor, for a few pipelines do not know other output types than their own.
+    """
+    if not isinstance(output, Tensor):
+        raise DiffuMaskError(f"{type(pipe).__name__} gives its images not as tensors: use collect_maps with it.")
+    _wait(output)
+    return output
 
 
 def decode(pipe: DiffusersPipeline, latents: Tensor, seconds: Seconds) -> Tensor:
@@ -51,8 +64,8 @@ def decode(pipe: DiffusersPipeline, latents: Tensor, seconds: Seconds) -> Tensor
         latents = latents * std / config.scaling_factor + mean
     else:
         latents = latents / config.scaling_factor
-    weight = next(pipe.vae.parameters())
-    pixels = pipe.vae.decode(latents.to(weight.device, weight.dtype), return_dict=False)[0]
+    latents = latents.to(next(pipe.vae.parameters()).device, compute_dtype(pipe, latents))
+    pixels = pipe.vae.decode(latents, return_dict=False)[0]
     # whatever the image processor says, Stable Diffusion's own call maps -1..1 to 0..1
     denormalize = None if _is_xl(pipe) else [True] * len(pixels)
     pixels = pipe.image_processor.postprocess(pixels, output_type="pt", do_denormalize=denormalize)
@@ -61,15 +74,21 @@ def decode(pipe: DiffusersPipeline, latents: Tensor, seconds: Seconds) -> Tensor
     return pixels
 
 
+def compute_dtype(pipe: DiffusersPipeline, given: Tensor) -> torch.dtype:
+    """Return the dtype in which the VAE computes, which for weights stored as fp8 or quantised is not their own."""
+    dtype = pipe.vae.dtype  # of layerwise casting's hooks, where there are some
+    return dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else given.dtype
+
+
 @contextmanager
 def timed_decoding(pipe: DiffusersPipeline, seconds: Seconds) -> Iterator[None]:
-    """Time the VAE's decoder in a call, and hand the VAE its own dtype (an fp32 VAE beside an fp16 UNet)."""
+    """Time the VAE's decoder in a call, and hand it the dtype in which it computes (fp32 beside an fp16 UNet)."""
 
     def in_own_dtype(method: Any, stage: str) -> Any:
         def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             try:
-                return method(tensor.to(next(pipe.vae.parameters()).dtype), *args, **kwargs)
+                return method(tensor.to(compute_dtype(pipe, tensor)), *args, **kwargs)
             finally:
                 _wait(tensor)
                 if stage == "decode":

@@ -39,3 +39,11 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
     if dtype not in DTYPES:
         raise DiffuMaskError(f"There is no dtype {dtype}: use auto, {', '.join(DTYPES)}.")
     return DTYPES[dtype]
+
+
+def fitting_batch(unet: torch.nn.Module, pixels: int, device: torch.device) -> int:
+    """Return the largest power of two of images of so many pixels that fits a GPU's memory, at least 1."""
+    weights = sum(p.nbytes for p in unet.parameters())
+    free = torch.cuda.get_device_properties(device).total_memory * 0.8 - 2 * weights
+    fitting = int(free / (pixels * 7000))  # an estimate of UNet and VAE side by side; no GPU has confirmed it
+    return 1 << max(fitting, 1).bit_length() - 1

@@ -41,6 +41,13 @@ class ModelInfo:
     guidance_scale: float = 7.5
     mask: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The arguments of a call that suit the model best; none where its folder does not say, or has no say."""
+        if self.scenes is None:
+            return {}
+        return {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+
     @cached_property
     def weights(self) -> str | None:
         """SHA-256 of the folder's weights and configuration, which are read when this is first asked for."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,19 @@ def check_size(pipe: DiffusersPipeline, height: int | None, width: int | None) -
             raise DiffuMaskError(
                 f"{name} {value} is not a multiple of {factor}: use {max(1, round(value / factor)) * factor}."
             )
+
+
+def check_whole(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments with which a pipeline draws a part of the image.
+
+    Raises:
+        DiffuMaskError: there is one.
+    """
+    if arguments.get("padding_mask_crop") is not None:
+        raise DiffuMaskError(
+            "With padding_mask_crop only a crop of the image is drawn, and maps of it would not fit the image: leave "
+            "it out."
+        )
 
 
 @contextmanager
