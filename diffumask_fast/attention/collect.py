@@ -169,7 +169,8 @@ class Collector:
         if self.token_indices is not None:
             indices = _indices_per_prompt(self.token_indices, phrases)
         else:
-            indices = encoded_positions(self.pipe, encoded.ids, prompts, phrases, length)
+            second = _as_list(arguments.get("prompt_2"))
+            indices = encoded_positions(self.pipe, encoded.ids, prompts, phrases, length, second)
         select = token_columns(indices, length=length, pad_to=self.pad_to)
         select = select.repeat_interleave(copies, 0).to(embeds.device)
         phrases = [row for row in phrases for _ in range(copies)]

@@ -12,7 +12,12 @@ from diffumask_fast.errors import DiffuMaskError
 
 
 def encoded_positions(
-    pipe: Any, ids: dict[str, list[Tensor]], prompts: list[str], phrases: Sequence[Sequence[str]], length: int
+    pipe: Any,
+    ids: dict[str, list[Tensor]],
+    prompts: list[str],
+    phrases: Sequence[Sequence[str]],
+    length: int,
+    prompts_2: list[str] | None = None,
 ) -> list[list[list[int]]]:
     """Find the positions of each phrase in what was encoded.
 
@@ -22,6 +27,7 @@ def encoded_positions(
         prompts: B prompts.
         phrases: of each prompt.
         length: T, the number of token positions that the UNet sees.
+        prompts_2: what the second text encoder was given; None is the same.
 
     Raises:
         PhraseNotFound: a phrase is not among the tokens.
@@ -32,8 +38,9 @@ def encoded_positions(
     for name, calls in ids.items():
         tokenizer = getattr(pipe, name)
         convert = getattr(pipe, "maybe_convert_prompt", lambda text, _: text)  # a textual inversion of several tokens
-        texts, rows = convert(prompts, tokenizer), [convert(list(row), tokenizer) for row in phrases]
-        found.append(phrase_positions(tokenizer, _of_prompts(tokenizer, calls, texts, length), prompts, rows))
+        own = prompts_2 if prompts_2 and name == "tokenizer_2" else prompts
+        texts, rows = convert(own, tokenizer), [convert(list(row), tokenizer) for row in phrases]
+        found.append(phrase_positions(tokenizer, _of_prompts(tokenizer, calls, texts, length), own, rows))
     if not found:
         raise DiffuMaskError(
             f"{type(pipe).__name__} has no text encoder that could be watched, so the positions of words are unknown: "

@@ -76,12 +76,23 @@ def encoding_method(pipe: Any) -> str:
     """
     for name in ("encode_prompt", "_encode_prompt"):
         if hasattr(pipe, name):
-            if "prompt" in inspect.signature(getattr(pipe, name)).parameters:
+            if "prompt" in _signature(pipe, name).parameters:
                 return name
             raise DiffuMaskError(
                 f"{type(pipe).__name__} draws no prompt (its {name} takes none), so there are no words to make maps of"
             )
     raise DiffuMaskError(f"{type(pipe).__name__} has no encode_prompt, so its prompts cannot be learnt")
+
+
+def _signature(pipe: Any, name: str) -> inspect.Signature:
+    """Return the signature of a method; where it hands on what it is given, of the one that it stands for."""
+    found = [inspect.signature(getattr(pipe, name))]
+    for kind in type(pipe).__mro__:
+        if name in vars(kind):
+            found.append(inspect.signature(vars(kind)[name].__get__(pipe)))
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    whole = (one for one in found if not any(p.kind in variadic for p in one.parameters.values()))
+    return next(whole, found[0])
 
 
 class _Telling:
@@ -92,12 +103,13 @@ class _Telling:
         self.name = name
         self.listener = listener
         self.encode: Callable[..., Any] = getattr(pipe, name)
+        self.signature = _signature(pipe, name)
         functools.update_wrapper(self, self.encode, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _observed(self.pipe) as ids:
             result = self.encode(*args, **kwargs)
-        bound = inspect.signature(self.encode).bind(*args, **kwargs)
+        bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         embeds, negative = (result, None) if isinstance(result, Tensor) else (result[0], result[1])
         if isinstance(result, Tensor) and bound.arguments.get(GUIDANCE):
