@@ -97,6 +97,27 @@ def load_latents(folder: Path) -> tuple[Tensor, Tensor, Tensor]:
     return latents.float(), ids.long(), shares.float()
 
 
+def add_world_arguments(parser: argparse.ArgumentParser, *, seed: int = 0, pool: int | None = None) -> None:
+    """Add the arguments that choose scenes of the training world."""
+    parser.add_argument("--seed", type=int, default=seed)
+    parser.add_argument("--first", type=int, default=0, help="first scene of the training world to use")
+    parser.add_argument("--two", type=float, default=0.25, help="share of scenes with two objects")
+    parser.add_argument("--assets", type=Path, help="folder of cut-outs; the packaged ones when left out")
+    parser.add_argument("--list", choices=("small", "full"), default="small")
+    parser.add_argument("--threads", type=int, default=1)
+    if pool is not None:
+        parser.add_argument("--pool", type=int, default=pool, help="scenes kept in memory at a time")
+
+
+def begin(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the arguments of a training, seed torch, and make the folder `out`."""
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    return args
+
+
 def main() -> None:
     """Encode scenes of the training world into one file."""
     from diffusers import AutoencoderTiny
@@ -106,12 +127,7 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--vae", type=Path, required=True, help="diffusers folder of the VAE")
     parser.add_argument("--num", type=int, required=True)
-    parser.add_argument("--first", type=int, default=0, help="first scene of the training world to use")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--two", type=float, default=0.25, help="share of scenes with two objects")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--assets", type=Path)
-    parser.add_argument("--list", choices=("small", "full"), default="small")
+    add_world_arguments(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"

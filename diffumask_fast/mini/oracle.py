@@ -204,14 +204,13 @@ def copy_buffers(module: nn.Module, average: nn.Module) -> None:
 
 
 def main() -> None:
+    from diffumask_fast.mini.latents import add_world_arguments, begin
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--vae", type=Path, default=WEIGHTS.parent / "weights" / "vae")
     parser.add_argument("--init-from", type=Path)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--pool", type=int, default=4000)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--decoded", type=float, default=0.5, help="share of pictures that went through the VAE")
@@ -219,15 +218,8 @@ def main() -> None:
     parser.add_argument(
         "--augmented", type=float, default=1 / 3, help="share that is warped, share that is half hidden"
     )
-    parser.add_argument("--two", type=float, default=0.25)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--assets", type=Path)
-    parser.add_argument("--list", choices=("small", "full"), default="small")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
-    train(args)
+    add_world_arguments(parser, seed=1, pool=4000)
+    train(begin(parser))
 
 
 if __name__ == "__main__":

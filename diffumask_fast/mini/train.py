@@ -26,7 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffumask_fast.mini.latents import compose, encode, encode_scenes, load_latents, load_vae, tokens
+from diffumask_fast.mini.latents import (
+    add_world_arguments,
+    begin,
+    compose,
+    encode,
+    encode_scenes,
+    load_latents,
+    load_vae,
+    tokens,
+)
 from diffumask_fast.mini.tokenizer import write_tokenizer
 from diffumask_fast.mini.world import HOME, SCENES, World, load_sprites
 
@@ -343,22 +352,13 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, help="stage ready: weights of an AutoencoderTiny, such as TAESD's")
     parser.add_argument("--latents", type=Path, help="folder of encoded scenes, in place of composing them")
     parser.add_argument("--init-from", type=Path, help="folder whose weights to start from")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="first scene of the training world to use")
-    parser.add_argument("--pool", type=int, default=8000, help="scenes kept in memory at a time")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--outline-weight", type=float, default=0.0, help="added to the pixels along an object's edge")
     parser.add_argument("--object-weight", type=float, default=1.0, help="added to latents full of an object")
     parser.add_argument("--latent-noise", type=float, default=0.1, help="in standard deviations, before decoding")
-    parser.add_argument("--two", type=float, default=0.25, help="share of scenes with two objects")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--assets", type=Path)
-    parser.add_argument("--list", choices=("small", "full"), default="small")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
+    add_world_arguments(parser, pool=8000)
+    args = begin(parser)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = World(load_sprites(args.assets, args.list), two=args.two)
     stages = {"vae": train_vae, "ready": take_vae, "decoder": train_vae, "unet": train_unet}
