@@ -31,6 +31,7 @@ class ModelInfo:
         num_inference_steps: steps that suit it best.
         guidance_scale: guidance that suits it best.
         mask: mask options that were measured best for it.
+        scheduler: class of the scheduler that suits it best; None is the one that the folder holds.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ModelInfo:
     num_inference_steps: int = 30
     guidance_scale: float = 7.5
     mask: dict[str, Any] = field(default_factory=dict)
+    scheduler: str | None = None
 
     @cached_property
     def weights(self) -> str | None:
@@ -152,6 +154,7 @@ def _read_info(name: str, folder: Path) -> ModelInfo:
         return ModelInfo(
             name, folder, tuple(known["classes"]), {k: tuple(v) for k, v in known["scenes"].items()},
             int(known["num_inference_steps"]), float(known["guidance_scale"]), dict(known.get("mask", {})),
+            known.get("scheduler"),
         )  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DiffuMaskError(f"{path} is damaged ({error}): fetch the model again or delete that file.") from error

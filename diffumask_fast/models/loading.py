@@ -16,6 +16,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.models.complete import load_models, try_tokenizers
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 from diffumask_fast.models.find import ModelInfo
+from diffumask_fast.models.scheduler import set_scheduler
 
 
 def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **components: Any) -> DiffusersPipeline:
@@ -45,6 +46,8 @@ def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **compo
         raise DiffuMaskError(f"diffusers cannot load {info.folder}: {cause}") from error
     if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel):
         raise DiffuMaskError(f"{info.name} has no UNet2DConditionModel: use a Stable Diffusion 1.x, 2.x or XL model.")
+    if info.scheduler not in (None, type(pipe.scheduler).__name__):
+        set_scheduler(pipe, info.scheduler)
     return pipe.to(device)
 
 
