@@ -183,7 +183,7 @@ def tune(
 
 @app.command()
 def doctor(as_json: JsonFlag = False) -> None:
-    """Tell versions, devices, and what works here."""
+    """Report versions, devices, and what works here."""
     from diffumask_fast.doctor import examine
 
     report = examine()
