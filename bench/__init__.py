@@ -1,4 +1,5 @@
 """What `diffumask-fast bench` runs: each suite is a module with `run(geometry, device) -> rows`."""
 
-SUITES = ("end_to_end", "engines", "goals", "kernels", "masks", "quality", "scaling")
-__all__ = ["SUITES"]
+SUITES = ("end_to_end", "engines", "gpu_targets", "kernels", "masks", "quality", "scaling")
+GEOMETRIES = ("mini", "sd15", "sd21", "sdxl")
+__all__ = ["GEOMETRIES", "SUITES"]

@@ -1,4 +1,4 @@
-"""Compile kernels for GPUs that are not here, and read what they need and what they use of the tensor cores."""
+"""Compile kernels for GPUs that need not be here; read their resources and instructions from the machine code."""
 
 import re
 import subprocess
@@ -24,7 +24,7 @@ class Needs:
     """What one compiled kernel needs: bytes of shared memory, registers of a thread, spilled bytes.
 
     `matrix` counts the tensor-core instructions of its machine code by name, as in {"HGMMA": 13}. `instructions` are
-    those that a warp issues for one turn of its main loop, or all there are where nothing is repeated.
+    those that a warp issues for one turn of its main loop, or all of them if there is no loop.
     """
 
     shared: int
@@ -63,18 +63,31 @@ def compile_for(
 
 
 def _assemble(ptx: str, capability: int) -> tuple[int, int, dict[str, int], int]:
-    """Return registers and spilled bytes as ptxas tells them (Triton needs a driver), and what the code holds."""
+    """Return registers and spilled bytes as ptxas reports them (Triton asks a driver), and counts of instructions."""
     tool = _TOOLS / ("ptxas" if capability < 100 else "ptxas-blackwell")
-    target = re.search(r"\.target (\w+)", ptx).group(1)
+    target = _first(r"\.target (\w+)", ptx)
     with tempfile.TemporaryDirectory() as folder:
         file, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         file.write_text(ptx, "utf-8")
-        told = _run(tool, "-v", f"-arch={target}", file, "-o", binary).stderr
+        report = _run(tool, "-v", f"-arch={target}", file, "-o", binary).stderr
         code = _run(_TOOLS / "nvdisasm", "-c", binary).stdout
-    numbers = (re.search(pattern, told) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
-    registers, spills = (int(found.group(1)) for found in numbers)
+    registers, spills = (
+        int(_first(pattern, report)) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores")
+    )
     counts = Counter(re.findall(rf"\b({'|'.join(MATRIX)})\b", code))
     return registers, spills, dict(counts), turn(code)
+
+
+def _first(pattern: str, text: str) -> str:
+    """Return the group of a pattern's first match.
+
+    Raises:
+        RuntimeError: there is none, so a tool's output has changed.
+    """
+    match = re.search(pattern, text)
+    if match is None:
+        raise RuntimeError(f"nothing matches {pattern} in: {text[:200]}")
+    return match.group(1)
 
 
 def turn(code: str) -> int:
@@ -104,7 +117,7 @@ def turn(code: str) -> int:
     return count
 
 
-def _run(*command: object) -> subprocess.CompletedProcess:
+def _run(*command: object) -> subprocess.CompletedProcess[str]:
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)

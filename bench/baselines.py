@@ -1,4 +1,4 @@
-"""What this project is measured against, written from the published algorithms and named as such; one real peer.
+"""What this project is measured against: published algorithms, written anew, and one real peer.
 
 Each store is a context manager that works on a diffusers pipeline, draws with it as its authors' program does, and is
 gone afterwards; `class_maps` then gives one map for each phrase, [K, size, size] (for the peer, of each image).
@@ -6,6 +6,7 @@ gone afterwards; `class_maps` then gives one map for each phrase, [K, size, size
 
 import importlib.util
 import math
+from collections import defaultdict
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -19,9 +20,9 @@ from torch.nn import functional as F
 from diffumask_fast.attention.unet import attention_places
 from diffumask_fast.borrow import patched
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.masks.crf import LABELS, PRESETS, STEPS, Preset
 
 CRF_THRESHOLDS = tuple(round(0.35 + 0.01 * i, 2) for i in range(20))
-CRF_CLASSES = 21
 LIBRARIES = {
     "attention_map_diffusers": "pip install --no-deps attention-map-diffusers==1.0.0",
     "pydensecrf": "pip install pydensecrf2",
@@ -29,14 +30,14 @@ LIBRARIES = {
 
 
 def missing(library: str) -> str | None:
-    """Say how to install a baseline's library that is not there; None when it is."""
+    """Return how to install a baseline's library that is not installed, None if it is."""
     if importlib.util.find_spec(library) is not None:
         return None
     return f"{library} is not installed: {LIBRARIES[library]}"
 
 
 def needs(library: str) -> None:
-    """Raise a DiffuMaskError when a baseline's library is not there."""
+    """Raise a DiffuMaskError if a baseline's library is not installed."""
     if sentence := missing(library):
         raise DiffuMaskError(f"The baseline's library {sentence}.")
 
@@ -138,18 +139,18 @@ class ReferenceStore(_Hooked):
         return sum(total.untyped_storage().nbytes() for total in self._sums)
 
     def clear(self) -> None:
-        """Let go of all that is kept."""
+        """Drop the sums and the maps of a call."""
         self._sums, self._step = [], []
 
     def levels(self, select: Tensor) -> dict[str, Tensor]:
         """Return the mean over heads, layers and calls of the columns select [T, K]: level -> [K, N] fp32."""
-        found: dict[str, list[Tensor]] = {}
+        probs: dict[str, list[Tensor]] = defaultdict(list)
         for attn, total in zip(self._order, self._sums, strict=True):
             place = self.places.get(attn)
             if place is not None and place.cross:
-                found.setdefault(place.level, []).append(total.float().mean(0) / self.calls)
-        select = select.to(next(iter(found.values()))[0].device)
-        return {key: (torch.stack(maps).mean(0) @ select).T for key, maps in sorted(found.items())}
+                probs[place.level].append(total.float().mean(0) / self.calls)
+        select = select.to(self._sums[0].device)
+        return {level: (torch.stack(layers).mean(0) @ select).T for level, layers in sorted(probs.items())}
 
     def class_maps(self, select: Tensor, size: int) -> Tensor:
         """Resize each token's map of each level but the coarsest, divide it by its maximum, and average.
@@ -168,7 +169,8 @@ class ReferenceStore(_Hooked):
             each[positions, range(len(positions))] = 1
             levels = list(self.levels(each).values())
             levels = levels[:-1] or levels
-            maps.append(sum(_over_maximum(_resize(level, size)) for level in levels).mean(0) / len(levels))
+            resized = [_over_maximum(_resize(level, size)) for level in levels]
+            maps.append(torch.stack(resized).sum(0).mean(0) / len(levels))
         return torch.stack(maps)
 
 
@@ -250,13 +252,14 @@ class PeerMaps:
         Returns:
             [B, K, size, size] fp32.
         """
-        found: dict[int, list[Tensor]] = {}
+        by_pixels: dict[int, list[Tensor]] = defaultdict(list)
         for record in self._maps:
             data = record.data[-select.shape[0] :, 0].float()
-            found.setdefault(data.shape[1], []).append(data)
-        levels = [torch.stack(found[pixels]).mean(0) for pixels in sorted(found, reverse=True)]
+            by_pixels[data.shape[1]].append(data)
+        levels = [torch.stack(by_pixels[pixels]).mean(0) for pixels in sorted(by_pixels, reverse=True)]
         maps = [(level @ select).transpose(1, 2) for level in levels[:-1] or levels]
-        return sum(torch.stack([_over_maximum(_resize(one, size)) for one in level]) for level in maps) / len(maps)
+        resized = [torch.stack([_over_maximum(_resize(one, size)) for one in level]) for level in maps]
+        return torch.stack(resized).sum(0) / len(maps)
 
 
 def plain_attention(pipe: Any, kind: str) -> None:
@@ -276,9 +279,9 @@ def plain_attention(pipe: Any, kind: str) -> None:
 
 
 def reference_mask(class_map: np.ndarray, image: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Make a mask as the paper's program does: 20 thresholds, a CRF of 21 labels for each, the best match is kept.
+    """Make a mask as the paper's program does: 20 thresholds, a CRF of 21 labels for each; the best match is kept.
 
-    Its last step, which drops contours with a box under 1500 pixels, is left out: it costs next to nothing.
+    Its last step drops contours with a box under 1500 pixels; it takes next to no time and is left out.
 
     Args:
         class_map: [H, W] fp32, at its own size 512x512.
@@ -291,27 +294,44 @@ def reference_mask(class_map: np.ndarray, image: np.ndarray, target: np.ndarray)
     Raises:
         DiffuMaskError: pydensecrf is not installed.
     """
-    needs("pydensecrf")
     best, mask = 0.0, np.zeros(class_map.shape, bool)
     for threshold in CRF_THRESHOLDS:
-        candidate = _dense_crf(image, (class_map > threshold).astype(np.int32))
+        candidate = dense_crf(image, (class_map > threshold).astype(np.int32), LABELS, PRESETS["threshold"])[1] > 0.5
         score = (candidate & target).sum() / max(1, candidate.sum() + target.sum())
         if score > best:
             best, mask = score, candidate
     return mask
 
 
-def _dense_crf(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    from pydensecrf import densecrf
-    from pydensecrf.utils import unary_from_labels
+def dense_crf(image: np.ndarray, labels: np.ndarray, num_labels: int, preset: Preset, scale: float = 1.0) -> np.ndarray:
+    """Run pydensecrf as the paper's program does.
+
+    Args:
+        image: [H, W, 3] uint8.
+        labels: [H, W] whole numbers 0..L-1.
+        num_labels: L.
+        preset: one of `masks.crf.PRESETS`.
+        scale: factor of the preset's widths in pixels.
+
+    Returns:
+        [L, H, W] fp32 probabilities.
+
+    Raises:
+        DiffuMaskError: pydensecrf is not installed.
+    """
+    needs("pydensecrf")
+    from pydensecrf.densecrf import DenseCRF2D
 
     height, width = labels.shape
-    crf = densecrf.DenseCRF2D(width, height, CRF_CLASSES)
-    crf.setUnaryEnergy(unary_from_labels(labels, CRF_CLASSES, gt_prob=0.5, zero_unsure=False))
-    kernel = {"kernel": densecrf.DIAG_KERNEL, "normalization": densecrf.NORMALIZE_SYMMETRIC}
-    crf.addPairwiseGaussian(sxy=3, compat=3, **kernel)
-    crf.addPairwiseBilateral(sxy=80, srgb=13, rgbim=np.ascontiguousarray(image), compat=10, **kernel)
-    return np.array(crf.inference(10)).reshape(CRF_CLASSES, height, width)[1] > 0.5
+    model = DenseCRF2D(width, height, num_labels)
+    other = (1 - preset.gt_prob) / (LABELS - 1)
+    energy = np.where(np.arange(num_labels)[:, None] == labels.reshape(-1), -np.log(preset.gt_prob), -np.log(other))
+    model.setUnaryEnergy(np.ascontiguousarray(energy, dtype=np.float32))
+    compat, sxy = preset.gaussian
+    model.addPairwiseGaussian(sxy=sxy * scale, compat=compat)
+    compat, sxy, srgb = preset.bilateral
+    model.addPairwiseBilateral(sxy=sxy * scale, srgb=srgb, rgbim=np.ascontiguousarray(image), compat=compat)
+    return np.array(model.inference(STEPS)).reshape(num_labels, height, width)
 
 
 def _resize(maps: Tensor, size: int) -> Tensor:

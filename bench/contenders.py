@@ -1,7 +1,7 @@
-"""The same prompts, noise and settings for every side of a comparison; each method gives what is timed."""
+"""The same prompts, noise and settings for all contenders; each method returns what is timed."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.attention.phrases import phrase_columns
 from diffumask_fast.bench.baselines import DaamStore, PeerMaps, ReferenceStore, plain_attention, reference_mask
 from diffumask_fast.bench.harness import Workload
+from diffumask_fast.kernels.shapes import KEYS
 from diffumask_fast.masks.make import make_masks
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.pipeline import DiffuMaskPipeline
@@ -28,15 +29,15 @@ class Contenders:
     """One model, one set of prompts, latents and seeds.
 
     Args:
-        pipe: the model; its plain diffusers pipeline is the honest floor, and what the baselines hook.
-        batch: images of our calls; the reference and DAAM draw the first of them alone, for they take one at a time.
+        pipe: the model; its plain diffusers pipeline is the lower bound, and what the baselines hook into.
+        batch: images of our calls; the reference and DAAM take one image at a time and draw the first alone.
         steps: denoising steps.
     """
 
     def __init__(self, pipe: DiffuMaskPipeline, batch: int, steps: int) -> None:
         self.pipe = pipe
         self.batch = batch
-        self.settings = {"num_inference_steps": steps, "guidance_scale": pipe.info.guidance_scale}
+        self.settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": pipe.info.guidance_scale}
         vocabulary = Vocabulary.named(pipe.info.classes) if pipe.info.classes else Vocabulary.voc()
         requests = plan(vocabulary, batch, scenes=pipe.info.scenes or None)
         self.prompts = [request.prompt for request in requests]
@@ -49,14 +50,14 @@ class Contenders:
         shape = (batch, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         self.latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(unet.device)
         tokenizer = getattr(pipe.pipe, "tokenizer", None) or pipe.pipe.tokenizer_2
-        self.select = phrase_columns(tokenizer, self.prompts, self.phrases, length=77)
+        self.select = phrase_columns(tokenizer, self.prompts, self.phrases, length=KEYS)
 
     def plain(self, output_type: str = "latent") -> Workload:
-        """The plain diffusers pipeline, whole batch."""
+        """Return a call that draws the whole batch by the plain diffusers pipeline."""
         return lambda: self._draw(slice(None), output_type)
 
     def plain_with(self, attention: str) -> Workload:
-        """The plain pipeline with another attention, set back afterwards."""
+        """Return a call that does so with another attention, and sets it back."""
 
         def call() -> None:
             plain_attention(self.pipe.pipe, attention)
@@ -68,7 +69,7 @@ class Contenders:
         return call
 
     def mapped(self, propagate: str | int) -> Workload:
-        """The same denoising with maps, and with propagation where asked for."""
+        """Return a call that denoises with maps, and with propagation unless it is "none"."""
 
         def call() -> None:
             pipe, denoiser = self.pipe.pipe, self.pipe.denoiser
@@ -79,7 +80,7 @@ class Contenders:
         return call
 
     def seeded(self, masked: bool) -> Workload:
-        """Finished images of the seeds, by the plain pipeline or by ours with masks."""
+        """Return a call that draws finished images from the seeds, by the plain pipeline or by ours with masks."""
 
         def plain() -> None:
             generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
@@ -93,25 +94,26 @@ class Contenders:
     def ours(
         self, pipe: DiffuMaskPipeline | None = None, batch: int | None = None, *, like_reference: bool = True
     ) -> Callable[[], np.ndarray]:
-        """Images and masks by our pipeline, in whatever engine and precision it has; gives the masks.
+        """Return a call that draws images by our pipeline, in its engine and precision, and gives the masks.
 
         Maps and masks are made as the reference makes them, or by the pipeline's defaults.
         """
         pipe, rows = pipe or self.pipe, slice(batch)
-        options = {"maps": REFERENCE_MAPS, "mask": REFERENCE_MASK} if like_reference else {}
+        options: dict[str, Any] = {"maps": REFERENCE_MAPS, "mask": REFERENCE_MASK} if like_reference else {}
 
         def call() -> np.ndarray:
             latents = self.latents[rows].to(pipe.pipe.unet.dtype)
-            return pipe(self.prompts[rows], self.classes[rows], latents=latents, **options, **self.settings).masks
+            out: Any = pipe(self.prompts[rows], self.classes[rows], latents=latents, **options, **self.settings)
+            return out.masks
 
         return call
 
     def reference(self, row: int = 0) -> Callable[[], np.ndarray]:
-        """One image by the plain pipeline under the reference program's store, and its mask; gives the mask."""
+        """Return a call that draws one image under the reference program's store and gives its mask."""
         return self._alone(ReferenceStore, row)
 
     def ours_by_token(self) -> np.ndarray:
-        """Our masks with a column for each token of a word, each over its own maximum, as the reference has it."""
+        """Return our masks with a column for each token of a word, each over its own maximum, as the reference does."""
         tokens = [[[position] for position in rows[:, 0].nonzero().flatten().tolist()] for rows in self.select]
         names = [[str(position) for position in row] for row in tokens]
         with torch.no_grad(), collect_maps(self.pipe.pipe, names, token_indices=tokens, propagate="none") as maps:
@@ -122,11 +124,11 @@ class Contenders:
         return make_masks(class_maps, images, REFERENCE_MASK, self.ids)[0].cpu().numpy()
 
     def daam(self, row: int = 0) -> Callable[[], np.ndarray]:
-        """One image and its mask with DAAM-style capture."""
+        """Return a call that draws one image with DAAM-style capture and gives its mask."""
         return self._alone(DaamStore, row)
 
     def peer(self) -> Callable[[], Tensor]:
-        """The whole batch under attention-map-diffusers; gives class maps, for it makes no masks."""
+        """Return a call that draws the batch under attention-map-diffusers and gives class maps: it makes no masks."""
 
         def call() -> Tensor:
             with PeerMaps(self.pipe.pipe) as store:
@@ -153,7 +155,7 @@ class Contenders:
             self._draw(slice(0, 1), "latent")
 
     def collector(self, row: int = 0) -> Any:
-        """Our own store for one image, as like-the-reference masks need it."""
+        """Return our own collector for one image, with the maps that the reference has."""
         return collect_maps(self.pipe.pipe, self.phrases[row], propagate="none")
 
     def _alone(self, kind: type, row: int) -> Callable[[], np.ndarray]:
@@ -175,7 +177,7 @@ class Contenders:
         return self.pipe.pipe.unet.config.sample_size * self.pipe.pipe.vae_scale_factor
 
 
-def mask_iou(left: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> list[float]:
+def mask_iou(left: Iterable[np.ndarray], right: Iterable[np.ndarray]) -> list[float]:
     """Return the foreground IoU of each pair of masks; 1 for two empty ones."""
     pairs = [(a > 0, b > 0) for a, b in zip(left, right, strict=True)]
     return [float((a & b).sum() / (a | b).sum()) if (a | b).any() else 1.0 for a, b in pairs]

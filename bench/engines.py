@@ -1,4 +1,4 @@
-"""What other engines take beside eager torch for the same drawing, and xformers' self-attention beside torch's."""
+"""The time of other engines beside eager torch's for the same drawing, and of xformers' self-attention."""
 
 import logging
 import tempfile
@@ -15,7 +15,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XF
 from diffumask_fast.attention.choice import check_attention
 from diffumask_fast.bench.contenders import Contenders
 from diffumask_fast.bench.geometries import check_geometry, cross_layers
-from diffumask_fast.bench.harness import compare, race
+from diffumask_fast.bench.harness import Workload, compare, race
 from diffumask_fast.bench.rows import environment, row
 from diffumask_fast.borrow import patched
 from diffumask_fast.errors import DiffuMaskError
@@ -31,7 +31,7 @@ ENGINES = ("compile", "compile_bf16", "onnx", "tensorrt", "tensorrt-rtx", "xform
 
 def run(
     geometry: str = "mini",
-    device: str = "auto",
+    device: str | torch.device = "auto",
     *,
     model: str | Path | None = None,
     engine_path: str | Path | None = None,
@@ -66,8 +66,9 @@ def run(
     check_geometry(geometry)
     if unknown := [name for name in engines or () if name not in ENGINES]:
         raise DiffuMaskError(f"There is no engine {unknown[0]} to compare: use {', '.join(ENGINES)}.")
-    where = resolve_device(device)
-    checks, threads = _checks(where, engine_path is None), threads or ((1, 2) if where.type == "cpu" else (1,))
+    device = resolve_device(device)
+    checks = _checks(device, engine_path is None)
+    threads = threads or ((1, 2) if device.type == "cpu" else (1,))
     if engines is None:
         possible = checks if geometry in MODELS else ("xformers",)
         engines = [name for name in possible if _works(name, checks[name])]
@@ -79,11 +80,11 @@ def run(
             raise DiffuMaskError(f"There is no geometry {geometry} of {name}: use {', '.join(MODELS)}.")
         checks[name]()
     config = {"geometry": geometry, "batch": batch, "num_inference_steps": steps or 3}
-    return _rows(model or MODELS.get(geometry), where, engine_path, engines, pairs, threads, config)
+    return _rows(model or MODELS.get(geometry, geometry), device, engine_path, engines, pairs, threads, config)
 
 
-def _checks(where: torch.device, exports: bool) -> dict[str, Callable[[], Any]]:
-    """Return for each engine what raises where it cannot run."""
+def _checks(device: torch.device, exports: bool) -> dict[str, Callable[[], Any]]:
+    """Return for each engine a call that raises if it cannot run."""
     from diffumask_fast.export.onnx_export import need_exporter
     from diffumask_fast.export.session import runtime
     from diffumask_fast.export.tensorrt_library import library
@@ -93,7 +94,7 @@ def _checks(where: torch.device, exports: bool) -> dict[str, Callable[[], Any]]:
         if exports:
             need_exporter()
         library(flavour)
-        if where.type != "cuda":
+        if device.type != "cuda":
             raise DiffuMaskError(f"An engine of {flavour} runs on CUDA: use `device=cuda`.")
 
     def onnx() -> None:
@@ -102,7 +103,7 @@ def _checks(where: torch.device, exports: bool) -> dict[str, Callable[[], Any]]:
         runtime()
 
     def compiler() -> None:
-        if where.type == "cpu":
+        if device.type == "cpu":
             native.library()
 
     return {
@@ -111,7 +112,7 @@ def _checks(where: torch.device, exports: bool) -> dict[str, Callable[[], Any]]:
         "onnx": onnx,
         "tensorrt": partial(tensorrt, "tensorrt"),
         "tensorrt-rtx": partial(tensorrt, "tensorrt-rtx"),
-        "xformers": partial(check_attention, "xformers", "torch", where),
+        "xformers": partial(check_attention, "xformers", "torch", device),
     }
 
 
@@ -124,50 +125,58 @@ def _works(name: str, check: Callable[[], Any]) -> bool:
     return True
 
 
-def _rows(model, where, engine_path, engines, pairs, threads, config) -> Iterator[dict]:
-    dtype = "fp32" if where.type == "cpu" else "fp16"
+def _rows(
+    model: str | Path,
+    device: torch.device,
+    engine_path: str | Path | None,
+    engines: Sequence[str],
+    pairs: int | None,
+    threads: Sequence[int],
+    config: dict[str, Any],
+) -> Iterator[dict]:
+    dtype = "fp32" if device.type == "cpu" else "fp16"
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for engine in engines:
             if engine == "xformers":
-                yield from _self_attention(config["geometry"], where, config["batch"], pairs)
+                yield from _self_attention(config["geometry"], device, config["batch"], pairs)
                 continue
             path = engine_path
             if path is None and not engine.startswith("compile"):
                 path = folder / engine
                 _export(model, path, engine, dtype, config["batch"])
             for count in threads:
-                eager = _open(model, "torch", None, where, dtype, count)
+                eager = _open(model, "torch", None, device, dtype, count)
                 its_dtype = "bf16" if engine.endswith("bf16") else dtype
-                other = _open(model, engine.removesuffix("_bf16"), path, where, its_dtype, count)
+                other = _open(model, engine.removesuffix("_bf16"), path, device, its_dtype, count)
                 libraries = other.engine.libraries if other.engine else {}
-                facts = config | {"dtype": its_dtype, **environment(str(where)), **libraries, "threads": count}
+                facts = config | {"dtype": its_dtype, **environment(device), **libraries, "threads": count}
                 both = [Contenders(pipe, config["batch"], config["num_inference_steps"]) for pipe in (other, eager)]
-                calls = {
-                    "plain": map(_plain, both),
-                    "maps": (sides.mapped(1) for sides in both),
-                    "masks": (sides.ours(like_reference=False) for sides in both),
+                calls: dict[str, list[Workload]] = {
+                    "plain": [_plain(one) for one in both],
+                    "maps": [one.mapped(1) for one in both],
+                    "masks": [one.ours(like_reference=False) for one in both],
                 }
-                for name, two in calls.items():
-                    ratio = compare(*two, pairs=pairs, device=str(where), threads=count)
+                for name, (candidate, baseline) in calls.items():
+                    ratio = compare(candidate, baseline, pairs=pairs, device=device, threads=count)
                     yield row(SUITE, f"{engine}_{name}", ratio, config=facts)
 
 
 @torch.no_grad()
-def _self_attention(geometry: str, where: torch.device, batch: int, pairs: int | None) -> Iterator[dict]:
+def _self_attention(geometry: str, device: torch.device, batch: int, pairs: int | None) -> Iterator[dict]:
     """Time a guided batch's self-attention layers; each stands before a cross-attention of the same heads."""
-    dtype, total = torch.float32 if where.type == "cpu" else torch.float16, {"xformers": 0.0, "sdpa": 0.0}
+    dtype, total = torch.float32 if device.type == "cpu" else torch.float16, {"xformers": 0.0, "sdpa": 0.0}
     config = {"geometry": geometry, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
-    config |= environment(str(where)) | {"xformers": metadata.version("xformers")}
+    config |= environment(device) | {"xformers": metadata.version("xformers")}
     for (pixels, heads, head_dim), count in cross_layers(geometry).items():
-        layer = Attention(heads * head_dim, heads=heads, dim_head=head_dim).to(where, dtype)
-        hidden = torch.randn(2 * batch, pixels, heads * head_dim, device=where, dtype=dtype)
-        processors = {"xformers": XFormersAttnProcessor(), "sdpa": AttnProcessor2_0()}
-        calls = {name: partial(processor, layer, hidden) for name, processor in processors.items()}
-        done = race(calls, control="sdpa", pairs=pairs, device=str(where), warmup=3)
-        total = {name: seconds + count * done.seconds(name) for name, seconds in total.items()}
+        layer = Attention(heads * head_dim, heads=heads, dim_head=head_dim).to(device, dtype)
+        hidden = torch.randn(2 * batch, pixels, heads * head_dim, device=device, dtype=dtype)
+        processors: dict[str, Any] = {"xformers": XFormersAttnProcessor(), "sdpa": AttnProcessor2_0()}
+        calls: dict[str, Workload] = {name: partial(call, layer, hidden) for name, call in processors.items()}
+        timed = race(calls, control="sdpa", pairs=pairs, device=device, warmup=3)
+        total = {name: seconds + count * timed.seconds(name) for name, seconds in total.items()}
         case = {"case": f"{pixels}x{heads}x{head_dim}", "layers": count}
-        yield row(SUITE, "xformers_self_attention", done.ratio("xformers", "sdpa"), config=config | case)
+        yield row(SUITE, "xformers_self_attention", timed.ratio("xformers", "sdpa"), config=config | case)
     case = {"case": "all layers", "layers": sum(cross_layers(geometry).values()), "baseline_s": total["sdpa"]}
     yield row(SUITE, "xformers_self_attention", total["xformers"] / total["sdpa"], config=config | case)
 
@@ -179,25 +188,27 @@ def _export(model: str | Path, path: Path, engine: str, dtype: str, batch: int) 
     export_model(ExportOptions(str(model), path, engine, dtype=dtype, shapes=ShapeOptions(max_batch=batch)))
 
 
-def _open(model, engine, engine_path, where, dtype, threads) -> DiffuMaskPipeline:
+def _open(
+    model: str | Path, engine: str, engine_path: str | Path | None, device: torch.device, dtype: str, threads: int
+) -> DiffuMaskPipeline:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         if engine in ("torch", "compile"):
-            pipe = DiffuMaskPipeline.from_pretrained(model, engine=engine, device=where, dtype=dtype)
+            pipe = DiffuMaskPipeline.from_pretrained(model, engine=engine, device=device, dtype=dtype)
         else:
             engine = engine.partition("-")[0]
-            pipe = DiffuMaskPipeline.from_pretrained(model, engine=engine, engine_path=engine_path, device=where)
+            pipe = DiffuMaskPipeline.from_pretrained(model, engine=engine, engine_path=engine_path, device=device)
     finally:
         torch.set_num_threads(before)
     pipe.pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def _plain(sides: Contenders) -> Callable[[], None]:
+def _plain(contenders: Contenders) -> Workload:
     """Draw latents by the diffusers pipeline alone, its UNet under torch.compile where that is the engine."""
-    call, unet = sides.plain(), sides.pipe.pipe.unet
-    if sides.pipe.engine_name != "compile":
+    call, unet = contenders.plain(), contenders.pipe.pipe.unet
+    if contenders.pipe.engine_name != "compile":
         return call
     compiled = torch.compile(unet.forward, dynamic=False)
 

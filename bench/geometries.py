@@ -11,13 +11,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from diffumask_fast import mini
 from diffumask_fast.attention.unet import attention_places
+from diffumask_fast.bench import GEOMETRIES
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.kernels.shapes import KEYS
 from diffumask_fast.models.device import resolve_device, resolve_dtype
 from diffumask_fast.models.find import ModelInfo
 from diffumask_fast.models.loading import quietly
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
-GEOMETRIES = ("mini", "sd15", "sd21", "sdxl")
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 
 # The published configurations, as far as they differ from the classes' defaults.
@@ -47,7 +48,7 @@ UNETS: dict[str, dict[str, Any]] = {
 _CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
 _CLIP_H = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16)
 _CLIP_G = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20)
-TEXTS = {
+TEXTS: dict[str, tuple[dict[str, Any], ...]] = {
     "sd15": (_CLIP_L,),
     "sd21": (_CLIP_H | dict(hidden_act="gelu"),),
     "sdxl": (_CLIP_L, _CLIP_G | dict(hidden_act="gelu", projection_dim=1280)),
@@ -64,12 +65,16 @@ VOCABULARY = 49408
 
 
 def open_geometry(
-    geometry: str, device: str = "auto", *, model: str | Path | None = None, dtype: str | None = None
+    geometry: str,
+    device: str | torch.device = "auto",
+    *,
+    model: str | Path | None = None,
+    dtype: str | None = None,
 ) -> DiffuMaskPipeline:
     """Load the embedded model or another folder, or build a geometry with random weights, the same every time.
 
     Args:
-        geometry: one of GEOMETRIES.
+        geometry: one of `bench.GEOMETRIES`.
         device: "auto", "cpu" or "cuda".
         model: a diffusers folder or hub id in place of the geometry's own weights.
         dtype: "fp32", "fp16" or "bf16"; None is the device's default.
@@ -78,12 +83,12 @@ def open_geometry(
         DiffuMaskError: an unknown geometry, device or dtype, or a model that cannot be loaded.
     """
     check_geometry(geometry)
-    where = resolve_device(device)
+    device = resolve_device(device)
     if model is not None or geometry == "mini":
-        pipe = DiffuMaskPipeline.from_pretrained(model or "mini", device=where, dtype=dtype)
+        pipe = DiffuMaskPipeline.from_pretrained(model or "mini", device=device, dtype=dtype)
     else:
         with quietly():
-            built = _build(geometry, where, resolve_dtype(dtype, where))
+            built = _build(geometry, device, resolve_dtype(dtype, device))
         pipe = DiffuMaskPipeline(built, ModelInfo(geometry))
     pipe.pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -113,7 +118,7 @@ def weight_bytes(geometry: str) -> int:
 
 
 def reference_bytes(geometry: str) -> int:
-    """Return what the reference program's store holds at the end of a call of one image in fp32: sums and call."""
+    """Return the bytes of the reference program's store at the end of a call of one image in fp32: sums and call."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(unet_config(geometry))
     places, pixels = attention_places(unet), _pixels(unet)
@@ -121,7 +126,7 @@ def reference_bytes(geometry: str) -> int:
     for name, module in unet.named_modules():
         if module in places:
             queries = pixels[name.partition(".attentions")[0]]
-            both_halves += 2 * module.heads * queries * (77 if places[module].cross else queries) * 4
+            both_halves += 2 * module.heads * queries * (KEYS if places[module].cross else queries) * 4
     return 2 * both_halves
 
 
@@ -137,16 +142,16 @@ def cross_layers(geometry: str) -> Counter[tuple[int, int, int]]:
 
 def _pixels(unet: UNet2DConditionModel) -> dict[str, int]:
     """Return the query pixels of each block of the UNet."""
-    found, depth, side = {}, 0, unet.config.sample_size
+    pixels, depth, side = {}, 0, unet.config.sample_size
     blocks = [(f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks)]
     blocks += [("mid_block", unet.mid_block)] + [(f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks)]
     for name, block in blocks:
-        found[name] = (side >> depth) ** 2
+        pixels[name] = (side >> depth) ** 2
         depth += bool(getattr(block, "downsamplers", None)) - bool(getattr(block, "upsamplers", None))
-    return found
+    return pixels
 
 
-def free_bytes(device: str = "cpu") -> int:
+def free_bytes(device: str | torch.device = "cpu") -> int:
     """Return the memory that a process can still take: of the machine, within its control group, or of the GPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -159,7 +164,7 @@ def free_bytes(device: str = "cpu") -> int:
     return min(free)
 
 
-def check_memory(geometry: str, device: str = "cpu", *, reference: bool = True) -> None:
+def check_memory(geometry: str, device: str | torch.device = "cpu", *, reference: bool = True) -> None:
     """Refuse a geometry whose weights, and the reference program's store, do not fit, before anything is built.
 
     Raises:
@@ -199,7 +204,7 @@ def _tokenizer() -> CLIPTokenizer:
 
 
 def _build(geometry: str, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
-    """Build a geometry where it is to run: the weights of a device are the same every time, another's are others."""
+    """Build a geometry on its device: weights are the same every time on a CPU, and on CUDA; the two differ."""
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.type == "cuda" else ()), device:

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,7 +55,7 @@ def compare(
     *,
     pairs: int | None = None,
     control: bool = True,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     threads: int = 1,
     warmup: int = 1,
 ) -> Ratio:
@@ -79,8 +80,8 @@ def compare(
     """
     workloads = {"candidate": candidate, "baseline": baseline}
     chosen = "baseline" if control else None
-    done = race(workloads, control=chosen, pairs=pairs, device=device, threads=threads, warmup=warmup)
-    return done.ratio("candidate", "baseline")
+    timed = race(workloads, control=chosen, pairs=pairs, device=device, threads=threads, warmup=warmup)
+    return timed.ratio("candidate", "baseline")
 
 
 class Race:
@@ -122,7 +123,7 @@ def race(
     *,
     control: str | None = None,
     pairs: int | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     threads: int = 1,
     warmup: int = 1,
     graph_calls: int = 0,
@@ -136,8 +137,8 @@ def race(
             a call with the host's part in it.
 
     Example:
-        >>> done = race({"a": lambda: sum(range(40_000)), "b": lambda: sum(range(10_000))}, pairs=3)
-        >>> done.ratio("a", "b").value > 1
+        >>> timed = race({"a": lambda: sum(range(40_000)), "b": lambda: sum(range(10_000))}, pairs=3)
+        >>> timed.ratio("a", "b").value > 1
         True
     """
     cuda = torch.device(device).type == "cuda"
@@ -152,7 +153,7 @@ def race(
             workloads = {name: graphed(workload, calls) for name, workload in workloads.items()}
         timed = workloads | ({"control": workloads[control]} if control else {})
         times = _time_rounds(timed, rounds, _cuda_seconds if cuda else _cpu_seconds)
-    times = {name: [seconds / max(1, calls) for seconds in found] for name, found in times.items()}
+    times = {name: [one / max(1, calls) for one in seconds] for name, seconds in times.items()}
     return Race(times, control, GRAPH_CLOCK if calls else CUDA_CLOCK if cuda else CPU_CLOCK)
 
 
@@ -256,7 +257,7 @@ class live_tensor_bytes(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
         self._references: dict[int, weakref.ref] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         given = {id(storage) for storage in _storages((args, kwargs))}
         result = func(*args, **kwargs)

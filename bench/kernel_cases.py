@@ -1,63 +1,65 @@
-"""The kernels under pytest-benchmark; `bench/kernels.py` runs this file and makes rows of what it finds."""
+"""The kernels under pytest-benchmark; `bench/kernels.py` runs this file and makes rows of its results."""
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from diffumask_fast.bench.geometries import unet_config
 from diffumask_fast.kernels import attend, bilateral_norm, guided_filter, mean_field, winograd
+from diffumask_fast.kernels.inputs import CANDIDATES, CRF, LABELS, attention_input, filter_input, step_input
+from diffumask_fast.kernels.shapes import KEYS, MODELS
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# batch, query pixels, heads, head size: each level of the embedded model and of Stable Diffusion
-SHAPES = {
-    "mini": ((16, 256, 4, 16), (16, 64, 4, 32), (16, 16, 4, 40)),
-    "sd15": ((2, 4096, 8, 40), (2, 1024, 8, 80), (2, 256, 8, 160), (2, 64, 8, 160)),
-    "sd21": ((2, 9216, 5, 64), (2, 2304, 10, 64), (2, 576, 20, 64), (2, 144, 20, 64)),
-    "sdxl": ((2, 4096, 10, 64), (2, 1024, 20, 64)),
-}
-# batch, channels in and out, side of the image: 3x3 convolutions of UNets, and the last ones of the embedded decoder
-CONVOLUTIONS = {
-    "mini": ((16, 64, 64, 16), (16, 128, 128, 8), (16, 160, 160, 4), (2, 32, 32, 128)),
-    "sd15": ((2, 320, 320, 64), (2, 640, 640, 32)),
-    "sd21": ((2, 320, 320, 96), (2, 640, 640, 48)),
-    "sdxl": ((2, 320, 320, 128), (2, 640, 640, 64)),
-}
-SIZES = {"mini": 128, "sd15": 512, "sd21": 768, "sdxl": 1024}
-TOKENS, CLASSES = 77, 2
 SETTINGS = json.loads(os.environ.get("DIFFUMASK_FAST_KERNELS", '{"geometry": "mini", "device": "cpu"}'))
-DEVICE = SETTINGS["device"]
+GEOMETRY, DEVICE = SETTINGS["geometry"], SETTINGS["device"]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TYPES = ("fp32", "bf16") if DEVICE == "cpu" else ("fp16", "bf16", "fp32")
-IMPLS = ("sdpa", "cpp") if DEVICE == "cpu" else ("sdpa", "triton")
-WAYS = ("direct", "winograd") if DEVICE == "cpu" else ("direct",)
-FORMS = ("torch",) if DEVICE == "cpu" else ("torch", "triton")
-WINDOW, CANDIDATES = 11, 8
+ATTENTION_IMPLS = ("sdpa", "cpp") if DEVICE == "cpu" else ("sdpa", "triton")
+CONVOLUTION_IMPLS = ("direct", "winograd") if DEVICE == "cpu" else ("direct",)
+FILTER_IMPLS = ("torch",) if DEVICE == "cpu" else ("torch", "triton")
+ROWS = 16 if GEOMETRY == "mini" else 2  # of a guided batch
+CLASSES = 2
+MOST_CHANNELS = 640  # of the convolutions: wider ones are torch's in the compiled engine too
 
 
-@pytest.mark.parametrize("shape", SHAPES[SETTINGS["geometry"]], ids=lambda shape: "x".join(map(str, shape)))
+def convolutions(geometry: str, rows: int) -> list[tuple[int, int, int, int]]:
+    """Return batch, channels in and out, side: a UNet's 3x3 convolutions, and the embedded decoder's last ones."""
+    config = unet_config(geometry)
+    sides = ((channels, config["sample_size"] >> level) for level, channels in enumerate(config["block_out_channels"]))
+    shapes = [(rows, channels, channels, side) for channels, side in sides if channels <= MOST_CHANNELS]
+    return [*shapes, (2, 32, 32, 128)] if geometry == "mini" else shapes
+
+
+SIZE = 8 * unet_config(GEOMETRY)["sample_size"]
+SHAPES = [(ROWS, *layer.shape) for layer in MODELS[GEOMETRY].layers]
+CONVOLUTIONS = convolutions(GEOMETRY, ROWS)
+
+
+def case_of(shape: tuple[int, ...]) -> str:
+    """Return the name of a shape."""
+    return "x".join(map(str, shape))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=case_of)
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("impl", IMPLS)
-def test_cross_attention_maps(benchmark: Any, impl: str, dtype: str, shape: tuple[int, ...]) -> None:
-    size_b, pixels, heads, width = shape
-    kind, rng = DTYPES[dtype], torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(size_b, count, heads * width, generator=rng).to(DEVICE, kind) for count in (pixels, TOKENS, TOKENS)
-    )
-    half = size_b // 2
-    select = torch.rand(half, TOKENS, CLASSES, generator=rng).to(DEVICE)
-    maps = torch.zeros(half, CLASSES, pixels, device=DEVICE)
-    item = kind.itemsize
-    moved = (2 * q.numel() + k.numel() + v.numel()) * item + 8 * maps.numel() + 4 * select.numel()
-    flops = 4 * size_b * pixels * TOKENS * heads * width + 2 * half * heads * pixels * TOKENS * CLASSES
-    settings = {"heads": heads, "first_conditional": half, "maps": maps, "impl": impl}
-    _run(benchmark, moved, flops, dtype, lambda: attend(q, k, v, select, **settings))
+@pytest.mark.parametrize("impl", ATTENTION_IMPLS)
+def test_cross_attention_maps(benchmark: Any, impl: str, dtype: str, shape: tuple[int, int, int, int]) -> None:
+    rows, layer = shape[0], shape[1:]
+    pixels, heads, head_dim = layer
+    half, rng = rows // 2, torch.Generator().manual_seed(0)
+    given = attention_input(layer, DTYPES[dtype], DEVICE, rng, rows=rows, conditional=half, num=CLASSES)
+    flops = 4 * rows * pixels * KEYS * heads * head_dim + 2 * half * heads * pixels * KEYS * CLASSES
+    settings: dict[str, Any] = {**given.settings, "maps": given.maps, "impl": impl}
+    _run(benchmark, given.num_bytes, flops, dtype, lambda: attend(given.q, given.k, given.v, given.select, **settings))
 
 
-@pytest.mark.parametrize("shape", CONVOLUTIONS[SETTINGS["geometry"]], ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("shape", CONVOLUTIONS, ids=case_of)
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("impl", WAYS)
-def test_convolution(benchmark: Any, impl: str, dtype: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("impl", CONVOLUTION_IMPLS)
+def test_convolution(benchmark: Any, impl: str, dtype: str, shape: tuple[int, int, int, int]) -> None:
     rows, channels, out, side = shape
     rng = torch.Generator().manual_seed(0)
     image = torch.randn(rows, channels, side, side, generator=rng).to(DEVICE, DTYPES[dtype])
@@ -69,41 +71,38 @@ def test_convolution(benchmark: Any, impl: str, dtype: str, shape: tuple[int, ..
     if impl == "direct":
         moved, products = moved + weight.nbytes, 9 * pixels
 
-        def call() -> Any:
+        def call() -> torch.Tensor:
             return torch.conv2d(image, weight, bias, padding=1)
     else:
         weights = winograd.transform(weight)
         moved, products = moved + weights.nbytes, 36 * rows * (-(-side // 4)) ** 2
 
-        def call() -> Any:
+        def call() -> torch.Tensor:
             return winograd.convolve(image, weights, bias, out)
 
     # the products of Winograd's are in fp32 whatever the image is
     _run(benchmark, moved, 2 * products * channels * out, dtype if impl == "direct" else "fp32", call)
 
 
-@pytest.mark.parametrize("size", (SIZES[SETTINGS["geometry"]],))
-@pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("size", (SIZE,))
+@pytest.mark.parametrize("impl", FILTER_IMPLS)
 def test_guided_filter(benchmark: Any, impl: str, size: int) -> None:
-    rng = torch.Generator().manual_seed(0)
-    guide = torch.rand(4, 3, size, size, generator=rng).to(DEVICE)
-    maps = torch.rand(4, CLASSES, size, size, generator=rng).to(DEVICE)
-    moved = 4 * (guide.numel() + 2 * maps.numel())
+    guide, maps = filter_input(4, CLASSES, size, DEVICE, torch.Generator().manual_seed(0))
+    moved = guide.nbytes + 2 * maps.nbytes
     flops = guide[:, :1].numel() * (120 + 60 * CLASSES)  # about: means, products and the closed 3x3 inverse
     _run(benchmark, moved, flops, "fp32", lambda: guided_filter(guide, maps, max(1, size // 16), 1e-3, impl=impl))
 
 
-@pytest.mark.parametrize("size", (SIZES[SETTINGS["geometry"]],))
-@pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("size", (SIZE,))
+@pytest.mark.parametrize("impl", FILTER_IMPLS)
 def test_mean_field(benchmark: Any, impl: str, size: int) -> None:
-    rng = torch.Generator().manual_seed(0)
-    q = torch.rand(1, CANDIDATES, 2, size, size, generator=rng).softmax(2).to(DEVICE)
-    guide, unary = 255 * torch.rand(1, 3, size, size, generator=rng).to(DEVICE), -q.log()
-    norm = bilateral_norm(guide, window=WINDOW)
-    moved = 4 * (3 * q.numel() + guide.numel() + norm.numel())
+    q, unary, guide = step_input(1, size, DEVICE, torch.Generator().manual_seed(0))
+    norm = bilateral_norm(guide, **{name: CRF[name] for name in ("window", "dilation", "bilateral")})
+    moved = 3 * q.nbytes + guide.nbytes + norm.nbytes
     # a weight is 14 operations and meets each plane in 2; the Gaussian is two products along the sides
-    flops = size**2 * (WINDOW**2 * (14 + 4 * CANDIDATES) + 8 * CANDIDATES * size)
-    _run(benchmark, moved, flops, "fp32", lambda: mean_field(q, unary, guide, window=WINDOW, norm=norm, impl=impl))
+    planes = CANDIDATES * LABELS
+    flops = size**2 * (CRF["window"] ** 2 * (14 + 2 * planes) + 4 * planes * size)
+    _run(benchmark, moved, flops, "fp32", lambda: mean_field(q, unary, guide, **CRF, norm=norm, impl=impl))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -119,7 +118,7 @@ def test_ceiling_copy(benchmark: Any) -> None:
     _run(benchmark, 2 * source.nbytes, 0, "fp32", lambda: target.copy_(source))
 
 
-def _run(benchmark: Any, moved: int, flops: int, dtype: str, call: Any) -> None:
+def _run(benchmark: Any, moved: int, flops: int, dtype: str, call: Callable[[], object]) -> None:
     torch.set_num_threads(1)
     benchmark.extra_info.update(bytes=moved, flops=flops, dtype=dtype)
 

@@ -1,24 +1,27 @@
-"""Every kernel as it is launched, compiled for GPUs that are not here: what `docs/kernels.md` and the tests list."""
+"""Every kernel as it is launched by default: what `docs/notes/kernels.md` lists and the tests compile."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from triton import JITFunction
 
 from diffumask_fast.bench.aot import Needs, compile_for
 from diffumask_fast.kernels import attend_triton, guided_filter_triton, mean_field_triton, tuned
 from diffumask_fast.kernels.attend import MAX_KEYS
+from diffumask_fast.kernels.inputs import CANDIDATES, CRF, LABELS
+from diffumask_fast.kernels.shapes import KEYS, MODELS
 
 CAPABILITIES = (80, 86, 89, 90, 100)
-# pixels, heads, head size: layers of Stable Diffusion 1.5, 2.1 and XL that are compiled differently
-LAYERS = ((4096, 8, 40), (9216, 5, 64), (1024, 20, 64), (1024, 8, 80), (256, 8, 160))
+_SD15, _SD21, _SDXL = (MODELS[geometry].layers for geometry in ("sd15", "sd21", "sdxl"))
+# each head size, and of 64 channels the fewest and the most heads: layers that are compiled differently
+LAYERS = tuple(layer.shape for layer in (_SD15[0], _SD21[0], _SDXL[1], _SD15[1], _SD15[2]))
 PHRASES = 2
 _CPU = torch.device("cpu")  # a device without entries of its own: the defaults
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One kernel in one dtype, at one layer and number of keys where it has them."""
+class LaunchSpec:
+    """One kernel in one dtype; attention's at one layer and number of keys."""
 
     kernel: str
     dtype: str
@@ -36,28 +39,28 @@ class Variant:
             return compile_for(capability, kernel, types, {**fixed, "UPCAST": False}, **config)
         if self.kernel in _named(mean_field_triton.KERNELS):
             kernel = _named(mean_field_triton.KERNELS)[self.kernel]
-            config = tuned.launch("mean_field", _CPU, window=11)
-            fixed = mean_field_triton.constants(kernel, 8, 2, 11, config)
+            config = tuned.launch("mean_field", _CPU, window=CRF["window"])
+            fixed = mean_field_triton.constants(kernel, CANDIDATES, LABELS, CRF["window"], config)
             launch = {name: config[name] for name in ("num_warps", "num_stages")}
             return compile_for(capability, kernel, mean_field_triton.types(kernel), fixed, **launch)
         kernel = _named(guided_filter_triton.KERNELS)[self.kernel]
         config = tuned.launch("guided_filter", _CPU, height=512, width=512, radius=8)
-        fixed = {"NUM": 4, "BY": config.pop("rows"), "BX": config.pop("columns")}
+        fixed = {"NUM_MAPS": 4, "BLOCK_Y": config.pop("rows"), "BLOCK_X": config.pop("columns")}
         fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
         return compile_for(capability, kernel, guided_filter_triton.types(kernel), fixed, **config)
 
 
-def _named(kernels: tuple) -> dict[str, Any]:
+def _named(kernels: tuple[JITFunction, ...]) -> dict[str, JITFunction]:
     return {kernel.__name__.removesuffix("_kernel"): kernel for kernel in kernels}
 
 
-def variants() -> list[Variant]:
-    """Return every variant of the page, the worst of each kernel among them."""
-    sizes = [(layer, 77) for layer in LAYERS] + [((1024, 20, 64), 128), ((256, 8, 160), 128)]
+def launch_specs() -> list[LaunchSpec]:
+    """Return every launch that the page lists, the most demanding of each kernel among them."""
+    sizes = [(layer, KEYS) for layer in LAYERS] + [(layer, MAX_KEYS) for layer in (_SDXL[1].shape, _SD15[2].shape)]
     attention = [("attend", "fp16"), ("attend", "bf16"), ("attend", "fp32"), ("attend_maps", "fp16")]
-    listed = [Variant(*kernel, *size) for kernel in [*attention, ("attend_maps", "fp32")] for size in sizes]
+    listed = [LaunchSpec(*kernel, *size) for kernel in [*attention, ("attend_maps", "fp32")] for size in sizes]
     others = _named(guided_filter_triton.KERNELS + mean_field_triton.KERNELS)
-    return listed + [Variant(name, "fp32") for name in others]
+    return listed + [LaunchSpec(name, "fp32") for name in others]
 
 
 def compiled() -> str:
@@ -65,31 +68,29 @@ def compiled() -> str:
     names = " | ".join(f"sm_{capability}" for capability in CAPABILITIES)
     lines = [_COMPILED, "", f"| kernel | dtype | layer | keys | {names} | matrix |"]
     lines.append("|" + " --- |" * (5 + len(CAPABILITIES)))
-    for variant in (one for one in variants() if one.dtype != "bf16"):
-        needs = [variant.needs(capability) for capability in CAPABILITIES]
+    for spec in (one for one in launch_specs() if one.dtype != "bf16"):
+        needs = [spec.needs(capability) for capability in CAPABILITIES]
         cells = [f"{need.registers} / {need.shared / 1024:.1f} / {need.spills}" for need in needs]
-        if variant.keys:
+        if spec.keys:
             cells = [f"{cell} / {need.instructions}" for cell, need in zip(cells, needs, strict=True)]
         matrix = ", ".join(dict.fromkeys(name for need in needs for name in need.matrix))
-        layer = "{} x {} x {}".format(*variant.layer) if variant.keys else ""
-        lines.append(
-            f"| {variant.kernel} | {variant.dtype} | {layer} | {variant.keys or ''} | {' | '.join(cells)} | {matrix} |"
-        )
+        layer = "{} x {} x {}".format(*spec.layer) if spec.keys else ""
+        lines.append(f"| {spec.kernel} | {spec.dtype} | {layer} | {spec.keys or ''} | {' | '.join(cells)} | {matrix} |")
     return "\n".join(lines) + "\n"
 
 
 _COMPILED = """\
 ## What each kernel needs
 
-Registers of a thread / shared memory in KiB / spilled bytes / instructions, of attention: those for one head, or the
-whole kernel's with two phrases where a program has one head. Compiled ahead of time with the configuration
-that `tuned.json` holds for unknown devices, at layers as they are launched; bf16 needs what fp16 needs. The last column
-names the tensor-core instructions in the machine code, on Ampere and Ada, Hopper and Blackwell where they differ.
-Limits: 255 registers; 163, 99, 99, 227 and 227 KiB.
+Registers of a thread / shared memory in KiB / spilled bytes / instructions. Instructions are counted for attention
+alone: those for one head, or, where a program has one head, those of the whole kernel with two phrases. Everything is
+compiled ahead of time with the configuration that `tuned.json` holds for unknown devices, at layers as they are
+launched; bf16 needs what fp16 needs. The last column names the tensor-core instructions in the machine code of Ampere
+and Ada, Hopper and Blackwell where they differ. Limits: 255 registers; 163, 99, 99, 227 and 227 KiB.
 
-Heads of up to 64 channels are walked over in two stages, the next head's q and k on their way while one is computed:
-two programs fit a multiprocessor with one stage and with two. Wider heads use their registers up, heads beyond 96
-channels have a program each. Those of 160 spill a few bytes on Ampere and Ada; in half the block they would not, with
-one program on a multiprocessor instead of two. The maps alone need few registers; four programs hide each other's
-loads, so they take one stage. fp32 has no exact tensor-core product and unrolls, so heads of 160 spill: `auto` leaves
-fp32 to torch unless a device's measurement says otherwise."""
+Heads of up to 64 channels are computed in two stages: the next head's q and k are loaded meanwhile, and two programs
+fit a multiprocessor as with one stage. Wider heads use up their registers; heads of more than 96 channels have a
+program each. Heads of 160 spill a few bytes on Ampere and Ada. In half the block they would not, but then one program
+would fit a multiprocessor instead of two. The maps alone need few registers: four programs hide each other's loads, so
+one stage is enough. fp32 has no exact tensor-core product and its products are unrolled, so heads of 160 spill; `auto`
+leaves fp32 to torch unless a measurement on the device says otherwise."""

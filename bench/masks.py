@@ -1,11 +1,13 @@
-"""What the mask stage takes for an image: refinement and thresholds, each by itself and together."""
+"""The time of the mask stage for an image: refinement and thresholds, each by itself and together."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffumask_fast.bench.geometries import check_geometry, unet_config
-from diffumask_fast.bench.harness import race
+from diffumask_fast.bench.harness import Workload, race
 from diffumask_fast.bench.rows import environment, row
 from diffumask_fast.kernels.guided_filter import guided_filter
 from diffumask_fast.masks.make import make_masks
@@ -24,7 +26,7 @@ CASES: dict[str, MaskOptions] = {
 
 def run(
     geometry: str = "mini",
-    device: str = "auto",
+    device: str | torch.device = "auto",
     *,
     batch: int = 8,
     classes: Sequence[int] = (1, 2),
@@ -33,7 +35,7 @@ def run(
     """Measure the mask stage on random maps and images of a geometry's sizes.
 
     Args:
-        geometry: one of `geometries.GEOMETRIES`.
+        geometry: one of `bench.GEOMETRIES`.
         device: "auto", "cpu" or "cuda".
         batch: images per call.
         classes: numbers of classes in an image.
@@ -49,31 +51,33 @@ def run(
     return _rows(geometry, resolve_device(device), batch, classes, pairs)
 
 
-def _rows(geometry, where, batch, classes, pairs) -> Iterator[dict]:
+def _rows(geometry: str, device: torch.device, batch: int, classes: Sequence[int], pairs: int | None) -> Iterator[dict]:
     latent = unet_config(geometry)["sample_size"]
     for count in classes:
-        calls = _calls(where, batch, count, latent)
-        done = race(calls, pairs=pairs, device=str(where))
+        calls = _calls(device, batch, count, latent)
+        timed = race(calls, pairs=pairs, device=device)
         for name in calls:
-            seconds = sorted(done.times[name])
+            seconds = sorted(timed.times[name])
             config = {"geometry": geometry, "batch": batch, "classes": count, "pixels": 8 * latent}
-            config |= {"case": f"{name.partition(': ')[2]} K={count}".strip(), "clock": done.clock}
-            spread = {"low": 1e3 * seconds[0] / batch, "high": 1e3 * seconds[-1] / batch, "n": len(seconds)}
-            value = 1e3 * done.seconds(name) / batch
-            config |= environment(str(where))
+            config |= {"case": f"{name.partition(': ')[2]} K={count}".strip(), "clock": timed.clock}
+            spread: dict[str, Any] = {
+                "low": 1e3 * seconds[0] / batch,
+                "high": 1e3 * seconds[-1] / batch,
+                "n": len(seconds),
+            }
+            value = 1e3 * timed.seconds(name) / batch
+            config |= environment(device)
             yield row(SUITE, name.partition(": ")[0], value, unit="ms/image", config=config, **spread)
 
 
-def _calls(where: torch.device, batch: int, count: int, latent: int) -> dict[str, Callable[[], object]]:
+def _calls(device: torch.device, batch: int, count: int, latent: int) -> dict[str, Workload]:
     rng = torch.Generator().manual_seed(0)
     size = 8 * latent
-    maps = torch.rand(batch, count, latent, latent, generator=rng).to(where)
-    images = torch.randint(0, 256, (batch, size, size, 3), generator=rng, dtype=torch.uint8).to(where)
-    ids = torch.arange(1, count + 1).repeat(batch, 1).to(where)
-    guide, large = (
-        images.permute(0, 3, 1, 2).float() / 255,
-        torch.rand(batch, count, size, size, generator=rng).to(where),
-    )
+    maps = torch.rand(batch, count, latent, latent, generator=rng).to(device)
+    images = torch.randint(0, 256, (batch, size, size, 3), generator=rng, dtype=torch.uint8).to(device)
+    ids = torch.arange(1, count + 1).repeat(batch, 1).to(device)
+    guide = images.permute(0, 3, 1, 2).float() / 255
+    large = torch.rand(batch, count, size, size, generator=rng).to(device)
     radius = size // latent  # one cell of the map, as the default
     calls = {f"make_masks: {name}": _making(maps, images, options, ids) for name, options in CASES.items()}
     calls["guided_filter: "] = lambda: guided_filter(guide, large, radius, MaskOptions().eps)
@@ -81,5 +85,5 @@ def _calls(where: torch.device, batch: int, count: int, latent: int) -> dict[str
     return calls
 
 
-def _making(maps, images, options, ids) -> Callable[[], object]:
+def _making(maps: Tensor, images: Tensor, options: MaskOptions, ids: Tensor) -> Workload:
     return lambda: make_masks(maps, images, options, ids)

@@ -1,4 +1,4 @@
-"""Memory by counting live tensors: what drawing with maps holds beside the reference program's store."""
+"""Memory by counting live tensors: of drawing with maps, and of the reference program's store."""
 
 from collections.abc import Callable, Iterator
 
@@ -24,13 +24,13 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return live.peak
 
 
-def against_reference(sides: Contenders) -> tuple[float, dict]:
-    """Return our peak over the reference store's while one image is denoised, and both, and what each store keeps."""
-    reference, ours = ReferenceStore(sides.pipe.pipe), sides.collector()
-    theirs = peak_bytes(lambda: sides.denoise_alone(reference))
+def against_reference(contenders: Contenders) -> tuple[float, dict[str, float]]:
+    """Return our peak over the reference store's while one image is denoised; and both peaks and both stores' sizes."""
+    reference, ours = ReferenceStore(contenders.pipe.pipe), contenders.collector()
+    theirs = peak_bytes(lambda: contenders.denoise_alone(reference))
     kept = reference.num_bytes
     reference.clear()
-    mine = peak_bytes(lambda: sides.denoise_alone(ours))
+    mine = peak_bytes(lambda: contenders.denoise_alone(ours))
     config = {"peak_gib": round(mine / GIB, 4), "reference_peak_gib": round(theirs / GIB, 4)}
     config |= {"kept_gib": round(ours.store.num_bytes / GIB, 6), "reference_kept_gib": round(kept / GIB, 4)}
     return mine / theirs, config

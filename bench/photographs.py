@@ -1,9 +1,9 @@
 """Refinement on real photographs: coarse maps made of exact masks, brought back to the photograph's edges."""
 
-import importlib.util
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +11,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffumask_fast.bench.baselines import dense_crf, missing
 from diffumask_fast.bench.rows import environment, row
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.learning.evaluation import boundary, overlap
-from diffumask_fast.masks.crf import LABELS, PRESETS, SIDE, STEPS, crf
+from diffumask_fast.masks.crf import PRESETS, SIDE, crf
 from diffumask_fast.masks.make import make_masks, refine_maps
 from diffumask_fast.masks.options import MaskOptions
 
@@ -53,14 +54,14 @@ def run(photos: Path, every: int = 1, crf_every: int = 40) -> Iterator[dict]:
 
 
 def _rows(photos: Path, every: int, crf_every: int) -> Iterator[dict]:
-    found: dict[str, list[list[float]]] = defaultdict(list)  # of each photograph the values at each of CELLS
+    values_of: dict[str, list[list[float]]] = defaultdict(list)  # each photograph's values at each of CELLS
     generator = torch.Generator().manual_seed(0)
     for number, (image, mask) in enumerate(_photographs(photos, every)):
         levels = [_level(cells, image, mask, generator, number % crf_every == 0) for cells in CELLS]
         for name in levels[0]:
-            found[name].append([values[name] for values in levels])
+            values_of[name].append([values[name] for values in levels])
     facts = environment("cpu")
-    for name, values in found.items():
+    for name, values in values_of.items():
         table = np.array(values)
         if name == "cv2_difference":
             yield _row(name, table.max(1), "", facts)
@@ -83,18 +84,18 @@ def _level(cells: int, image: Tensor, mask: np.ndarray, generator: torch.Generat
         inner = np.s_[border:-border, border:-border]
         figures["cv2_difference"] = float(abs(theirs.clip(0, 1) - ours)[inner].max())
         masks["cv2"] = theirs > CUT
-    if with_crf and importlib.util.find_spec("pydensecrf"):
-        labels = (soft[0, 0] > CUT).long()
+    if with_crf and not missing("pydensecrf"):
+        labels, scale = (soft[0, 0] > CUT).long(), min(image.shape[1:3]) / SIDE
         for name, preset in PRESETS.items():
-            # "threshold" comes last, is what `crf` above was made with, and stays as the rival's mask
+            # "threshold" is the preset of `crf` above; it comes last, so its mask is the one that is compared
             ours = masks["crf"]
             if name != "threshold":
                 ours = crf(labels[None, None], 2, image, preset)[0, 0, 1].numpy() > 0.5
-            masks["pydensecrf"] = dense_crf(image[0].numpy(), labels.numpy(), 2, preset).argmax(0) == 1
+            masks["pydensecrf"] = dense_crf(image[0].numpy(), labels.numpy(), 2, preset, scale).argmax(0) == 1
             figures[f"pydensecrf_{name}"] = overlap(ours, masks["pydensecrf"])
     true, known = boundary((mask > 0) & (mask < 255)), mask != 255
     plain = figures["plain"] = _boundary_iou(_made(maps, image, BASELINE), true, known)
-    return figures | {f"{name}_gain": _boundary_iou(found, true, known) - plain for name, found in masks.items()}
+    return figures | {f"{name}_gain": _boundary_iou(made, true, known) - plain for name, made in masks.items()}
 
 
 def coarse_map(mask: Tensor, cells: int, generator: torch.Generator) -> Tensor:
@@ -120,8 +121,8 @@ def _made(maps: Tensor, image: Tensor, options: MaskOptions) -> np.ndarray:
     return make_masks(maps, image, options, torch.ones(1, 1, dtype=torch.long))[0][0].numpy() == 1
 
 
-def _boundary_iou(found: np.ndarray, true: np.ndarray, known: np.ndarray) -> float:
-    ours = boundary(found)
+def _boundary_iou(made: np.ndarray, true: np.ndarray, known: np.ndarray) -> float:
+    ours = boundary(made)
     return float((ours & true & known).sum() / max(1, ((ours | true) & known).sum()))
 
 
@@ -135,29 +136,12 @@ def _cv2_guided(soft: Tensor, image: Tensor, cells: int) -> np.ndarray | None:
         from cv2.ximgproc import guidedFilter
     except ImportError:
         return None
-    # on colours in 0..1, cv2 takes a small determinant for none: 0..255 is the same filter and stays clear of that
+    # with colours in 0..1 cv2 takes small determinants for zero; with 0..255 it does not, and the filter is the same
     eps = SETTINGS["guided"].eps * 255**2
     return guidedFilter(image[0].numpy().astype(np.float32), soft[0, 0].numpy(), _radius(image, cells), eps)
 
 
-def dense_crf(image: np.ndarray, labels: np.ndarray, num_labels: int, preset) -> np.ndarray:
-    """Run pydensecrf as the reference does on hard labels [H, W]: [L, H, W]; test extra only."""
-    from pydensecrf.densecrf import DenseCRF2D
-
-    height, width = labels.shape
-    scale = min(height, width) / SIDE
-    model = DenseCRF2D(width, height, num_labels)
-    other = (1 - preset.gt_prob) / (LABELS - 1)
-    energy = np.where(np.arange(num_labels)[:, None] == labels.reshape(-1), -np.log(preset.gt_prob), -np.log(other))
-    model.setUnaryEnergy(np.ascontiguousarray(energy, dtype=np.float32))
-    compat, sxy = preset.gaussian
-    model.addPairwiseGaussian(sxy=sxy * scale, compat=compat)
-    compat, sxy, srgb = preset.bilateral
-    model.addPairwiseBilateral(sxy=sxy * scale, srgb=srgb, rgbim=np.ascontiguousarray(image), compat=compat)
-    return np.array(model.inference(STEPS)).reshape(num_labels, height, width)
-
-
-def _row(name: str, values: np.ndarray, unit: str, config: dict) -> dict:
+def _row(name: str, values: np.ndarray, unit: str, config: dict[str, Any]) -> dict:
     return row(
         "quality", name, values.mean(), unit=unit, low=values.min(), high=values.max(), n=len(values), config=config
     )

@@ -1,8 +1,9 @@
-"""How good masks are: thresholds, refinements and propagation, judged by the oracle; or on photographs."""
+"""The quality of masks by threshold, refinement and propagation, judged by the oracle; or on photographs."""
 
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +24,8 @@ from diffumask_fast.prompts.vocabulary import Vocabulary
 
 SUITE = "quality"
 BATCH = 8
-PROPAGATE = ("none", 1, 2)
-SETTINGS = {
+PROPAGATE: tuple[Any, ...] = ("none", 1, 2)
+SETTINGS: dict[str, dict[str, Any]] = {
     "otsu-colour": {},
     "otsu-guided": {"colour_steps": 0},
     "otsu-crf": {"refine": "crf"},
@@ -37,7 +38,7 @@ SLOW = ("otsu-crf", "adaptive-colour")  # measured at one propagation alone
 
 def run(
     geometry: str = "mini",
-    device: str = "auto",
+    device: str | torch.device = "auto",
     *,
     photos: Path | None = None,
     num: int = 500,
@@ -72,25 +73,26 @@ def run(
     return _rows(geometry, resolve_device(device), num, seed, settings)
 
 
-def _rows(geometry: str, where: torch.device, num: int, seed: int, settings: Sequence[str]) -> Iterator[dict]:
-    images, maps, ids = _draw(DiffuMaskPipeline.from_pretrained(geometry, device=where), num, seed)
+def _rows(geometry: str, device: torch.device, num: int, seed: int, settings: Sequence[str]) -> Iterator[dict]:
+    images, maps, ids = _draw(DiffuMaskPipeline.from_pretrained(geometry, device=device), num, seed)
     truth = predict(load_oracle(), list(images.numpy()))
-    facts = {"num": num, "seed": seed, **environment(str(where))}
+    facts = {"num": num, "seed": seed, **environment(device)}
     for propagate, stored in maps.items():
         for name in settings:
             if name in SLOW and propagate != 1:
                 continue
-            figures = _judge(stored, images, ids, truth, MaskOptions(**SETTINGS[name]), where)
+            figures = _judge(stored, images, ids, truth, MaskOptions(**SETTINGS[name]), device)
             value = figures.pop("foreground_iou")
             yield row(SUITE, f"{propagate}-{name}", value, unit="IoU", n=num, config={**figures, **facts})
 
 
-def _draw(pipe: DiffuMaskPipeline, num: int, seed: int) -> tuple[Tensor, dict[str | int, Tensor], Tensor]:
+def _draw(pipe: DiffuMaskPipeline, num: int, seed: int) -> tuple[Tensor, dict[Any, Tensor], Tensor]:
     """Draw once; return images [N, H, W, 3], maps of each propagation [N, 1, h, w], class ids [N, 1]."""
     requests = plan(Vocabulary.named(pipe.info.classes), num, seed, 1, scenes=pipe.info.scenes)
     pipe.pipe.set_progress_bar_config(disable=True)
     aggregation = pipe.map_options().aggregation
-    images, maps = [], {times: [] for times in PROPAGATE}
+    images: list[Tensor] = []
+    maps: dict[Any, list[Tensor]] = {times: [] for times in PROPAGATE}
     for start in range(0, num, BATCH):
         batch = requests[start : start + BATCH]
         generators = [torch.Generator("cpu").manual_seed(request.seed) for request in batch]
@@ -109,19 +111,19 @@ def _draw(pipe: DiffuMaskPipeline, num: int, seed: int) -> tuple[Tensor, dict[st
 
 
 def _judge(
-    maps: Tensor, images: Tensor, ids: Tensor, truth: list[np.ndarray], options: MaskOptions, where: torch.device
+    maps: Tensor, images: Tensor, ids: Tensor, truth: list[np.ndarray], options: MaskOptions, device: torch.device
 ) -> dict[str, float]:
     ious, edges, quality, seconds = [], [], [], 0.0
     for start in range(0, len(maps), BATCH):
         part = slice(start, start + BATCH)
         began = time.process_time()
-        mask, numbers = make_masks(maps[part].to(where), images[part].to(where), options, ids[part])
-        found = mask.cpu().numpy()
+        made, numbers = make_masks(maps[part].to(device), images[part].to(device), options, ids[part])
+        masks = made.cpu().numpy()
         seconds += time.process_time() - began
         quality += numbers[:, 0].tolist()
-        for one, other in zip(found > 0, truth[part], strict=True):
-            ious.append(overlap(one, other > 0))
-            edges.append(overlap(boundary(one), boundary(other > 0)))
+        for mask, true in zip(masks > 0, truth[part], strict=True):
+            ious.append(overlap(mask, true > 0))
+            edges.append(overlap(boundary(mask), boundary(true > 0)))
     return {
         "foreground_iou": float(np.mean(ious)),
         "boundary_iou": round(float(np.mean(edges)), 4),
@@ -138,4 +140,4 @@ def rank_correlation(left: Sequence[float], right: Sequence[float]) -> float:
         1.0
     """
     ranks = [np.argsort(np.argsort(values, kind="stable"), kind="stable") for values in (left, right)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.asarray(np.corrcoef(ranks))[0, 1])

@@ -1,4 +1,4 @@
-"""Two files of rows side by side: what became worse by more than a threshold."""
+"""Two files of rows compared: what became worse by more than a threshold."""
 
 import json
 from pathlib import Path
@@ -20,21 +20,21 @@ def read_rows(path: str | Path) -> list[dict]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DiffuMaskError(f"Cannot read the rows in {path} ({error}): give a file that bench wrote.") from error
-    rows = []
+    rows: list[dict] = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            found = json.loads(line) if line.strip() else {"rows": []}
-            found = found["rows"] if "rows" in found else [found]
-            if any(key not in one for one in found for key in ROW):
+            parsed = json.loads(line) if line.strip() else {"rows": []}
+            read = parsed["rows"] if "rows" in parsed else [parsed]
+            if any(key not in one for one in read for key in ROW):
                 raise KeyError("row")
         except (ValueError, KeyError, TypeError) as error:
             raise DiffuMaskError(f"{path} line {number} is no row of the bench: give a file it wrote.") from error
-        rows += found
+        rows += read
     return rows
 
 
-def compare_rows(before: list[dict], after: list[dict], threshold: float = 0.05) -> list[dict]:
-    """Match rows by suite, name and what they depend on, the last of each file, and tell how they changed.
+def compare_rows(before: list[dict], after: list[dict], threshold: float) -> list[dict]:
+    """Match rows by suite, name and what they depend on, the last of each file, and say how they changed.
 
     Versions and commits are no part of the match: they are what is compared. A change for the worse counts as a
     regression when it exceeds the threshold and the two ranges do not meet.

@@ -1,13 +1,12 @@
-"""What a run of the bench leaves: lines for people, one JSON object, a file of rows, plots."""
+"""Run a suite: lines for people or one JSON object, a file of rows, plots."""
 
 import importlib
 import inspect
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-from diffumask_fast.bench import SUITES
+from diffumask_fast.bench.options import BenchOptions
 from diffumask_fast.bench.rows import append_rows, describe, environment, results_file
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.models.device import resolve_device
@@ -15,48 +14,43 @@ from diffumask_fast.models.device import resolve_device
 STOPPED = 130
 
 
-def measure(
-    suite: str,
-    geometry: str,
-    device: str,
-    options: dict[str, Any],
-    *,
-    output: Path | None = None,
-    plot: Path | None = None,
-    as_json: bool = False,
-) -> int:
-    """Run a suite and hand out its rows one by one, so that Ctrl-C leaves those that are finished.
+def measure(options: BenchOptions, *, as_json: bool = False) -> int:
+    """Run a suite and append its rows one by one, so that Ctrl-C leaves those that are finished.
 
     Args:
-        suite: one of SUITES.
-        geometry, device: as the suite takes them.
-        options: further arguments of the suite.
-        output: file that the rows are appended to; None is the machine's own in a checkout.
-        plot: folder for plots.
+        options: the suite, its arguments, and where the rows and plots go; without an output, the machine's own file in
+            a checkout.
         as_json: print one JSON object at the end in place of lines.
 
     Returns:
         0, or 130 when it was stopped.
 
     Raises:
-        DiffuMaskError: no such suite, an option that it does not take, matplotlib missing for plots, and the suite's.
+        DiffuMaskError: an option that the suite does not take, matplotlib missing for plots, and the suite's.
     """
-    if suite not in SUITES:
-        raise DiffuMaskError(f"There is no suite {suite}: use {', '.join(SUITES)}.")
-    run = importlib.import_module(f"diffumask_fast.bench.{suite}").run
-    for name in options:
+    run = importlib.import_module(f"diffumask_fast.bench.{options.suite}").run
+    own: dict[str, Any] = {
+        "model": options.model,
+        "steps": options.steps,
+        "pairs": options.pairs,
+        "photos": options.photos,
+    }
+    own["names"] = options.rows.split(",") if options.rows else None
+    own = {name: value for name, value in own.items() if value is not None}
+    for name in own:
         if name not in inspect.signature(run).parameters:
-            flag = {"names": "rows"}.get(name, name)
-            raise DiffuMaskError(f"The suite {suite} has no --{flag}: leave it out.")
-    if plot is not None:
+            raise DiffuMaskError(
+                f"The suite {options.suite} has no `{'rows' if name == 'names' else name}`: leave it out."
+            )
+    if options.plot is not None:
         from diffumask_fast.bench.plots import needs_matplotlib
 
         needs_matplotlib()
-    where = str(resolve_device(device))
-    path = output or results_file(where)
+    device = resolve_device(options.device)
+    path = options.output or results_file(device)
     rows, code = [], 0
     try:
-        for one in run(geometry, device=device, **options):
+        for one in run(options.geometry, device=device, **own):
             rows.append(one)
             if path is not None:
                 append_rows(path, [one])
@@ -65,12 +59,12 @@ def measure(
     except KeyboardInterrupt:
         print(f"Stopped; {len(rows)} finished rows were kept.", file=sys.stderr)
         code = STOPPED
-    if plot is not None and rows:
+    if options.plot is not None and rows:
         from diffumask_fast.bench.plots import draw
 
-        draw(rows, plot)
+        draw(rows, options.plot)
     if as_json:
-        print(json.dumps({"environment": environment(where), "rows": rows}))
+        print(json.dumps({"environment": environment(device), "rows": rows}))
     elif path is not None and rows:
         print(f"Rows appended to {path}.", file=sys.stderr)
     return code

@@ -1,9 +1,9 @@
-"""Write `docs/kernels.md`: what each kernel must move and compute, what that takes at the GPU's limits, what it needs.
+"""Write `docs/notes/kernels.md`: what each kernel moves and computes, the time at a GPU's limits, its resources.
 
-    PYTHONSAFEPATH=1 python -m diffumask_fast.bench.roofline docs/kernels.md
+    PYTHONSAFEPATH=1 python -m diffumask_fast.bench.roofline docs/notes/kernels.md
 
-The account is arithmetic and takes no time; the table of registers compiles every kernel for five GPUs that need not be
-here, which takes about five minutes.
+The account is arithmetic and takes no time. The last table compiles every kernel for five GPUs, none of which need be
+here; that takes a few minutes.
 """
 
 import itertools
@@ -11,38 +11,40 @@ import sys
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from diffumask_fast.bench.launch_specs import compiled
-from diffumask_fast.bench.workspace_memory import FORMS, transient
+from diffumask_fast.bench.workspace_memory import IMPLS, workspace
 from diffumask_fast.kernels import tuned
 from diffumask_fast.kernels.attend_triton import constants, two_powers
-from diffumask_fast.kernels.shapes import KEYS, MODELS, Layer, Model
+from diffumask_fast.kernels.inputs import CANDIDATES, CRF, LABELS
+from diffumask_fast.kernels.shapes import KEYS, MODELS, STABLE_DIFFUSION, Layer, Model
 
-PHRASES = (1, 5, 16)  # of the page's columns
-BOUND = 0.002  # what maps may add
-WARP_PIXELS = 16  # of query pixels in fp16
-# Machine instructions that a warp issues for one head of a layer, sm_90, without what the maps add
+PHRASES = (1, 5, 16)  # of the table's columns
+BOUND = 0.002  # share of the UNet's time that maps may add
+WARP_PIXELS = 16  # query pixels of a warp in fp16
+# Machine instructions that a warp issues for one head of a layer, sm_90, without those for the maps
 ISSUED = {
     "attend": {40: 494, 64: 460, 80: 792, 160: 1072},
     "attend_maps": {40: 299, 64: 286, 80: 472, 160: 592},
 }
-COLUMN = 96  # and for one column, its loads and the store of a map
+COLUMN = 96  # machine instructions for one column, its loads and the store of a map among them
 PROPAGATED = 1024  # pixels of a level up to which self-attention carries the maps
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Nominal limits of a GPU, each a second; what the second-level cache gives is about what others have measured."""
+    """Nominal limits of a GPU, per second; the second-level cache's is about what others have measured."""
 
     name: str
     bandwidth: float
     cache: float = 5.5e12  # bytes from the second-level cache
     fp16: float = 989e12  # dense FLOP
     fp32: float = 67e12
-    loads: float = 132 * 32 * 1.755e9  # of 4 bytes from the first-level caches, 128 bytes a multiprocessor and cycle
-    issue: float = 132 * 4 * 1.755e9  # instructions of a warp, four schedulers a multiprocessor
+    loads: float = 132 * 32 * 1.755e9  # of 4 bytes from the first-level caches: 128 bytes per multiprocessor and cycle
+    issue: float = 132 * 4 * 1.755e9  # instructions of a warp: four schedulers per multiprocessor
 
 
 GPUS = (Gpu("H100", 3.35e12), Gpu("H200", 4.8e12))
@@ -75,14 +77,14 @@ class Cost:
         return max(self.parts(gpu).values())
 
     def serial_seconds(self, gpu: Gpu) -> float:
-        """Return the time if nothing were computed while memory is read or written."""
+        """Return the time if no computing overlapped with memory."""
         parts = self.parts(gpu)
         memory = max(parts.pop("bytes"), parts.pop("cache"))
         return memory + max(parts.values())
 
 
 def covered(size: int) -> int:
-    """Return what the kernel computes for a number of keys or channels: 80 for 77, 64 for 64."""
+    """Return the padded number of keys or channels that the kernel computes: 80 for 77, 64 for 64."""
     first, second = two_powers(size)
     return first if size <= first else first + second
 
@@ -98,7 +100,8 @@ def grid(layer: Layer, num: int, kernel: str = "attend") -> tuple[int, int, dict
 def attention(layer: Layer) -> Cost:
     """Count plain cross-attention of one sample in fp16, products over padded keys and channels.
 
-    Device memory gives q, k and v and takes the output once; each block of pixels has k and v from the cache again.
+    q, k and v are read from device memory once and the output is written once; each block of pixels reads k and v from
+    the cache again.
     """
     queries, keys = 2 * layer.heads * layer.head_dim * layer.pixels, 2 * layer.heads * layer.head_dim * KEYS
     blocks = grid(layer, 1)[0]
@@ -111,10 +114,10 @@ def attention(layer: Layer) -> Cost:
 
 
 def maps(layer: Layer, num: int) -> Cost:
-    """Count what the maps add to a guided pair, one of whose two samples is conditional.
+    """Count what maps add to a guided pair, one of whose two samples is conditional.
 
-    That one sums its probabilities over the heads in fp32, multiplies the sums of each group of heads by the columns,
-    and reads and writes its maps, by way of one part for each group where there are several.
+    Its probabilities are summed over the heads in fp32, and each group of heads multiplies its sums by the columns. The
+    maps are read and written; several groups write a part each, which are then added.
     """
     blocks, groups, fixed = grid(layer, num)
     passes = 2 if groups == 1 else 2 + 2 * groups
@@ -150,13 +153,13 @@ def overhead(model: Model, num: int, gpu: Gpu) -> float:
 
 
 def overhead_at_most(model: Model, num: int, gpu: Gpu) -> float:
-    """Return the same as if nothing of what maps add overlapped with anything, nor memory with computing."""
+    """Return the same if nothing overlapped: neither maps with attention, nor memory with computing."""
     added = sum(layer.count * maps(layer, num).serial_seconds(gpu) for layer in model.layers)
     return added / (2 * model.flops / gpu.fp16)
 
 
 def overhead_alone(model: Model, num: int, gpu: Gpu) -> float:
-    """Return the same for "sdpa+maps", whose second kernel waits for the first."""
+    """Return the same for "sdpa+maps", whose second kernel begins after the first."""
     added = sum(layer.count * maps_alone(layer, num).seconds(gpu) for layer in model.layers)
     return added / (2 * model.flops / gpu.fp16)
 
@@ -193,8 +196,9 @@ def mean_field(height: int, width: int, candidates: int, labels: int, window: in
 
 def account() -> str:
     """Return the arithmetic part of the page."""
-    filter_costs, step_costs = guided_filter(512, 512, 1, 32), mean_field(512, 512, 8, 2, 11)
-    parts = [_HEAD, *map(_attention_table, MODELS), _overhead_table(), _transient_table(MODELS[0])]
+    filter_costs = guided_filter(512, 512, 1, 32)
+    step_costs = mean_field(512, 512, CANDIDATES, LABELS, CRF["window"])
+    parts = [_HEAD, *map(_attention_table, STABLE_DIFFUSION), _overhead_table(), _workspace_table(MODELS["sd15"])]
     parts += [_launch_table(_FILTER, filter_costs), _launch_table(_STEP, step_costs)]
     return "\n\n".join(parts) + "\n"
 
@@ -216,8 +220,8 @@ def _attention_table(model: Model) -> str:
         times = [cost.seconds(gpu) for gpu in GPUS]
         seconds = [whole + layer.count * one for whole, one in zip(seconds, times, strict=True)]
         shape = f"{layer.count} | {layer.pixels} | {layer.heads} x {layer.head_dim}"
-        told = " | ".join(f"{1e6 * one:.2f}, {_binds(cost, gpu)}" for one, gpu in zip(times, GPUS, strict=True))
-        lines.append(f"| {shape} | {_figures(cost, 2)} | {told} |")
+        limits = " | ".join(f"{1e6 * one:.2f}, {_binds(cost, gpu)}" for one, gpu in zip(times, GPUS, strict=True))
+        lines.append(f"| {shape} | {_figures(cost, 2)} | {limits} |")
     lines.append(f"| all | | | {_figures(total, 0)} | {' | '.join(f'{1e6 * one:.0f}' for one in seconds)} |")
     return "\n".join(lines)
 
@@ -236,10 +240,10 @@ def _binds(cost: Cost, gpu: Gpu) -> str:
 def _overhead_table() -> str:
     lines = [_MAPS, "", "| | " + " | ".join(f"K = {num}, {g.name}" for num in PHRASES for g in GPUS) + " | most K |"]
     lines.append("|" + " --- |" * (2 + len(PHRASES) * len(GPUS)))
-    for model in MODELS:
+    for model in STABLE_DIFFUSION:
         cases = [(model, num, gpu) for num in PHRASES for gpu in GPUS]
-        forms = {model.name: overhead, "without any overlap": overhead_at_most, "sdpa+maps": overhead_alone}
-        for name, share in forms.items():
+        shares_of = {model.name: overhead, "without any overlap": overhead_at_most, "sdpa+maps": overhead_alone}
+        for name, share in shares_of.items():
             shares = " | ".join(f"{100 * share(*case):.3f} %" for case in cases)
             most = " and ".join(str(most_phrases(share, model, gpu)) for gpu in GPUS)
             lines.append(f"| {name} | {shares} | {most} |")
@@ -251,17 +255,22 @@ def most_phrases(share: Callable[[Model, int, Gpu], float], model: Model, gpu: G
     return sum(1 for _ in itertools.takewhile(lambda num: share(model, num, gpu) <= BOUND, range(1, KEYS + 1)))
 
 
-def _transient_table(model: Model) -> str:
-    lines = [_TRANSIENTS, "", "| attention | pixels | heads x size | " + " | ".join(FORMS) + " |"]
-    lines.append("|" + " --- |" * (3 + len(FORMS)))
-    largest = dict.fromkeys(FORMS, 0)
+def _workspace_table(model: Model) -> str:
+    lines = [_WORKSPACE, "", "| attention | pixels | heads x size | " + " | ".join(IMPLS) + " |"]
+    lines.append("|" + " --- |" * (3 + len(IMPLS)))
+    largest = dict.fromkeys(IMPLS, 0)
     for kind in ("cross", "self"):
         for layer in model.layers:
             keys, num = (KEYS, 1) if kind == "cross" else (layer.pixels, int(layer.pixels <= PROPAGATED))
-            shape = {"pixels": layer.pixels, "keys": keys, "heads": layer.heads, "head_dim": layer.head_dim}
-            found = {form: transient(form, rows=2, num=num, **shape) for form in FORMS}
-            largest = {form: max(largest[form], found[form]) for form in FORMS}
-            sizes = " | ".join(f"{value / 1e6:.2f}" for value in found.values())
+            shape: dict[str, Any] = {
+                "pixels": layer.pixels,
+                "keys": keys,
+                "heads": layer.heads,
+                "head_dim": layer.head_dim,
+            }
+            peaks = {impl: workspace(impl, rows=2, num=num, **shape) for impl in IMPLS}
+            largest = {impl: max(largest[impl], peaks[impl]) for impl in IMPLS}
+            sizes = " | ".join(f"{value / 1e6:.2f}" for value in peaks.values())
             lines.append(f"| {kind} | {layer.pixels} | {layer.heads} x {layer.head_dim} | {sizes} |")
     lines.append("| largest | | | " + " | ".join(f"{value / 1e6:.2f}" for value in largest.values()) + " |")
     return "\n".join(lines)
@@ -280,67 +289,67 @@ def _launch_table(text: str, costs: dict[str, Cost]) -> str:
 _HEAD = """\
 # The kernels: an account
 
-`PYTHONSAFEPATH=1 python -m diffumask_fast.bench.roofline docs/kernels.md` writes this page. **Nothing on it was
-measured on a GPU**: times are what bytes and operations take at the limits of an H100 SXM and an H200 SXM. They have
-3.35 and 4.8 TB/s of device memory; both give 5.5 TB/s from the second-level cache (about what others measured), 989
-TFLOP/s dense fp16, 67 TFLOP/s fp32, 7.4 T loads/s of 4 bytes from the first-level caches (132 multiprocessors, 128
-bytes a cycle, 1.755 GHz) and issue 927 G instructions/s, each for 32 threads. Real kernels take longer. Measured rows
-are in `bench/results/`.
+`PYTHONSAFEPATH=1 python -m diffumask_fast.bench.roofline docs/notes/kernels.md` writes this page. **Nothing on it was
+measured on a GPU.** A time here is the time that the bytes and operations of a kernel take at the limits of an H100 SXM
+and an H200 SXM: 3.35 and 4.8 TB/s of device memory; for both, 5.5 TB/s from the second-level cache (about what others
+measured), 989 TFLOP/s dense fp16, 67 TFLOP/s fp32, 7.4 T loads/s of 4 bytes from the first-level caches (132
+multiprocessors, 128 bytes per cycle, 1.755 GHz) and 927 G instructions/s of 32 threads each. Real kernels take longer.
+Measured rows are in `bench/results/`; [kernels.md](../kernels.md) says what the kernels do.
 
 ## Cross-attention
 
-One pass: q, k and v are read, the output is written, in fp16; the 77 x N probabilities of a head stay in registers.
-Keys are padded to 64 + 16, channels to two powers of two (40 to 32 + 16, 160 to 128 + 32); FLOPs are those of the
-padded products. Instructions are counted in the machine code for Hopper: about 12 for a score of a head of 40 (19
-before powers of two replaced exponentials and one reciprocal a row the divisions). Each block of 64 pixels reads k and
-v again, from the cache, which is more than q and the output: there larger blocks would gain, `tune` tries them. A row
-is one layer for one guided pair (batch 2); the time is that of the limit that binds, which is named."""
+One pass reads q, k and v and writes the output, in fp16. The 77 x N probabilities of a head stay in registers. Keys are
+padded to 64 + 16, channels to two powers of two (40 to 32 + 16, 160 to 128 + 32); the FLOPs are those of the padded
+products. Instructions are counted in the machine code for Hopper: about 12 for each score of a head of 40 (19 before
+exponentials became powers of two, and divisions one reciprocal per row). Each block of 64 pixels reads k and v from the
+cache again, which is more than q and the output together. Larger blocks would read less; `tune` tries them. A row of
+the table is one layer for one guided pair (batch 2). Its time is that of the slowest resource, which is named."""
 
 _MAPS = """\
 ### What maps add
 
-For K phrases, beside the UNet of the guided pair at 989 TFLOP/s. The conditional sample sums its probabilities over the
-heads and multiplies the sums by the columns, once for each group of heads: a small layer has several groups, to fill
-the GPU. The first line is the limit's: the memory or the cache binds, and what is computed runs beside it. The second
-adds up everything. The third is `sdpa+maps`: torch's attention, then a kernel that reads the conditional half of q and
-k again and makes the maps alone. It leaves the output exactly torch's, and costs more unless torch's attention is the
-faster one by that much. The last column is the number of phrases up to which a line stays within 0.2 %, on H100 and
-H200.
+The time that maps of K phrases add, as a share of the time of the guided pair's UNet at 989 TFLOP/s. The conditional
+sample sums its probabilities over the heads and multiplies the sums by the columns, once for each group of heads; a
+small layer has several groups, to fill the GPU. The first line of a model assumes that computing overlaps with memory
+access, which is the slower of the two; the second assumes no overlap at all. The third is `sdpa+maps`: torch's
+attention, then a kernel that reads the conditional half of q and k again and makes the maps alone. Its output is
+exactly torch's. It costs more, unless torch's attention is faster than ours by that much. The last column is the
+largest number of phrases at which a line stays within 0.2 %, on H100 and H200.
 
-Partial maps rather than partial sums are written for the groups: K floats a pixel instead of 77. A column meets the
-sums by multiplying and adding over the keys, 96 instructions; as a product of matrices two columns took 1064
-instructions where 1024 do (1024 x 8 x 80), five 1352 instead of 1312; from about a dozen the product was shorter."""
+Groups write partial maps, K numbers for each pixel, rather than partial sums, which are 77. A column is multiplied by
+the sums and added over the keys in 96 instructions. As a matrix product, two columns took 1064 instructions instead of
+1024 (1024 x 8 x 80), five took 1352 instead of 1312; from about a dozen columns on the product was shorter."""
 
-_TRANSIENTS = """\
-### What a layer holds for a moment
+_WORKSPACE = """\
+### Workspace memory of a layer
 
-The most MB that live at once in one layer beside its q, k, v and the maps, its output among them: fp32, a guided pair
-of SD1.5, one phrase, propagated in self-attention of at most 1024 pixels. `eager` (`impl="reference"`) writes scores
-and probabilities; `sdpa` pads q, k, v and the output to head sizes that are multiples of 8; `triton` writes its output
-and, where heads are split, a part of the maps for each group; `sdpa+maps` holds the larger of those parts and what
-torch's attention keeps; both leave more than 128 keys to `sdpa`. The figures are arithmetic; `tests/test_transients.py`
-and, while denoising, `tests/test_memory.py` measure the same to the byte on a CPU, of the kernels what their launchers
-allocate. What a kernel of torch allocates within itself is in neither."""
+The most MB that live at once in one layer beside its q, k, v and the maps; the output counts. In fp32, for a guided
+pair of SD1.5 and one phrase, which is propagated in self-attention of at most 1024 pixels. `reference` writes scores
+and probabilities. `sdpa` pads q, k, v and the output to head sizes that are multiples of 8. `triton` writes its output
+and, where heads are split into groups, a part of the maps for each group. `sdpa+maps` holds the larger of those parts
+and what torch's attention keeps. With more than 128 keys the last two are `sdpa`. The figures are arithmetic;
+`tests/test_workspace_memory.py` and, while denoising, `tests/test_memory.py` measure the same to the byte on a CPU (of
+the kernels, what their launchers allocate). What a kernel of torch allocates within itself is not counted."""
 
 _FILTER = """\
 ## The guided filter
 
-Four launches for all images and maps: box means of products along rows, along columns with the 3x3 systems solved in
-registers, and the same two ways for the lines. Below: one image of 512 x 512, one map, radius 32 (65 taps). What binds
-is loading the taps from the first-level caches, not device memory."""
+Four launches serve all images and maps: box means of products along rows; along columns, with the 3x3 systems solved in
+registers; and the same two for the lines. The table is for one image of 512 x 512, one map, radius 32 (65 taps). The
+limit is loading the taps from the first-level caches, not device memory."""
 
 _STEP = """\
 ## One step of the CRF
 
-The Gaussian term is two products along the sides in fp32 (`smooth`, torch's own), the windowed term and the softmax one
-launch (`step`); `norm` comes once for all steps of a guide. Below: one image of 512 x 512, 8 candidates of 2 labels,
-window 11. A pair's weight is made once for 4 candidates."""
+The Gaussian term is two products along the sides in fp32 (`smooth`, torch's own). The windowed term and the softmax are
+one launch (`step`). `norm` runs once for all steps of a guide. The table is for one image of 512 x 512, 8 candidates of
+2 labels, window 11. The weight of a pair of pixels is computed once for 4 candidates."""
 
 
 def main() -> None:
     """Write the page to the file named on the command line."""
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m diffumask_fast.bench.roofline docs/kernels.md")
+        sys.exit("usage: python -m diffumask_fast.bench.roofline docs/notes/kernels.md")
     Path(sys.argv[1]).write_text(account() + "\n" + compiled(), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""The rows that measurements become: made, appended to a file, told in a line, and what they depend on."""
+"""Rows of measurements: made, appended to a file, described in a line; and the environment that they depend on."""
 
 import itertools
 import json
@@ -9,12 +9,13 @@ import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from diffumask_fast.bench.harness import Ratio
 
-# what a row is printed with
+# of config, printed behind a row
 BESIDE = ("case", "batch", "engine", "dtype", "mask_iou", "crf_s", "peak_gib", "reference_peak_gib")
 
 
@@ -27,7 +28,7 @@ def row(
     low: float | None = None,
     high: float | None = None,
     n: int = 1,
-    config: dict | None = None,
+    config: dict[str, Any] | None = None,
 ) -> dict:
     """Make one result row: `{"suite", "name", "value", "unit", "low", "high", "n", "config"}`.
 
@@ -38,9 +39,10 @@ def row(
     """
     config = dict(config or {})
     if isinstance(value, Ratio):
-        config |= {"raw": round(value.raw, 5), "control_deviation": round(value.deviation, 5)}
-        config |= {"baseline_s": round(value.baseline_s, 5), "clock": value.clock}
-        value, low, high, n = value.value, value.low, value.high, value.n
+        ratio = value
+        config |= {"raw": round(ratio.raw, 5), "control_deviation": round(ratio.deviation, 5)}
+        config |= {"baseline_s": round(ratio.baseline_s, 5), "clock": ratio.clock}
+        value, low, high, n = ratio.value, ratio.low, ratio.high, ratio.n
     low, high = value if low is None else low, value if high is None else high
     numbers = {key: round(float(number), 5) for key, number in (("value", value), ("low", low), ("high", high))}
     return {
@@ -63,7 +65,7 @@ def append_rows(path: str | os.PathLike, rows: Sequence[dict]) -> None:
         file.writelines(json.dumps(one) + "\n" for one in rows)
 
 
-def results_file(device: str = "cpu") -> Path | None:
+def results_file(device: str | torch.device = "cpu") -> Path | None:
     """Return where rows of this machine are kept in a checkout, `<processor or GPU>-<cores>.jsonl`; None elsewhere."""
     checkout = Path(__file__).resolve().parents[1]
     if not (checkout / ".git").exists():
@@ -82,8 +84,8 @@ def describe(one: dict) -> str:
     return text + "".join(f", {key} {value}" for key, value in beside.items())
 
 
-def environment(device: str = "cpu", threads: int = 1) -> dict:
-    """Say what a timing depends on: versions, processor or GPU, threads and, in a checkout, the commit."""
+def environment(device: str | torch.device = "cpu", threads: int = 1) -> dict[str, Any]:
+    """Return what a timing depends on: versions, processor or GPU, threads and, in a checkout, the commit."""
     facts = {"device": torch.device(device).type, "threads": threads, "python": platform.python_version()}
     facts |= {name: _version(name) for name in ("torch", "diffusers", "diffumask-fast")}
     facts["cpu"] = _cpu_name()

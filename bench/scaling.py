@@ -1,7 +1,10 @@
-"""How time and memory grow: with the batch, and with the number of steps, where memory must not grow at all."""
+"""How time and memory grow with the batch, and that memory does not grow with the number of steps."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from diffumask_fast.bench.contenders import Contenders
 from diffumask_fast.bench.geometries import check_geometry, check_memory, open_geometry
@@ -17,7 +20,7 @@ STEPS = (10, 20, 30, 40, 50)
 
 def run(
     geometry: str = "mini",
-    device: str = "auto",
+    device: str | torch.device = "auto",
     *,
     model: str | Path | None = None,
     batches: Sequence[int] = BATCHES,
@@ -28,7 +31,7 @@ def run(
     """Measure images per second and peak memory of finished images with masks over batch sizes, and memory over steps.
 
     Args:
-        geometry: one of `geometries.GEOMETRIES`.
+        geometry: one of `bench.GEOMETRIES`.
         device: "auto", "cpu" or "cuda".
         model: another model folder of the same geometry.
         batches: images per call.
@@ -43,26 +46,34 @@ def run(
         DiffuMaskError: an unknown geometry, too little memory for its weights.
     """
     check_geometry(geometry)
-    where = resolve_device(device)
+    device = resolve_device(device)
     if geometry != "mini" and model is None:
-        check_memory(geometry, str(where), reference=False)
-    return _rows(geometry, where, model, batches, numbers, steps, pairs)
+        check_memory(geometry, device, reference=False)
+    return _rows(geometry, device, model, batches, numbers, steps, pairs)
 
 
-def _rows(geometry, where, model, batches, numbers, steps, pairs) -> Iterator[dict]:
-    pipe = open_geometry(geometry, str(where), model=model)
-    shared = {"geometry": geometry, "model": str(model or geometry), **environment(str(where))}
+def _rows(
+    geometry: str,
+    device: torch.device,
+    model: str | Path | None,
+    batches: Sequence[int],
+    numbers: Sequence[int],
+    steps: int,
+    pairs: int,
+) -> Iterator[dict]:
+    pipe = open_geometry(geometry, device, model=model)
+    shared = {"geometry": geometry, "model": str(model or geometry), **environment(device)}
     for batch in batches:
-        sides = Contenders(pipe, batch, steps)
-        call = sides.ours(like_reference=False)
+        contenders = Contenders(pipe, batch, steps)
+        call = contenders.ours(like_reference=False)
         before = pipe.seconds.as_dict()
-        done = race({"ours": call}, pairs=pairs, device=str(where))
+        timed = race({"ours": call}, pairs=pairs, device=device)
         stages = {name: (value - before[name]) / (pairs + 1) for name, value in pipe.seconds.as_dict().items() if value}
-        config = {**shared, "batch": batch, **sides.settings, "clock": done.clock}
+        config = {**shared, "batch": batch, **contenders.settings, "clock": timed.clock}
         config["stages_s"] = {name: round(value, 4) for name, value in stages.items()}
-        rates = sorted(batch / seconds for seconds in done.times["ours"])
-        spread = {"low": rates[0], "high": rates[-1], "n": pairs}
-        yield row(SUITE, "images_per_s", batch / done.seconds("ours"), unit="images/s", config=config, **spread)
+        rates = sorted(batch / seconds for seconds in timed.times["ours"])
+        spread: dict[str, Any] = {"low": rates[0], "high": rates[-1], "n": pairs}
+        yield row(SUITE, "images_per_s", batch / timed.seconds("ours"), unit="images/s", config=config, **spread)
         yield row(SUITE, "peak_memory", peak_bytes(call) / GIB, unit="GiB", config=config)
     for count, peak in over_steps(pipe, tuple(numbers)):
         config = {**shared, "batch": 1, "num_inference_steps": count}

@@ -1,22 +1,23 @@
-"""How long each backend of torch's SDPA takes for heads padded to some width, and which one torch chooses."""
+"""The time of each backend of torch's SDPA for heads padded to some width, and which one torch chooses."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffumask_fast.bench.geometries import cross_layers
-from diffumask_fast.bench.harness import GRAPH_CALLS, race
+from diffumask_fast.bench.harness import GRAPH_CALLS, Workload, race
 from diffumask_fast.bench.rows import row
+from diffumask_fast.kernels.shapes import KEYS
 
-TOKENS = 77
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-# widths of q and k, and of v: a head as it is, with two columns padded to the next 8, and as flash's tiles are
+# widths of q and k, and of v: the head's own; with two columns, padded to a multiple of 8; as wide as flash's tiles
 WIDTHS = {
     40: ((40, 40), (48, 48), (40, 48), (64, 64)),
     64: ((64, 64), (72, 72), (64, 72), (96, 96)),
@@ -26,7 +27,7 @@ WIDTHS = {
 
 
 def rows(
-    suite: str, geometry: str, device: torch.device, batch: int, pairs: int | None, shared: dict
+    suite: str, geometry: str, device: torch.device, batch: int, pairs: int | None, shared: dict[str, Any]
 ) -> Iterator[dict]:
     """Time one cross-attention layer of each head size, as torch chooses and with each backend that accepts it.
 
@@ -43,30 +44,32 @@ def rows(
             yield _row(suite, device, (batch, heads, pixels, qk, v), pairs, {**shared, "batch": batch})
 
 
-def _row(suite: str, device: torch.device, shape: tuple[int, ...], pairs: int | None, config: dict) -> dict:
-    batch, heads, pixels, qk, v = shape
+def _row(suite: str, device: torch.device, shape: tuple[int, ...], pairs: int | None, config: dict[str, Any]) -> dict:
+    batch, heads, pixels, width, v_width = shape
     rng = torch.Generator(device).manual_seed(0)
-    sizes = ((pixels, qk), (TOKENS, qk), (TOKENS, v))
-    tensors = [torch.randn(batch, heads, *size, generator=rng, device=device).half() for size in sizes]
-    chosen = race({"auto": lambda: F.scaled_dot_product_attention(*tensors)}, **_settings(device, pairs))
-    times = sorted(1e6 * seconds for seconds in chosen.times["auto"])
-    config |= {"case": f"{pixels}x{heads} q {qk} v {v}", "clock": chosen.clock, "dtype": "float16"}
-    config |= {"chosen": SDPBackend(torch._fused_sdp_choice(*tensors)).name.lower()}
-    config |= {"us": {name: _microseconds(backend, tensors, device, pairs) for name, backend in BACKENDS.items()}}
-    value = 1e6 * chosen.seconds("auto")
+    sizes = ((pixels, width), (KEYS, width), (KEYS, v_width))
+    q, k, v = (torch.randn(batch, heads, *size, generator=rng, device=device).half() for size in sizes)
+
+    def call() -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    timed = race({"auto": call}, **_settings(device, pairs))
+    times = sorted(1e6 * seconds for seconds in timed.times["auto"])
+    config |= {"case": f"{pixels}x{heads} q {width} v {v_width}", "clock": timed.clock, "dtype": "float16"}
+    config |= {"chosen": SDPBackend(torch._fused_sdp_choice(q, k, v)).name.lower()}
+    config |= {"us": {name: _microseconds(backend, call, device, pairs) for name, backend in BACKENDS.items()}}
+    value = 1e6 * timed.seconds("auto")
     return row(suite, "sdpa", value, unit="us", low=times[0], high=times[-1], n=len(times), config=config)
 
 
-def _microseconds(
-    backend: SDPBackend, tensors: list[torch.Tensor], device: torch.device, pairs: int | None
-) -> float | None:
+def _microseconds(backend: SDPBackend, call: Workload, device: torch.device, pairs: int | None) -> float | None:
     try:
         with sdpa_kernel(backend):
-            done = race({"it": lambda: F.scaled_dot_product_attention(*tensors)}, **_settings(device, pairs))
+            timed = race({"call": call}, **_settings(device, pairs))
     except RuntimeError:  # torch says "No available kernel"
         return None
-    return round(1e6 * done.seconds("it"), 2)
+    return round(1e6 * timed.seconds("call"), 2)
 
 
-def _settings(device: torch.device, pairs: int | None) -> dict:
-    return {"pairs": pairs, "device": str(device), "warmup": 3, "graph_calls": GRAPH_CALLS}
+def _settings(device: torch.device, pairs: int | None) -> dict[str, Any]:
+    return {"pairs": pairs, "device": device, "warmup": 3, "graph_calls": GRAPH_CALLS}

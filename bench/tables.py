@@ -13,7 +13,7 @@ BEGIN, END = "<!-- bench: made by `make tables` -->", "<!-- bench: end -->"
 PLOT = "docs/bench.png"
 # the few of mini that README.md shows
 SUMMARY = ("maps_overhead", "masks_overhead", "speedup_vs_reference_best", "speedup_vs_daam", "memory_vs_steps")
-SAYS = {
+LABELS = {
     "maps_overhead": "maps alone, denoising only, over plain diffusers",
     "propagation_overhead": "maps and propagation, denoising only, over plain diffusers",
     "masks_overhead": "finished images with masks, over plain diffusers' images",
@@ -58,9 +58,9 @@ def table(rows: Sequence[dict]) -> str:
         machine = (config["geometry"], config.get("gpu") or config["cpu"], config["threads"])
         machines.setdefault(machine, []).append(one)
     parts = []
-    for (geometry, machine, threads), found in machines.items():
+    for (geometry, machine, threads), own in machines.items():
         title = f"`{geometry}` on {machine}, {threads} thread{'s' * (threads != 1)}"
-        parts.append("\n".join([f"| {title} | | low to high | n |", "|---|---|---|---|", *map(_line, _sorted(found))]))
+        parts.append("\n".join([f"| {title} | | low to high | n |", "|---|---|---|---|", *map(_line, _sorted(own))]))
     return "\n\n".join(parts)
 
 
@@ -76,17 +76,17 @@ def engines_table(rows: Sequence[dict]) -> str:
     if not lines:
         return ""
     text = ["| time over eager torch's | plain | with maps | images and masks |", "|---|---|---|---|"]
-    for (geometry, machine, batch, engine, threads), found in lines.items():
+    for (geometry, machine, batch, engine, threads), ratios in lines.items():
         title = (
             f"{engine.replace('_', ' ')}: `{geometry}`, batch {batch}, {machine}, {threads} thread{'s' * (threads > 1)}"
         )
-        cells = (f"{found[kind]:.3f}" if kind in found else "" for kind in ("plain", "maps", "masks"))
+        cells = (f"{ratios[kind]:.3f}" if kind in ratios else "" for kind in ("plain", "maps", "masks"))
         text.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 
 def digest(rows: Sequence[dict]) -> str:
-    """Return the SHA-256 of rows: what the plot carries, so that a test can tell whether it is theirs."""
+    """Return the SHA-256 of rows: the plot carries it, so that a test sees whether it was made of them."""
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
@@ -116,13 +116,13 @@ def between_markers(text: str, tables: str) -> str:
 
 
 def _sorted(rows: Sequence[dict]) -> list[dict]:
-    order = list(SAYS)
+    order = list(LABELS)
     return sorted(rows, key=lambda one: order.index(one["name"]) if one["name"] in order else len(order))
 
 
 def _line(one: dict) -> str:
-    says, unit = SAYS.get(one["name"], one["name"]), "" if one["unit"] == "ratio" else f" {one['unit']}"
-    return f"| {says} | {one['value']:.3f}{unit} | {one['low']:.3f} to {one['high']:.3f} | {one['n']} |"
+    label, unit = LABELS.get(one["name"], one["name"]), "" if one["unit"] == "ratio" else f" {one['unit']}"
+    return f"| {label} | {one['value']:.3f}{unit} | {one['low']:.3f} to {one['high']:.3f} | {one['n']} |"
 
 
 def main(root: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from diffumask_fast.bench.options import BenchOptions, CompareOptions, TuneOptions
 from diffumask_fast.console import progress_bar, run_program, stoppable
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.options import ExportOptions
@@ -108,48 +109,25 @@ app.add_typer(bench_app, name="bench")
 
 
 @bench_app.callback(invoke_without_command=True)
-def bench(
-    context: typer.Context,
-    suite: Annotated[
-        str, typer.Option(help="end_to_end, engines, goals, kernels, masks, quality or scaling.")
-    ] = "end_to_end",
-    geometry: Annotated[str, typer.Option(help="mini, sd15, sd21 or sdxl.")] = "mini",
-    model: Annotated[str | None, typer.Option(help="A diffusers folder or hub id instead of a geometry.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    steps: Annotated[int | None, typer.Option(help="Denoising steps; what the suite says when left out.")] = None,
-    names: Annotated[str | None, typer.Option("--rows", help="Only these rows, with commas.")] = None,
-    pairs: Annotated[int | None, typer.Option(help="Rounds of a comparison; 14 on a CPU, 10 on CUDA.")] = None,
-    photos: Annotated[Path | None, typer.Option(help="Photographs with masks, for the suite quality.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "--out", help="Append the rows to this .jsonl file.")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the rows into this folder, PNG and SVG.")] = None,
-    as_json: JsonFlag = False,
-) -> None:
+@with_flags
+def bench(context: typer.Context, options: BenchOptions, as_json: JsonFlag = False) -> None:
     """Measure: a table for people, one JSON object with --json; in a checkout the rows are kept in bench/results."""
     if context.invoked_subcommand is not None:
         return
-    from diffumask_fast.bench import report
+    from diffumask_fast.bench.report import measure
 
-    rows = names.split(",") if names else None
-    wanted = {"model": model, "steps": steps, "names": rows, "pairs": pairs, "photos": photos}
-    chosen = {key: value for key, value in wanted.items() if value is not None}
-    code = report.measure(suite, geometry, device, chosen, output=output, plot=plot, as_json=as_json)
-    if code:
+    if code := measure(options, as_json=as_json):
         raise typer.Exit(code)
 
 
 @bench_app.command("compare")
-def bench_compare(
-    before: Annotated[Path, typer.Argument(help="Rows of the earlier run.")],
-    after: Annotated[Path, typer.Argument(help="Rows of the later run.")],
-    threshold: Annotated[float, typer.Option(help="Share by which a row may become worse.")] = 0.05,
-    as_json: JsonFlag = False,
-) -> None:
+@with_flags
+def bench_compare(options: CompareOptions, as_json: JsonFlag = False) -> None:
     """Compare two files of rows; exit code 1 when a row became worse by more than the threshold."""
     from diffumask_fast.bench.regressions import compare_rows, read_rows
 
-    rows = compare_rows(read_rows(before), read_rows(after), threshold)
+    threshold = options.threshold
+    rows = compare_rows(read_rows(options.before), read_rows(options.after), threshold)
     worse = [row["name"] for row in rows if row["regression"]]
     if as_json:
         print(json.dumps({"threshold": threshold, "rows": rows}))
@@ -163,19 +141,16 @@ def bench_compare(
 
 
 @app.command()
-def tune(
-    out: Annotated[Path | None, typer.Option(help="Table to write; the installed one when left out.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="fp16 and the likely configurations alone: a minute.")] = False,
-    only_this_device: Annotated[
-        bool, typer.Option("--only-this-device", help="Keep it for this GPU's name, not for its architecture.")
-    ] = False,
-    as_json: JsonFlag = False,
-) -> None:
+@with_flags
+def tune(options: TuneOptions, as_json: JsonFlag = False) -> None:
     """Time the kernels' launch configurations on this GPU, and keep the best; what is finished is kept at once."""
     from diffumask_fast.kernels.tune import tune as measure
 
     entries = measure(
-        out, lambda sentence: print(sentence, file=sys.stderr), quick=quick, only_this_device=only_this_device
+        options.out,
+        lambda sentence: print(sentence, file=sys.stderr),
+        quick=options.quick,
+        only_this_device=options.only_this_device,
     )
     if as_json:
         print(json.dumps(entries))

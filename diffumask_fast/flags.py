@@ -57,7 +57,8 @@ def _flag(one: Field[Any], hint: Any, dash: str) -> inspect.Parameter:
     if "metavar" in one.metadata:
         info = typer.Argument(metavar=one.metadata["metavar"], help=words)
     else:
-        info = typer.Option(f"--{name}/--no{dash}{name}" if one.default is True else f"--{name}", help=words)
+        flag = f"--{name}/--no{dash}{name}" if one.default is True else f"--{name}"
+        info = typer.Option(flag, *filter(None, [one.metadata.get("also")]), help=words)
     default = inspect.Parameter.empty if one.default is MISSING else one.default
     optional = Annotated[kind | None, info] if one.default is None else Annotated[kind, info]
     return inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=optional)

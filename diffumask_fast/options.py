@@ -23,15 +23,16 @@ class Options:
                 object.__setattr__(self, one.name, checked(one.name, value, read))
 
 
-def option(default: Any, help: str, read: Reader | None = None) -> Any:
+def option(default: Any, help: str, read: Reader | None = None, *, also: str | None = None) -> Any:
     """Return the field of an option, which is also a flag of the commands that take its dataclass.
 
     Args:
         default: the value when nothing is given.
         help: what the command line says of it.
         read: `one_of`, `whole` or `number`: the values that are allowed; None takes any.
+        also: a second name of the flag, such as "--out".
     """
-    return field(default=default, metadata={"help": help, "read": read})
+    return field(default=default, metadata={"help": help, "read": read, "also": also})
 
 
 def required(help: str, read: Reader | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""The heavy lines: attention with value columns, the guided filter and the mean-field step."""
+"""The costly operations: attention with value columns, the guided filter and the mean-field step."""
 
 from diffumask_fast.kernels.attend import attend, cross_attention_maps
 from diffumask_fast.kernels.guided_filter import GuidedFilter, guided_filter

@@ -5,6 +5,8 @@ E (cross-attention) the extra columns are a phrase's map; with earlier maps as E
 maps.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,11 +45,11 @@ def attend(
         maps: [Bc, K, N] fp32, added to in place; None makes a new one.
         weight: factor of what is added.
         mask: bias added to the scores, broadcastable to [B, H, N, T].
-        impl: "sdpa", where the extra columns have the precision of q and their sum over heads is fp32; "triton", one
-            kernel where maps are fp32 all through, for at most 128 keys on CUDA or in Triton's interpreter;
-            "sdpa+maps", torch's attention without columns and such a kernel for the maps alone; "cpp", fp32 inside, for
-            fp32 and bf16 on the CPU, which needs a compiler; "reference"; "auto" is on CUDA what `tuned.json` says is
-            the fastest for the layer, else and in exports "sdpa". `kernels.ran` tells which it was.
+        impl: "sdpa": torch's attention; columns have the precision of q, their sum over heads is fp32. "triton": one
+            kernel with fp32 maps, for at most 128 keys, on CUDA or in Triton's interpreter. "sdpa+maps": torch's
+            attention without columns, then such a kernel for the maps alone. "cpp": fp32 inside, for fp32 and bf16 on
+            the CPU; needs a compiler. "reference": fp32 with explicit probabilities. "auto": on CUDA the one that
+            `tuned.json` has as the fastest for the layer; elsewhere, and in exports, "sdpa". `kernels.ran` says which.
 
     Returns:
         out [B, N, H*D] in the dtype of q, bit-equal to attention without columns by "sdpa+maps", and by "sdpa" on CPU
@@ -70,12 +72,12 @@ def attend(
         _check(q, k, v, columns, first_conditional, maps)
     scale = (q.shape[-1] // heads) ** -0.5 if scale is None else scale
     if impl == "auto":
-        impl = _faster(q, k, columns, heads, mask)
+        impl = _fastest(q, k, columns, heads, mask)
     note("attend", impl)
     if impl in ("triton", "sdpa+maps"):
         return _triton(q, k, v, columns, heads, scale, first_conditional, maps, weight, mask, impl)
-    form = {"reference": reference.attend, "cpp": _cpp}.get(impl, attend_sdpa.attend)
-    out, added = form(q, k, v, columns, heads=heads, scale=scale, first_conditional=first_conditional, mask=mask)
+    function = {"reference": reference.attend, "cpp": _cpp}.get(impl, attend_sdpa.attend)
+    out, added = function(q, k, v, columns, heads=heads, scale=scale, first_conditional=first_conditional, mask=mask)
     if added is None:
         return out, maps
     if maps is None:
@@ -129,7 +131,7 @@ def cross_attention_maps(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None, first: int, maps: Tensor | None) -> None:
-    """Refuse what a kernel would read or write beyond, and what torch would broadcast."""
+    """Refuse shapes with which a kernel would leave a tensor, or torch would broadcast."""
     fits = q.ndim == k.ndim == 3 and k.shape == v.shape == (q.shape[0], k.shape[1], q.shape[2])
     if not fits or not k.shape[1] or not q.shape[2]:
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
@@ -148,20 +150,20 @@ def _check(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None, first: int, 
         raise DiffuMaskError(f"the maps to add to are {list(maps.shape)}, these columns give {wanted}")
 
 
-def _faster(q: Tensor, k: Tensor, columns: Tensor | None, heads: int, mask: Tensor | None) -> str:
-    """Return "triton" or "sdpa+maps" where it can run and was measured to be the fastest one."""
+def _fastest(q: Tensor, k: Tensor, columns: Tensor | None, heads: int, mask: Tensor | None) -> str:
+    """Return "triton" or "sdpa+maps" if it can run and was measured to be the fastest, else "sdpa"."""
     if columns is None or mask is not None or not q.is_cuda or torch.compiler.is_exporting():
         return "sdpa"
     dtype, keys = tuned.DTYPES.get(q.dtype), k.shape[1]
     if dtype is None or keys > MAX_KEYS:
         return "sdpa"
     layer = {"heads": heads, "head_dim": q.shape[-1] // heads, "pixels": q.shape[1], "keys": keys}
-    found = tuned.impl("attend", q.device, dtype=dtype, **layer)
-    return found if found in ("triton", "sdpa+maps") else "sdpa"
+    fastest = tuned.impl("attend", q.device, dtype=dtype, **layer)
+    return fastest if fastest in ("triton", "sdpa+maps") else "sdpa"
 
 
 def cpp_takes(q: Tensor, mask: Tensor | None) -> bool:
-    """Tell whether impl "cpp" can attend."""
+    """Return whether impl "cpp" can attend."""
     return mask is None and q.device.type == "cpu" and q.dtype in attend_cpp.DTYPES
 
 
@@ -201,24 +203,25 @@ def _triton(
     from diffumask_fast.kernels import operators
 
     _check_triton(q, k, v, columns, mask, impl)
+    assert columns is not None
     if maps is None:
         maps = torch.zeros(columns.shape[0], columns.shape[2], q.shape[1], device=q.device)
     if maps.dtype != torch.float32 or not maps.is_contiguous():
         raise DiffuMaskError(f"impl {impl!r} adds to contiguous fp32 maps")
-    settings = {"heads": heads, "scale": scale, "weight": weight}
+    settings: dict[str, Any] = {"heads": heads, "scale": scale, "weight": weight}
     direct = _direct(q, k, v, columns)
     if impl == "triton":
-        run = operators.launch_attend if direct else torch.ops.diffumask_fast.cross_attention_maps
-        return run(q, k, v, columns, maps, first_conditional=first, **settings), maps
+        attend_all = operators.launch_attend if direct else torch.ops.diffumask_fast.cross_attention_maps
+        return attend_all(q, k, v, columns, maps, first_conditional=first, **settings), maps
     out, _ = attend_sdpa.attend(q, k, v, None, heads=heads, scale=scale)
     rows = slice(first, first + columns.shape[0])
-    run = operators.launch_attend_maps if direct else torch.ops.diffumask_fast.attend_maps
-    run(q[rows], k[rows], columns, maps, **settings)
+    add_maps = operators.launch_attend_maps if direct else torch.ops.diffumask_fast.attend_maps
+    add_maps(q[rows], k[rows], columns, maps, **settings)
     return out, maps
 
 
 def _direct(*tensors: Tensor) -> bool:
-    """Whether a kernel can be launched without an operator around it, which costs as much time as all the rest."""
+    """Return whether a kernel can be launched without an operator around it, which would double the host's time."""
     if torch.compiler.is_compiling() or any(map(traced, tensors)):
         return False
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))

@@ -1,4 +1,4 @@
-"""Attention with value columns in C++, for the CPU: the scores of 16 or 32 queries at a time. There is no gradient."""
+"""Attention with value columns in C++, for the CPU, 16 or 32 queries at a time. There is no gradient."""
 
 import ctypes
 
@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 def attend(
     q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None, heads: int, scale: float, first_conditional: int
 ) -> tuple[Tensor, Tensor]:
-    """Attend, all sums in fp32; only the rows that own columns pay for them.
+    """Attend with all sums in fp32; columns are computed for the rows that own them alone.
 
     Args:
         q: [B, N, H*D] queries, fp32 or bf16.

@@ -1,4 +1,4 @@
-"""Attention with value columns through torch's own fused attention, which every device and every exporter has."""
+"""Attention with value columns by torch's own fused attention, which every device and exporter has."""
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ def attend(
     first_conditional: int = 0,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Pad q and k with zeros, v with the columns and zeros, to one width that fused attention takes.
+    """Pad q and k with zeros, and v with the columns and zeros, to one width that fused attention takes; attend.
 
     Args:
         q: [B, N, H*D] queries.

@@ -1,18 +1,19 @@
-"""Text attention in one Triton pass: output written, probabilities summed over heads in registers, maps added to.
+"""Attention to text in one Triton pass: write the output, sum probabilities over heads in registers, add to the maps.
 
-A program owns a block of query pixels of one sample and walks over a group of heads. Keys are few enough (128) that a
-row of scores stays in registers, so the softmax is exact and no probability is written. Keys and head channels are each
-taken as two powers of two, 77 as 64 + 16 and 160 as 128 + 32, because padding to one would double the arithmetic. The
-columns meet the summed probabilities once, after the heads, each by itself: as many as there are, no wider.
+A program owns a block of query pixels of one sample and loops over a group of heads. There are few enough keys (128)
+for a row of scores to stay in registers, so the softmax is exact and no probability is written. Keys and head channels
+are each padded to two powers of two, 77 to 64 + 16 and 160 to 128 + 32: padding to one would double the arithmetic.
+After the heads, the summed probabilities are multiplied by the columns, one column at a time.
 
-Where a layer has too few pixels to fill a GPU, or heads so wide that sums beside them would not stay in registers, its
-heads are split over programs and the partial maps are summed in a fixed order. There are no atomics, and the split
-depends on the layer alone: the same input gives the same bits.
+If a layer has too few pixels to fill a GPU, or heads too wide for sums in registers beside them, its heads are split
+over programs and the partial maps are added in a fixed order. There are no atomics, and the split depends on the layer
+alone: the same input gives the same bits.
 
-`attend_maps` makes the maps alone, of the conditional rows, beside an output that somebody else draws.
+`attend_maps` makes the maps of the conditional rows alone; the output comes from elsewhere.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -24,17 +25,17 @@ from diffumask_fast.kernels import tuned
 from diffumask_fast.kernels.attend import MAX_KEYS
 from diffumask_fast.kernels.record import interpreted, traced
 
-UNROLLED = 8  # columns up to which all meet the probabilities side by side; more of them take turns, four at a time
-TOGETHER = 96  # channels of a head up to which its sums stay in registers from head to head
-MANY_BLOCKS = 64  # blocks of pixels from which on the heads stay together
-PROGRAMS = 66  # programs of one sample otherwise: a guided pair then fills 132 multiprocessors
-LOG2_E = 1.4426950408889634  # the kernels take powers of two
-SUMMED = 1024  # values that one program of the second stage sums
+UNROLLED = 8  # up to so many columns are multiplied in one unrolled loop; more go four at a time
+TOGETHER = 96  # heads of up to so many channels leave registers for sums over several heads
+MANY_BLOCKS = 64  # with so many blocks of pixels the heads are not split
+PROGRAMS = 66  # else one sample gets so many programs: a guided pair then fills 132 multiprocessors
+LOG2_E = 1.4426950408889634  # the kernels compute 2^x
+SUMMED = 1024  # values that one program of add_parts_kernel sums
 
 
 @triton.jit
 def _tile(ptr, offs_row, offs_column, stride, rows, columns, UPCAST: tl.constexpr):
-    """Load rows that are `stride` apart, with zeros where there are none."""
+    """Load rows that are `stride` apart, and zeros beyond the last row and column."""
     mask = (offs_row < rows)[:, None] & (offs_column < columns)[None]
     tile = tl.load(ptr + offs_row[:, None] * stride + offs_column[None], mask=mask, other=0.0)
     return tile.to(tl.float32) if UPCAST else tile
@@ -121,7 +122,7 @@ def attend_kernel(
     offs_d1, offs_d2 = tl.arange(0, BLOCK_D1), BLOCK_D1 + tl.arange(0, BLOCK_D2)
     mask_n = (offs_n < N)[:, None]
     conditional = (b >= first) & (b < last)
-    counted = conditional if GROUP > 1 else True  # of a single head the sums are free until they are used
+    counted = conditional if GROUP > 1 else True  # the sums of a single head cost nothing until they are used
     sum1 = tl.zeros((BLOCK_N, BLOCK_T1), tl.float32)
     sum2 = tl.zeros((BLOCK_N, BLOCK_T2), tl.float32)
     for turn in range(GROUP):
@@ -213,10 +214,10 @@ KERNELS = {"attend": attend_kernel, "attend_maps": attend_maps_kernel}
 def constants(
     kernel: str, pixels: int, keys: int, heads: int, head_dim: int, num: int, block: int, widest: int = MAX_KEYS
 ) -> dict[str, int | bool]:
-    """Return a kernel's compile-time arguments, but for UPCAST: a function of the layer alone, never of the batch.
+    """Return a kernel's compile-time arguments without UPCAST: a function of the layer alone, never of the batch.
 
-    `widest` bounds the first part of the keys: in fp32, whose products unroll, two of 64 keep in registers what one of
-    128 spills.
+    `widest` bounds the first part of the keys: fp32 products are unrolled, and 64 + 64 keys stay in registers where 128
+    spill.
     """
     groups = _groups(pixels, heads, head_dim, block)
     (t1, t2), (d1, d2) = two_powers(keys, widest), two_powers(head_dim)
@@ -229,7 +230,7 @@ def constants(
 
 
 def _groups(pixels: int, heads: int, head_dim: int, block: int) -> int:
-    """Return over how many programs the heads of a block are split."""
+    """Return the number of programs that share the heads of a block."""
     blocks = triton.cdiv(pixels, block)
     if head_dim > TOGETHER:
         return heads
@@ -312,7 +313,7 @@ def attend_maps(
     weight: float = 1.0,
     config: dict[str, int] | None = None,
 ) -> None:
-    """Add the columns' maps of attention to at most 128 keys in place, and draw nothing.
+    """Add the columns' maps of attention to at most 128 keys in place, without an output.
 
     Args:
         q: [Bc, N, H*D] queries and k [Bc, T, H*D] of the conditional rows; fp16, bf16 or fp32, any strides.
@@ -338,8 +339,8 @@ def attend_maps(
             _add_parts(parts, maps, groups)
 
 
-def _readable(tensors: tuple[Tensor, ...], scale: float) -> tuple[list[Tensor], float]:
-    """Return tensors whose rows are dense, and the factor of scores that meet 2^x; the largest is taken before it."""
+def _readable(tensors: Sequence[Tensor], scale: float) -> tuple[Sequence[Tensor], float]:
+    """Return tensors with dense rows, and the factor of the scores in 2^x, positive: the maximum is taken before it."""
     tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
     if scale <= 0:
         return [tensors[0] * scale, *tensors[1:]], LOG2_E

@@ -8,6 +8,7 @@ from diffumask_fast.kernels import reference, tuned
 from diffumask_fast.kernels.record import interpreted, note
 
 IMPLS = ("auto", "torch", "triton", "reference")
+Statistics = tuple[Tensor, Tensor, tuple[Tensor, ...]]
 
 
 def guided_filter(guide: Tensor, maps: Tensor, radius: int, eps: float, impl: str = "auto") -> Tensor:
@@ -22,8 +23,8 @@ def guided_filter(guide: Tensor, maps: Tensor, radius: int, eps: float, impl: st
         maps: [B, K, H, W].
         radius: half width of the square window; it may exceed the image.
         eps: added to the variance of each channel; larger is smoother.
-        impl: "torch"; "triton", in four launches, on CUDA or in Triton's interpreter; "reference"; "auto" is "triton"
-            on CUDA where `tuned.json` says that it is the faster one, else and in exports "torch".
+        impl: "torch". "triton": four launches, on CUDA or in Triton's interpreter. "reference". "auto": on CUDA the one
+            that `tuned.json` has as the faster; elsewhere, and in exports, "torch".
 
     Returns:
         [B, K, H, W] fp32, in about the range of `maps`.
@@ -39,7 +40,7 @@ def guided_filter(guide: Tensor, maps: Tensor, radius: int, eps: float, impl: st
 
 
 class GuidedFilter:
-    """`guided_filter` for several maps, one after the other, that share a guide: its statistics are taken once.
+    """Filter several maps, one after the other, with one guide, whose statistics are computed once.
 
     Args:
         guide, radius, eps, impl: as `guided_filter`.
@@ -50,16 +51,16 @@ class GuidedFilter:
         if impl not in IMPLS:
             raise DiffuMaskError(f"impl is {impl!r}, here there are: {', '.join(IMPLS)}")
         self.guide, self.radius, self.eps, self.impl = guide, radius, eps, impl
-        self._statistics: tuple | None = None
+        self._statistics: Statistics | None = None
 
     def __call__(self, maps: Tensor) -> Tensor:
         """Filter [B, K, H, W]."""
         _check_maps(self.guide, maps)
         impl = self.impl
         if impl == "auto":
-            tell = maps.is_cuda and not torch.compiler.is_exporting()
             facts = {"height": maps.shape[2], "width": maps.shape[3], "radius": self.radius}
-            impl = tuned.impl("guided_filter", maps.device, **facts) if tell else "torch"
+            choose = maps.is_cuda and not torch.compiler.is_exporting()
+            impl = tuned.impl("guided_filter", maps.device, **facts) if choose else "torch"
         note("guided_filter", impl)
         if not maps.numel():
             return torch.empty_like(maps, dtype=torch.float32)
@@ -74,7 +75,7 @@ def filter_planes(guide: Tensor, maps: Tensor, radius: int, eps: float) -> Tenso
     return _filter(_statistics(guide, radius, eps), maps, radius)
 
 
-def _statistics(guide: Tensor, radius: int, eps: float) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+def _statistics(guide: Tensor, radius: int, eps: float) -> Statistics:
     """Return the centred guide, its means [B, 3, H, W], and its covariance, factored."""
     guide = guide.float()
     # a shift of the guide changes nothing but the rounding of its variances
@@ -84,11 +85,11 @@ def _statistics(guide: Tensor, radius: int, eps: float) -> tuple[Tensor, Tensor,
 
 
 def _products(planes: Tensor) -> Tensor:
-    """Multiply each two of three planes [B, 3, H, W]: rr rg rb gg gb bb, without an index that a graph had to copy."""
+    """Multiply each two of three planes [B, 3, H, W]: rr rg rb gg gb bb; an index tensor would not go into a graph."""
     return torch.cat([planes[:, i : i + 1] * planes[:, i:] for i in range(3)], 1)
 
 
-def _filter(statistics: tuple[Tensor, Tensor, tuple[Tensor, ...]], maps: Tensor, radius: int) -> Tensor:
+def _filter(statistics: Statistics, maps: Tensor, radius: int) -> Tensor:
     (guide, mean, factors), maps = statistics, maps.float()
     size_b, size_k, height, width = maps.shape
     products = guide[:, None] * maps[:, :, None]  # [B, K, 3, H, W]

@@ -1,12 +1,12 @@
 """The guided filter in four Triton launches, fp32, whatever the number of images and maps.
 
-Box means are taken along rows, then along columns, each pixel adding its own window: no running sums, so no error grows
-along the image, and the windows of neighbours meet in the cache. The second and the fourth launch use their sums at
-once: the statistics of the guide and the 3x3 systems never leave the registers, and one program of the second serves
-all maps of its pixels, so that the guide's share is done once.
+Box means are taken along rows, then along columns. Each pixel adds up its own window: without running sums no error
+grows along the image, and neighbours read the same cached values. The second and the fourth launch use their sums at
+once, so the statistics of the guide and the 3x3 systems stay in registers. One program of the second launch serves all
+maps of its pixels: the guide's part is computed once.
 
-The guide is shifted by the mean of a coarse grid of its own pixels, which leaves the result alone and takes most of the
-rounding out of its variances.
+The guide is shifted by the mean of a coarse grid of its pixels. The result is the same, and its variances lose less to
+rounding.
 """
 
 import torch
@@ -22,107 +22,124 @@ GUIDE = 9  # planes of the guide's sums: three means, six products; each map has
 
 
 @triton.jit
-def _window(at, size, radius):
-    """Return one over the number of pixels that a window at `at` has within an image of `size`."""
-    count = tl.minimum(at + radius, size - 1) - tl.maximum(at - radius, 0) + 1
-    return 1.0 / tl.maximum(count, 1).to(tl.float32)  # beyond the image nothing is left
+def _window(offs, size, radius):
+    """Return one over the number of pixels that a window around `offs` has within an image of `size`."""
+    count = tl.minimum(offs + radius, size - 1) - tl.maximum(offs - radius, 0) + 1
+    return 1.0 / tl.maximum(count, 1).to(tl.float32)  # beyond the image the count is 0
 
 
 @triton.jit
-def _shift(plane, height, width):
+def _shift(plane_ptr, height, width):
     """Return the mean of a grid of 16 x 16 pixels of a plane."""
-    at = tl.arange(0, 256)
-    rows, columns = (at // 16) * height // 16, (at % 16) * width // 16
-    return tl.sum(tl.load(plane + rows * width + columns), 0) / 256
+    index = tl.arange(0, 256)
+    offs_y, offs_x = (index // 16) * height // 16, (index % 16) * width // 16
+    return tl.sum(tl.load(plane_ptr + offs_y * width + offs_x), 0) / 256
+
+
+@triton.jit
+def _shifts(guide_ptr, height, width):
+    """Return the shift of each of a guide's three channels."""
+    size = height * width
+    return (
+        _shift(guide_ptr, height, width),
+        _shift(guide_ptr + size, height, width),
+        _shift(guide_ptr + 2 * size, height, width),
+    )
+
+
+@triton.jit
+def _tile(width, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr):
+    """Return the rows [BLOCK_Y, 1] and the columns [1, BLOCK_X] of this program's tile."""
+    tiles = tl.cdiv(width, BLOCK_X)
+    offs_y = (tl.program_id(0) // tiles) * BLOCK_Y + tl.arange(0, BLOCK_Y)[:, None]
+    offs_x = (tl.program_id(0) % tiles) * BLOCK_X + tl.arange(0, BLOCK_X)[None]
+    return offs_y, offs_x
 
 
 @triton.jit
 def products_kernel(
-    Guide, Maps, Sums, height, width, radius, NUM: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr
+    guide_ptr, maps_ptr, sums_ptr, height, width, radius,
+    NUM_MAPS: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     """Means along rows of the guide and its products (program 0 of axis 2), of a map and its products (the others).
 
-    Grid: (tiles, B, NUM + 1). Sums [B, 9 + 4 NUM, H, W].
+    Grid: (tiles, B, NUM_MAPS + 1). sums_ptr is [B, 9 + 4 NUM_MAPS, H, W].
     """
-    tiles = tl.cdiv(width, BX)
     b, part, size = tl.program_id(1).to(tl.int64), tl.program_id(2), height * width
-    y = (tl.program_id(0) // tiles) * BY + tl.arange(0, BY)[:, None]
-    x = (tl.program_id(0) % tiles) * BX + tl.arange(0, BX)[None]
-    guide = Guide + b * 3 * size
-    shift1, shift2 = _shift(guide, height, width), _shift(guide + size, height, width)
-    shift3 = _shift(guide + 2 * size, height, width)
-    keep = (y < height) & (x < width)
-    scale = _window(x, width, radius)
-    zero = tl.zeros((BY, BX), tl.float32)
+    offs_y, offs_x = _tile(width, BLOCK_Y, BLOCK_X)
+    guide_ptr += b * 3 * size
+    shift1, shift2, shift3 = _shifts(guide_ptr, height, width)
+    mask = (offs_y < height) & (offs_x < width)
+    scale = _window(offs_x, width, radius)
+    zero = tl.zeros((BLOCK_Y, BLOCK_X), tl.float32)
     if part == 0:
         s1, s2, s3, s11, s12, s13, s22, s23, s33 = zero, zero, zero, zero, zero, zero, zero, zero, zero
         for step in range(-radius, radius + 1):
-            inside = keep & (x + step >= 0) & (x + step < width)
-            at = guide + y * width + x + step
-            i1 = tl.where(inside, tl.load(at, mask=inside, other=0.0) - shift1, 0.0)
-            i2 = tl.where(inside, tl.load(at + size, mask=inside, other=0.0) - shift2, 0.0)
-            i3 = tl.where(inside, tl.load(at + 2 * size, mask=inside, other=0.0) - shift3, 0.0)
+            inside = mask & (offs_x + step >= 0) & (offs_x + step < width)
+            pixel_ptr = guide_ptr + offs_y * width + offs_x + step
+            i1 = tl.where(inside, tl.load(pixel_ptr, mask=inside, other=0.0) - shift1, 0.0)
+            i2 = tl.where(inside, tl.load(pixel_ptr + size, mask=inside, other=0.0) - shift2, 0.0)
+            i3 = tl.where(inside, tl.load(pixel_ptr + 2 * size, mask=inside, other=0.0) - shift3, 0.0)
             s1, s2, s3 = s1 + i1, s2 + i2, s3 + i3
             s11, s12, s13 = s11 + i1 * i1, s12 + i1 * i2, s13 + i1 * i3
             s22, s23, s33 = s22 + i2 * i2, s23 + i2 * i3, s33 + i3 * i3
-        out = Sums + b * (9 + 4 * NUM) * size + y * width + x
-        tl.store(out, s1 * scale, mask=keep)
-        tl.store(out + size, s2 * scale, mask=keep)
-        tl.store(out + 2 * size, s3 * scale, mask=keep)
-        tl.store(out + 3 * size, s11 * scale, mask=keep)
-        tl.store(out + 4 * size, s12 * scale, mask=keep)
-        tl.store(out + 5 * size, s13 * scale, mask=keep)
-        tl.store(out + 6 * size, s22 * scale, mask=keep)
-        tl.store(out + 7 * size, s23 * scale, mask=keep)
-        tl.store(out + 8 * size, s33 * scale, mask=keep)
+        out_ptr = sums_ptr + b * (9 + 4 * NUM_MAPS) * size + offs_y * width + offs_x
+        tl.store(out_ptr, s1 * scale, mask=mask)
+        tl.store(out_ptr + size, s2 * scale, mask=mask)
+        tl.store(out_ptr + 2 * size, s3 * scale, mask=mask)
+        tl.store(out_ptr + 3 * size, s11 * scale, mask=mask)
+        tl.store(out_ptr + 4 * size, s12 * scale, mask=mask)
+        tl.store(out_ptr + 5 * size, s13 * scale, mask=mask)
+        tl.store(out_ptr + 6 * size, s22 * scale, mask=mask)
+        tl.store(out_ptr + 7 * size, s23 * scale, mask=mask)
+        tl.store(out_ptr + 8 * size, s33 * scale, mask=mask)
     else:
         p, p1, p2, p3 = zero, zero, zero, zero
-        maps = Maps + (b * NUM + part - 1) * size
+        map_ptr = maps_ptr + (b * NUM_MAPS + part - 1) * size
         for step in range(-radius, radius + 1):
-            inside = keep & (x + step >= 0) & (x + step < width)
-            offset = y * width + x + step
-            value = tl.load(maps + offset, mask=inside, other=0.0)
-            at = guide + offset
+            inside = mask & (offs_x + step >= 0) & (offs_x + step < width)
+            offs = offs_y * width + offs_x + step
+            value = tl.load(map_ptr + offs, mask=inside, other=0.0)
+            pixel_ptr = guide_ptr + offs
             p += value
-            p1 += value * (tl.load(at, mask=inside, other=0.0) - shift1)
-            p2 += value * (tl.load(at + size, mask=inside, other=0.0) - shift2)
-            p3 += value * (tl.load(at + 2 * size, mask=inside, other=0.0) - shift3)
-        out = Sums + (b * (9 + 4 * NUM) + 9 + 4 * (part - 1)) * size + y * width + x
-        tl.store(out, p * scale, mask=keep)
-        tl.store(out + size, p1 * scale, mask=keep)
-        tl.store(out + 2 * size, p2 * scale, mask=keep)
-        tl.store(out + 3 * size, p3 * scale, mask=keep)
+            p1 += value * (tl.load(pixel_ptr, mask=inside, other=0.0) - shift1)
+            p2 += value * (tl.load(pixel_ptr + size, mask=inside, other=0.0) - shift2)
+            p3 += value * (tl.load(pixel_ptr + 2 * size, mask=inside, other=0.0) - shift3)
+        out_ptr = sums_ptr + (b * (9 + 4 * NUM_MAPS) + 9 + 4 * (part - 1)) * size + offs_y * width + offs_x
+        tl.store(out_ptr, p * scale, mask=mask)
+        tl.store(out_ptr + size, p1 * scale, mask=mask)
+        tl.store(out_ptr + 2 * size, p2 * scale, mask=mask)
+        tl.store(out_ptr + 3 * size, p3 * scale, mask=mask)
 
 
 @triton.jit
 def lines_kernel(
-    Sums, Lines, height, width, radius, eps, NUM: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr
+    sums_ptr, lines_ptr, height, width, radius, eps,
+    NUM_MAPS: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     """Means along columns, and each window's line: offset and slope of a map over the guide. Grid: (tiles, B).
 
-    The 3x3 covariance is factored as L D L^T, as in `guided_filter.py`. Lines [B, NUM, 4, H, W].
+    The 3x3 covariance is factored as L D L^T, as in `guided_filter.py`. lines_ptr is [B, NUM_MAPS, 4, H, W].
     """
-    tiles = tl.cdiv(width, BX)
     b, size = tl.program_id(1).to(tl.int64), height * width
-    y = (tl.program_id(0) // tiles) * BY + tl.arange(0, BY)[:, None]
-    x = (tl.program_id(0) % tiles) * BX + tl.arange(0, BX)[None]
-    keep = (y < height) & (x < width)
-    scale = _window(y, height, radius)
-    zero = tl.zeros((BY, BX), tl.float32)
+    offs_y, offs_x = _tile(width, BLOCK_Y, BLOCK_X)
+    mask = (offs_y < height) & (offs_x < width)
+    scale = _window(offs_y, height, radius)
+    zero = tl.zeros((BLOCK_Y, BLOCK_X), tl.float32)
     m1, m2, m3, s11, s12, s13, s22, s23, s33 = zero, zero, zero, zero, zero, zero, zero, zero, zero
-    sums = Sums + b * (9 + 4 * NUM) * size + y * width + x
+    sums_ptr += b * (9 + 4 * NUM_MAPS) * size + offs_y * width + offs_x
     for step in range(-radius, radius + 1):
-        inside = keep & (y + step >= 0) & (y + step < height)
-        at = sums + step * width
-        m1 += tl.load(at, mask=inside, other=0.0)
-        m2 += tl.load(at + size, mask=inside, other=0.0)
-        m3 += tl.load(at + 2 * size, mask=inside, other=0.0)
-        s11 += tl.load(at + 3 * size, mask=inside, other=0.0)
-        s12 += tl.load(at + 4 * size, mask=inside, other=0.0)
-        s13 += tl.load(at + 5 * size, mask=inside, other=0.0)
-        s22 += tl.load(at + 6 * size, mask=inside, other=0.0)
-        s23 += tl.load(at + 7 * size, mask=inside, other=0.0)
-        s33 += tl.load(at + 8 * size, mask=inside, other=0.0)
+        inside = mask & (offs_y + step >= 0) & (offs_y + step < height)
+        row_ptr = sums_ptr + step * width
+        m1 += tl.load(row_ptr, mask=inside, other=0.0)
+        m2 += tl.load(row_ptr + size, mask=inside, other=0.0)
+        m3 += tl.load(row_ptr + 2 * size, mask=inside, other=0.0)
+        s11 += tl.load(row_ptr + 3 * size, mask=inside, other=0.0)
+        s12 += tl.load(row_ptr + 4 * size, mask=inside, other=0.0)
+        s13 += tl.load(row_ptr + 5 * size, mask=inside, other=0.0)
+        s22 += tl.load(row_ptr + 6 * size, mask=inside, other=0.0)
+        s23 += tl.load(row_ptr + 7 * size, mask=inside, other=0.0)
+        s33 += tl.load(row_ptr + 8 * size, mask=inside, other=0.0)
     m1, m2, m3 = m1 * scale, m2 * scale, m3 * scale
     s12, s13, s23 = s12 * scale - m1 * m2, s13 * scale - m1 * m3, s23 * scale - m2 * m3
     d1 = tl.maximum(s11 * scale - m1 * m1, 0.0) + eps
@@ -131,72 +148,67 @@ def lines_kernel(
     rest = s23 - l31 * s12
     l32 = rest / d2
     d3 = tl.maximum(s33 * scale - m3 * m3 - l31 * s13 - l32 * rest, 0.0) + eps
-    for num in range(NUM):
-        mine = sums + (9 + 4 * num) * size
+    for num in range(NUM_MAPS):
         p, p1, p2, p3 = zero, zero, zero, zero
         for step in range(-radius, radius + 1):
-            inside = keep & (y + step >= 0) & (y + step < height)
-            at = mine + step * width
-            p += tl.load(at, mask=inside, other=0.0)
-            p1 += tl.load(at + size, mask=inside, other=0.0)
-            p2 += tl.load(at + 2 * size, mask=inside, other=0.0)
-            p3 += tl.load(at + 3 * size, mask=inside, other=0.0)
+            inside = mask & (offs_y + step >= 0) & (offs_y + step < height)
+            row_ptr = sums_ptr + (9 + 4 * num) * size + step * width
+            p += tl.load(row_ptr, mask=inside, other=0.0)
+            p1 += tl.load(row_ptr + size, mask=inside, other=0.0)
+            p2 += tl.load(row_ptr + 2 * size, mask=inside, other=0.0)
+            p3 += tl.load(row_ptr + 3 * size, mask=inside, other=0.0)
         p = p * scale
         y1 = p1 * scale - m1 * p
         y2 = p2 * scale - m2 * p - l21 * y1
         a3 = (p3 * scale - m3 * p - l31 * y1 - l32 * y2) / d3
         a2 = y2 / d2 - l32 * a3
         a1 = y1 / d1 - l21 * a2 - l31 * a3
-        out = Lines + (b * NUM + num) * 4 * size + y * width + x
-        tl.store(out, p - a1 * m1 - a2 * m2 - a3 * m3, mask=keep)
-        tl.store(out + size, a1, mask=keep)
-        tl.store(out + 2 * size, a2, mask=keep)
-        tl.store(out + 3 * size, a3, mask=keep)
+        out_ptr = lines_ptr + (b * NUM_MAPS + num) * 4 * size + offs_y * width + offs_x
+        tl.store(out_ptr, p - a1 * m1 - a2 * m2 - a3 * m3, mask=mask)
+        tl.store(out_ptr + size, a1, mask=mask)
+        tl.store(out_ptr + 2 * size, a2, mask=mask)
+        tl.store(out_ptr + 3 * size, a3, mask=mask)
 
 
 @triton.jit
-def rows_kernel(Lines, Means, height, width, radius, BY: tl.constexpr, BX: tl.constexpr):
-    """Means of the lines along rows. Grid: (tiles, B * NUM * 4 planes)."""
-    tiles = tl.cdiv(width, BX)
+def rows_kernel(lines_ptr, means_ptr, height, width, radius, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr):
+    """Means of the lines along rows. Grid: (tiles, B * NUM_MAPS * 4 planes)."""
     plane = tl.program_id(1).to(tl.int64) * height * width
-    y = (tl.program_id(0) // tiles) * BY + tl.arange(0, BY)[:, None]
-    x = (tl.program_id(0) % tiles) * BX + tl.arange(0, BX)[None]
-    keep = (y < height) & (x < width)
-    total = tl.zeros((BY, BX), tl.float32)
+    offs_y, offs_x = _tile(width, BLOCK_Y, BLOCK_X)
+    mask = (offs_y < height) & (offs_x < width)
+    acc = tl.zeros((BLOCK_Y, BLOCK_X), tl.float32)
     for step in range(-radius, radius + 1):
-        inside = keep & (x + step >= 0) & (x + step < width)
-        total += tl.load(Lines + plane + y * width + x + step, mask=inside, other=0.0)
-    tl.store(Means + plane + y * width + x, total * _window(x, width, radius), mask=keep)
+        inside = mask & (offs_x + step >= 0) & (offs_x + step < width)
+        acc += tl.load(lines_ptr + plane + offs_y * width + offs_x + step, mask=inside, other=0.0)
+    tl.store(means_ptr + plane + offs_y * width + offs_x, acc * _window(offs_x, width, radius), mask=mask)
 
 
 @triton.jit
 def values_kernel(
-    Guide, Means, Out, height, width, radius, NUM: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr
+    guide_ptr, means_ptr, out_ptr, height, width, radius,
+    NUM_MAPS: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
-    """Means of the lines along columns, and the mean line's value at the guide's pixel. Grid: (tiles, B, NUM)."""
-    tiles = tl.cdiv(width, BX)
+    """Means of the lines along columns, and the mean line's value at the guide's pixel. Grid: (tiles, B, NUM_MAPS)."""
     b, size = tl.program_id(1).to(tl.int64), height * width
-    row = b * NUM + tl.program_id(2)
-    y = (tl.program_id(0) // tiles) * BY + tl.arange(0, BY)[:, None]
-    x = (tl.program_id(0) % tiles) * BX + tl.arange(0, BX)[None]
-    keep = (y < height) & (x < width)
-    guide = Guide + b * 3 * size
-    shift1, shift2 = _shift(guide, height, width), _shift(guide + size, height, width)
-    shift3 = _shift(guide + 2 * size, height, width)
-    zero = tl.zeros((BY, BX), tl.float32)
-    c, a1, a2, a3 = zero, zero, zero, zero
+    offs_y, offs_x = _tile(width, BLOCK_Y, BLOCK_X)
+    plane = b * NUM_MAPS + tl.program_id(2)
+    mask = (offs_y < height) & (offs_x < width)
+    guide_ptr += b * 3 * size
+    shift1, shift2, shift3 = _shifts(guide_ptr, height, width)
+    zero = tl.zeros((BLOCK_Y, BLOCK_X), tl.float32)
+    acc, a1, a2, a3 = zero, zero, zero, zero
     for step in range(-radius, radius + 1):
-        inside = keep & (y + step >= 0) & (y + step < height)
-        at = Means + row * 4 * size + (y + step) * width + x
-        c += tl.load(at, mask=inside, other=0.0)
-        a1 += tl.load(at + size, mask=inside, other=0.0)
-        a2 += tl.load(at + 2 * size, mask=inside, other=0.0)
-        a3 += tl.load(at + 3 * size, mask=inside, other=0.0)
-    pixel = guide + y * width + x
-    c += a1 * (tl.load(pixel, mask=keep, other=0.0) - shift1)
-    c += a2 * (tl.load(pixel + size, mask=keep, other=0.0) - shift2)
-    c += a3 * (tl.load(pixel + 2 * size, mask=keep, other=0.0) - shift3)
-    tl.store(Out + row * size + y * width + x, c * _window(y, height, radius), mask=keep)
+        inside = mask & (offs_y + step >= 0) & (offs_y + step < height)
+        row_ptr = means_ptr + plane * 4 * size + (offs_y + step) * width + offs_x
+        acc += tl.load(row_ptr, mask=inside, other=0.0)
+        a1 += tl.load(row_ptr + size, mask=inside, other=0.0)
+        a2 += tl.load(row_ptr + 2 * size, mask=inside, other=0.0)
+        a3 += tl.load(row_ptr + 3 * size, mask=inside, other=0.0)
+    pixel_ptr = guide_ptr + offs_y * width + offs_x
+    acc += a1 * (tl.load(pixel_ptr, mask=mask, other=0.0) - shift1)
+    acc += a2 * (tl.load(pixel_ptr + size, mask=mask, other=0.0) - shift2)
+    acc += a3 * (tl.load(pixel_ptr + 2 * size, mask=mask, other=0.0) - shift3)
+    tl.store(out_ptr + plane * size + offs_y * width + offs_x, acc * _window(offs_y, height, radius), mask=mask)
 
 
 KERNELS = (products_kernel, lines_kernel, rows_kernel, values_kernel)
@@ -205,7 +217,7 @@ KERNELS = (products_kernel, lines_kernel, rows_kernel, values_kernel)
 def types(kernel: triton.JITFunction) -> dict[str, str]:
     """Return the Triton types of the run-time arguments of one of the four kernels."""
     kinds = {"height": "i32", "width": "i32", "radius": "i32", "eps": "fp32"}
-    names = (name for name in kernel.arg_names if name not in ("NUM", "BY", "BX"))
+    names = (name for name in kernel.arg_names if not name.isupper())
     return {name: kinds.get(name, "*fp32") for name in names}
 
 
@@ -228,19 +240,19 @@ def guided_filter(
     size_b, num, height, width = maps.shape
     facts = {"height": height, "width": width, "radius": radius}
     config = dict(config) if config else tuned.launch("guided_filter", maps.device, **facts)
-    tile = {"BY": config.pop("rows"), "BX": config.pop("columns"), **config}
-    tiles = triton.cdiv(height, tile["BY"]) * triton.cdiv(width, tile["BX"])
+    tile = {"BLOCK_Y": config.pop("rows"), "BLOCK_X": config.pop("columns"), **config}
+    tiles = triton.cdiv(height, tile["BLOCK_Y"]) * triton.cdiv(width, tile["BLOCK_X"])
     across, down = min(radius, width - 1), min(radius, height - 1)
     sums = torch.empty(size_b, GUIDE + 4 * num, height, width, device=maps.device)
     lines = torch.empty(size_b, num, 4, height, width, device=maps.device)
     means, out = torch.empty_like(lines), torch.empty(maps.shape, device=maps.device)
     with torch.cuda.device_of(maps):
         kernel = wrap_triton(products_kernel) if traced(maps) else products_kernel
-        kernel[(tiles, size_b, num + 1)](guide, maps, sums, height, width, across, NUM=num, **tile)
+        kernel[(tiles, size_b, num + 1)](guide, maps, sums, height, width, across, NUM_MAPS=num, **tile)
         kernel = wrap_triton(lines_kernel) if traced(maps) else lines_kernel
-        kernel[(tiles, size_b)](sums, lines, height, width, down, eps, NUM=num, **tile)
+        kernel[(tiles, size_b)](sums, lines, height, width, down, eps, NUM_MAPS=num, **tile)
         kernel = wrap_triton(rows_kernel) if traced(maps) else rows_kernel
         kernel[(tiles, size_b * num * 4)](lines, means, height, width, across, **tile)
         kernel = wrap_triton(values_kernel) if traced(maps) else values_kernel
-        kernel[(tiles, size_b, num)](guide, means, out, height, width, down, NUM=num, **tile)
+        kernel[(tiles, size_b, num)](guide, means, out, height, width, down, NUM_MAPS=num, **tile)
     return out

@@ -1,6 +1,7 @@
 """One windowed mean-field step of a dense CRF: Krähenbühl and Koltun, NIPS 2011; the window of ConvCRF, BMVC 2018."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from diffumask_fast.kernels import tuned
 from diffumask_fast.kernels.record import interpreted, note
 
 IMPLS = ("auto", "torch", "triton")
+Bilateral = tuple[float, float, float]  # factor, sxy, srgb
+Gaussian = tuple[float, float]  # factor, sxy
 
 
 def mean_field(
@@ -19,8 +22,8 @@ def mean_field(
     *,
     window: int,
     dilation: int = 1,
-    bilateral: tuple[float, float, float] = (10.0, 80.0, 13.0),
-    gaussian: tuple[float, float] = (3.0, 3.0),
+    bilateral: Bilateral = (10.0, 80.0, 13.0),
+    gaussian: Gaussian = (3.0, 3.0),
     norm: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -29,8 +32,8 @@ def mean_field(
     S = D^-1/2 W D^-1/2 with D the row sums of W (the symmetric normalisation of pydensecrf). S1 is bilateral, with the
     weight exp(-|dp|^2 / (2 sxy^2) - |dI|^2 / (2 srgb^2)) between a pixel and those window // 2 steps of `dilation`
     pixels around it, itself included; pixels outside the image are left out. S2 is Gaussian over the whole image,
-    exp(-|dp|^2 / (2 sxy^2)). Pair weights are made offset by offset and shared by all M candidates: nothing of size
-    window^2 x H x W is held.
+    exp(-|dp|^2 / (2 sxy^2)). Pair weights are computed offset by offset and shared by all M candidates, so no tensor of
+    size window^2 x H x W is needed.
 
     Args:
         q: [B, M, L, H, W] probabilities over L.
@@ -41,8 +44,8 @@ def mean_field(
         bilateral: c1, sxy in pixels, srgb in colour steps.
         gaussian: c2, sxy in pixels.
         norm: what `bilateral_norm` gives for the same guide and window; None makes it.
-        impl: "torch"; "triton", in one launch, on CUDA or in Triton's interpreter; "auto" is "triton" on CUDA where
-            `tuned.json` says that it is the faster one, else "torch".
+        impl: "torch". "triton": one launch, on CUDA or in Triton's interpreter. "auto": on CUDA the one that
+            `tuned.json` has as the faster; elsewhere, and in exports, "torch".
 
     Returns:
         [B, M, L, H, W] fp32, sums to 1 over L.
@@ -59,8 +62,8 @@ def mean_field(
     _check(q, unary, guide, gaussian, norm, impl)
     _check_window(guide, window, dilation, bilateral)
     if impl == "auto":
-        tell = q.is_cuda and not torch.compiler.is_exporting()
-        impl = tuned.impl("mean_field", q.device, window=window) if tell else "torch"
+        choose = q.is_cuda and not torch.compiler.is_exporting()
+        impl = tuned.impl("mean_field", q.device, window=window) if choose else "torch"
     note("mean_field", impl)
     if not q.numel():
         return torch.empty_like(q, dtype=torch.float32)
@@ -78,13 +81,13 @@ def mean_field(
         message[(..., *there)].addcmul_(weight, scaled[(..., *here)])
     message.mul_(norm).mul_(bilateral[0])
     compat, sxy = gaussian
-    rows, columns = (_gaussian(length, sxy, q.device) for length in q.shape[-2:])
+    rows, columns = (gaussian_weights(length, sxy, q.device) for length in q.shape[-2:])
     message.add_(rows @ q @ columns, alpha=compat)
     return torch.softmax(message - unary, dim=2)
 
 
 def bilateral_norm(
-    guide: Tensor, *, window: int, dilation: int = 1, bilateral: tuple[float, float, float] = (10.0, 80.0, 13.0)
+    guide: Tensor, *, window: int, dilation: int = 1, bilateral: Bilateral = (10.0, 80.0, 13.0)
 ) -> Tensor:
     """Return D^-1/2 of the bilateral weights, [B, 1, H, W] fp32, for all steps on one guide; see `mean_field`."""
     _check_window(guide, window, dilation, bilateral)
@@ -96,7 +99,16 @@ def bilateral_norm(
     return total.rsqrt()
 
 
-def _triton(q, unary, guide, window, dilation, bilateral, gaussian, norm) -> Tensor:
+def _triton(
+    q: Tensor,
+    unary: Tensor,
+    guide: Tensor,
+    window: int,
+    dilation: int,
+    bilateral: Bilateral,
+    gaussian: Gaussian,
+    norm: Tensor | None,
+) -> Tensor:
     from diffumask_fast.kernels import operators
 
     if q.is_cuda:
@@ -105,15 +117,15 @@ def _triton(q, unary, guide, window, dilation, bilateral, gaussian, norm) -> Ten
         return torch.ops.diffumask_fast.mean_field(q, unary, guide, norm, *place, *widths)
     if not interpreted():
         raise DiffuMaskError(f"impl 'triton' runs on CUDA, not on {q.device}: use 'torch'")
-    around = {"window": window, "dilation": dilation, "bilateral": bilateral}
+    around: dict[str, Any] = {"window": window, "dilation": dilation, "bilateral": bilateral}
     norm = operators.launch_bilateral_norm(guide, **around) if norm is None else norm
     return operators.launch_mean_field(q, unary, guide, **around, gaussian=gaussian, norm=norm)
 
 
 def _pairs(
-    guide: Tensor, window: int, dilation: int, bilateral: tuple[float, float, float]
+    guide: Tensor, window: int, dilation: int, bilateral: Bilateral
 ) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice], Tensor]]:
-    """Yield each pair of opposite offsets once: where it begins, where it ends, weights [B, 1, h, w] between."""
+    """Yield each pair of opposite offsets once: the pixels at both ends, and the weights [B, 1, h, w] between them."""
     _, sxy, srgb = bilateral
     height, width = guide.shape[-2:]
     half = window // 2
@@ -129,7 +141,7 @@ def _pairs(
             yield here, there, torch.exp(-distance - (dy * dy + dx * dx) / (2 * sxy * sxy))
 
 
-def _gaussian(length: int, sxy: float, device: torch.device) -> Tensor:
+def gaussian_weights(length: int, sxy: float, device: torch.device) -> Tensor:
     """Return the normalised weights [length, length] along one side; the Gaussian is a product over both."""
     index = torch.arange(length, device=device, dtype=torch.float32)
     weight = torch.exp(-(index[:, None] - index).square() / (2 * sxy * sxy))
@@ -137,7 +149,7 @@ def _gaussian(length: int, sxy: float, device: torch.device) -> Tensor:
     return norm[:, None] * weight * norm
 
 
-def _check(q, unary, guide, gaussian, norm, impl) -> None:
+def _check(q: Tensor, unary: Tensor, guide: Tensor, gaussian: Gaussian, norm: Tensor | None, impl: str) -> None:
     if impl not in IMPLS:
         raise DiffuMaskError(f"impl is {impl!r}, here there are: {', '.join(IMPLS)}")
     if q.ndim != 5 or q.shape != unary.shape:
@@ -152,7 +164,7 @@ def _check(q, unary, guide, gaussian, norm, impl) -> None:
         raise DiffuMaskError(f"mean_field takes gaussian as a factor and a width above 0, not {gaussian}")
 
 
-def _check_window(guide, window, dilation, bilateral) -> None:
+def _check_window(guide: Tensor, window: int, dilation: int, bilateral: Bilateral) -> None:
     if guide.ndim != 4 or guide.shape[1] != 3:
         raise DiffuMaskError(f"The CRF takes a guide [B, 3, H, W], not {list(guide.shape)}")
     if window < 1 or window % 2 == 0 or dilation < 1:

@@ -1,4 +1,4 @@
-"""The kernels in C++, for the compiled engine on the CPU: compiled for this processor when they are first needed."""
+"""The kernels in C++, for the compiled engine on the CPU; compiled for this processor when first needed."""
 
 import ctypes
 import functools
@@ -22,14 +22,15 @@ def compiler() -> list[str]:
         DiffuMaskError: there is none.
     """
     commands = (shlex.split(os.environ.get("CXX", "")), ["g++"], ["clang++"])
-    if found := next((command for command in commands if command and shutil.which(command[0])), None):
-        return found
+    for command in commands:
+        if command and shutil.which(command[0]):
+            return command
     raise DiffuMaskError("`engine=compile` needs a C++ compiler on the CPU: install g++, or use `engine=torch`.")
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Compile and load the kernels, in a second or two, once in a process.
+    """Compile and load the kernels, in a second or two, once per process.
 
     Raises:
         DiffuMaskError: there is no compiler, it fails, or what it makes cannot be loaded.
@@ -45,7 +46,7 @@ def library() -> ctypes.CDLL:
                 errors = (line for line in done.stderr.splitlines() if "error" in line)
                 raise OSError(next(errors, f"exit code {done.returncode}"))
             loaded = ctypes.CDLL(str(built))
-    except OSError as error:  # the compiler's, a temporary folder's that takes or runs nothing, the loader's
+    except OSError as error:  # of the compiler, the loader, or a temporary folder without space or without execution
         raise DiffuMaskError(
             f"{command[0]} gives no kernels that can be used ({error}): see to the compiler (CXX) and the folder for "
             "temporary files (TMPDIR), or use `engine=torch`."

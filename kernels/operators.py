@@ -1,7 +1,7 @@
 """The kernels as torch operators: one node for `torch.compile` and `torch.export`, with the Triton code behind it.
 
-An operator also runs on the CPU, in its torch form, so that a program exported on one device loads on another.
-Importing this module is what registers it.
+An operator also runs on the CPU, by torch, so that a program exported on one device loads on another. Importing this
+module registers them.
 
 Example:
     >>> import torch
@@ -11,6 +11,8 @@ Example:
     >>> round(maps.max().item(), 3)
     0.2
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,18 +47,19 @@ def cross_attention_maps(
             q, k, v, select, maps, heads=heads, scale=scale, first_conditional=first_conditional, weight=weight
         )
     out, added = attend_sdpa.attend(q, k, v, select, heads=heads, scale=scale, first_conditional=first_conditional)
+    assert added is not None
     maps.add_(added, alpha=weight)
     return out
 
 
 @cross_attention_maps.register_fake
-def _(q, k, v, select, maps, heads, scale, first_conditional, weight):
+def _(q: Tensor, *rest: Any, **named: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
 @triton_op("diffumask_fast::attend_maps", mutates_args={"maps"})
 def attend_maps(q: Tensor, k: Tensor, select: Tensor, maps: Tensor, heads: int, scale: float, weight: float) -> None:
-    """Add to maps in place what `attend` adds, of the conditional rows and without an output, Triton on CUDA."""
+    """Add the maps of the conditional rows in place, as `attend` does, without an output; Triton on CUDA."""
     if q.is_cuda:
         launch_attend_maps(q, k, select, maps, heads=heads, scale=scale, weight=weight)
     else:
@@ -64,31 +67,32 @@ def attend_maps(q: Tensor, k: Tensor, select: Tensor, maps: Tensor, heads: int, 
 
 
 @attend_maps.register_fake
-def _(q, k, select, maps, heads, scale, weight):
+def _(q: Tensor, k: Tensor, select: Tensor, maps: Tensor, heads: int, scale: float, weight: float) -> None:
     return None
 
 
 @triton_op("diffumask_fast::guided_filter", mutates_args=())
 def guided_filter(guide: Tensor, maps: Tensor, radius: int, eps: float) -> Tensor:
     """Smooth maps inside regions of the guide: `guided_filter`, Triton on CUDA."""
-    form = launch_guided_filter if maps.is_cuda else filter_planes
-    return form(guide, maps, radius, eps)
+    function = launch_guided_filter if maps.is_cuda else filter_planes
+    return function(guide, maps, radius, eps)
 
 
 @guided_filter.register_fake
-def _(guide, maps, radius, eps):
+def _(guide: Tensor, maps: Tensor, radius: int, eps: float) -> Tensor:
     return maps.new_empty(maps.shape, dtype=torch.float32)
 
 
 @triton_op("diffumask_fast::bilateral_norm", mutates_args=())
 def bilateral_norm(guide: Tensor, window: int, dilation: int, bilateral: list[float]) -> Tensor:
     """Return D^-1/2 of the bilateral weights: `bilateral_norm`, Triton on CUDA."""
-    form = launch_bilateral_norm if guide.is_cuda else torch_bilateral_norm
-    return form(guide, window=window, dilation=dilation, bilateral=tuple(bilateral))
+    function = launch_bilateral_norm if guide.is_cuda else torch_bilateral_norm
+    factor, sxy, srgb = bilateral
+    return function(guide, window=window, dilation=dilation, bilateral=(factor, sxy, srgb))
 
 
 @bilateral_norm.register_fake
-def _(guide, window, dilation, bilateral):
+def _(guide: Tensor, window: int, dilation: int, bilateral: list[float]) -> Tensor:
     return guide.new_empty(guide[:, :1].shape, dtype=torch.float32)
 
 
@@ -104,11 +108,11 @@ def mean_field(
     gaussian: list[float],
 ) -> Tensor:
     """Update label probabilities once: `mean_field` with every argument given, Triton on CUDA."""
-    form = launch_mean_field if q.is_cuda else torch_mean_field
-    widths = {"bilateral": tuple(bilateral), "gaussian": tuple(gaussian)}
-    return form(q, unary, guide, window=window, dilation=dilation, **widths, norm=norm)
+    function = launch_mean_field if q.is_cuda else torch_mean_field
+    widths: dict[str, Any] = {"bilateral": tuple(bilateral), "gaussian": tuple(gaussian)}
+    return function(q, unary, guide, window=window, dilation=dilation, **widths, norm=norm)
 
 
 @mean_field.register_fake
-def _(q, unary, guide, norm, window, dilation, bilateral, gaussian):
+def _(q: Tensor, *rest: Any, **named: Any) -> Tensor:
     return q.new_empty(q.shape, dtype=torch.float32)

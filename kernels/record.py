@@ -1,4 +1,4 @@
-"""What ran: the form of each kernel call, for whoever asks, and whether Triton interprets."""
+"""Which implementation each kernel call ran, for whoever asks, and whether Triton interprets."""
 
 import os
 from collections.abc import Iterator
@@ -11,38 +11,38 @@ _LISTENERS: list[list[tuple[str, str]]] = []
 
 @contextmanager
 def ran() -> Iterator[list[tuple[str, str]]]:
-    """Give a list that takes (kernel, form) of each call inside the context, in order.
+    """Yield a list to which each call inside the context appends (kernel, impl).
 
-    Calls inside a compiled graph leave no trace here: the graph's own nodes tell.
+    Calls inside a compiled graph are not noted: look at the graph's nodes.
 
     Example:
         >>> from diffumask_fast.kernels import attend, ran
         >>> x = torch.zeros(1, 4, 16)
-        >>> with ran() as forms:
+        >>> with ran() as impls:
         ...     _ = attend(x, x, x, heads=1)
-        >>> forms
+        >>> impls
         [('attend', 'sdpa')]
     """
-    forms: list[tuple[str, str]] = []
-    _LISTENERS.append(forms)
+    impls: list[tuple[str, str]] = []
+    _LISTENERS.append(impls)
     try:
-        yield forms
+        yield impls
     finally:
-        _LISTENERS[:] = [listener for listener in _LISTENERS if listener is not forms]
+        _LISTENERS[:] = [listener for listener in _LISTENERS if listener is not impls]
 
 
-def note(kernel: str, form: str) -> None:
-    """Tell the listeners that a kernel runs in a form."""
+def note(kernel: str, impl: str) -> None:
+    """Append a call to every list that `ran` has open."""
     if not torch.compiler.is_compiling():
         for listener in _LISTENERS:
-            listener.append((kernel, form))
+            listener.append((kernel, impl))
 
 
 def traced(tensor: torch.Tensor) -> bool:
-    """Whether a compiler passes a stand-in for a tensor: it must see a launch, which takes it half a millisecond."""
+    """Return whether a compiler traces this tensor; only then is a launch wrapped, which takes half a millisecond."""
     return type(tensor) is not torch.Tensor
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    """Return whether kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"

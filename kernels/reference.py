@@ -1,4 +1,4 @@
-"""The kernels in fp32 with every intermediate written out: what the fast forms are judged by."""
+"""The kernels in fp32 with every intermediate written out: the truth that the fast ones are compared with."""
 
 import torch
 from torch import Tensor
@@ -44,7 +44,9 @@ def attend(
 
 def attend_maps(q: Tensor, k: Tensor, columns: Tensor, *, heads: int, scale: float | None = None) -> Tensor:
     """Return the maps of `attend` alone, for q [Bc, N, H*D] and k [Bc, T, H*D] of the conditional rows: [Bc, K, N]."""
-    return attend(q, k, k, columns, heads=heads, scale=scale)[1]
+    maps = attend(q, k, k, columns, heads=heads, scale=scale)[1]
+    assert maps is not None
+    return maps
 
 
 def guided_filter(guide: Tensor, maps: Tensor, radius: int, eps: float) -> Tensor:
@@ -108,7 +110,7 @@ def mean_field(
     distance = step.square().sum(-1).float()
     colour = guide.float().flatten(2).mT  # [B, HW, 3]
     difference = (colour[:, :, None] - colour[:, None]).square().sum(-1)
-    message = 0
+    message = torch.zeros_like(q.flatten(3), dtype=torch.float32)
     for compat, weight in (
         (bilateral[0], near * torch.exp(-distance / (2 * bilateral[1] ** 2) - difference / (2 * bilateral[2] ** 2))),
         (gaussian[0], torch.exp(-distance / (2 * gaussian[1] ** 2)).expand_as(difference)),

@@ -1,4 +1,4 @@
-"""What the kernels were made from, as one hash: part of the key of everything that is compiled and kept."""
+"""A hash of the kernels' sources: part of the key of everything that is compiled and cached."""
 
 import hashlib
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Time launch configurations on the GPU at hand and keep the best: what `diffumask-fast tune` does.
+"""Time launch configurations on this machine's GPU and keep the best: what `diffumask-fast tune` does.
 
-Everything runs on tensors made here from a fixed seed; no map that somebody collects is touched.
+Everything runs on random tensors from a fixed seed; no maps that somebody collects are touched.
 """
 
 import itertools
@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,19 +19,20 @@ from torch._library.triton import set_wrap_triton_enabled
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels import attend_sdpa, tuned
-from diffumask_fast.kernels.shapes import KEYS, MODELS
+from diffumask_fast.kernels.inputs import CRF, attention_input, filter_input, step_input
+from diffumask_fast.kernels.shapes import KEYS, STABLE_DIFFUSION
 
 logger = logging.getLogger("diffumask_fast")
 Timer = Callable[[Callable[[], object]], Any]
 Entries = dict[str, list[dict[str, Any]]]
-LAYERS = [(layer.pixels, layer.heads, layer.head_dim) for model in MODELS for layer in model.layers]
+LAYERS = [layer.shape for model in STABLE_DIFFUSION for layer in model.layers]
 IMAGES, PHRASES, SIDE = 8, 1, 512
-CALLS, REPLAYS = 20, 9  # in a graph; of the graph
+CALLS, REPLAYS = 20, 9  # calls in a graph, replays of the graph
 RADII = {8: [1, 16], 32: [17, 4096]}  # of the guided filter: one cell of SD 1.5's finest map is 8 pixels
 
 
 @dataclass(frozen=True)
-class Form:
+class Impl:
     """A kernel that can be launched in several configurations, and the call with one of them."""
 
     kernel: str
@@ -41,30 +42,32 @@ class Form:
 
 @dataclass(frozen=True)
 class Case:
-    """One shape: the facts that name it in the table, its forms (the first one's kernel says which is the fastest), and
-    the torch form."""
+    """One shape: the facts that name it in the table, the implementations by name, and torch's own.
+
+    The entry of the first one's kernel says which is the fastest.
+    """
 
     when: dict[str, Any]
-    forms: dict[str, Form]
+    impls: dict[str, Impl]
     plain: Callable[[], object]
 
 
 def tune(
-    file: Path | None = None,
+    file: Path | None,
     progress: Callable[[str], None] = lambda sentence: None,
     *,
-    quick: bool = False,
-    only_this_device: bool = False,
+    quick: bool,
+    only_this_device: bool,
 ) -> dict[str, Any]:
-    """Measure all kernels on the current CUDA device and write what is best for it, after each case.
+    """Measure all kernels on the current CUDA device; write the best configuration after each case.
 
-    Times are of CUDA graph replays, so that no time of the host is in them.
+    Times are of CUDA graph replays, so the host's time does not count.
 
     Args:
         file: a table like `tuned.json`; None is the one that the program reads. Other entries stay.
-        progress: is told one sentence for each case.
-        quick: fp16 attention and the guided filter alone, in the few configurations that were the best elsewhere.
-        only_this_device: write under the device's name in place of its architecture's ("sm_90"); it comes first there.
+        progress: called with one sentence for each case.
+        quick: only fp16 attention and the guided filter, in the few configurations that were the best elsewhere.
+        only_this_device: write under the device's name, which is looked up before its architecture ("sm_90").
 
     Returns:
         The device's entries, kernel -> list.
@@ -83,12 +86,12 @@ def tune(
     # as in a compiled graph, where no operator stands between the caller and the launch
     with set_wrap_triton_enabled(False):
         for case in cases(device, quick):
-            found = best(case, _milliseconds)
-            for kernel, entry in found.items():
+            fastest = best(case, _milliseconds)
+            for kernel, entry in fastest.items():
                 entries.setdefault(kernel, []).append(entry)
             write(file or tuned.FILE, key, entries)
-            first = next(iter(found.values()))
-            progress(f"{next(iter(found))} {first['when']}: {first['impl']}, {first['launch']}; µs: {first['us']}")
+            kernel, entry = next(iter(fastest.items()))
+            progress(f"{kernel} {entry['when']}: {entry['impl']}, {entry['launch']}; µs: {entry['us']}")
     return entries
 
 
@@ -99,25 +102,25 @@ def warm(part: int, parts: int) -> None:
         part: which of them, from 0.
         parts: how many.
     """
-    forms = [form for case in cases(torch.device("cuda"), quick=True) for form in case.forms.values()]
-    launches = [(form, config) for form in forms for config in form.configs]
-    for form, config in launches[part::parts]:
-        _timed(form, config, lambda workload: workload())
+    impls = [impl for case in cases(torch.device("cuda"), quick=True) for impl in case.impls.values()]
+    launches = [(impl, config) for impl in impls for config in impl.configs]
+    for impl, config in launches[part::parts]:
+        _timed(impl, config, lambda workload: workload())
 
 
 def best(case: Case, milliseconds: Timer) -> dict[str, dict[str, Any]]:
     """Return an entry for each kernel of a case: its fastest configuration that fits the device.
 
-    The first kernel's entry also has the times of all forms, and says which was the fastest; torch's in a tie.
+    The first kernel's entry also has the times of all implementations, and says which was the fastest; torch's in a
+    tie.
     """
-    entries, us = {}, {}
-    for name, form in case.forms.items():
-        times = []
-        for config in form.configs:
-            if (found := _timed(form, config, milliseconds)) is not None:
-                times.append((found, len(times), config))
-        fastest, _, config = min(times, default=(None, 0, form.configs[0]))
-        entries[form.kernel] = {"when": case.when, "launch": config}
+    entries: dict[str, dict[str, Any]] = {}
+    us: dict[str, float] = {}
+    for name, impl in case.impls.items():
+        timed = [(_timed(impl, config, milliseconds), config) for config in impl.configs]
+        fitting = [(time, config) for time, config in timed if time is not None]
+        fastest, config = min(fitting, key=lambda one: one[0], default=(None, impl.configs[0]))
+        entries[impl.kernel] = {"when": case.when, "launch": config}
         if fastest is not None:
             us[name] = round(1000 * fastest, 2)
     us["torch"] = round(1000 * milliseconds(case.plain), 2)
@@ -125,21 +128,21 @@ def best(case: Case, milliseconds: Timer) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def _timed(form: Form, config: dict[str, int], milliseconds: Timer) -> float | None:
+def _timed(impl: Impl, config: dict[str, int], milliseconds: Timer) -> float | None:
     """Time a configuration; None where it asks for too much or a compiler fails, which is logged."""
     try:
-        return milliseconds(partial(form.run, config))
+        return milliseconds(partial(impl.run, config))
     except Exception as error:  # Triton, its assembler and CUDA have no error in common
-        logger.warning("%s %s: %s: %s", form.kernel, config, type(error).__name__, " ".join(str(error).split())[:200])
+        logger.warning("%s %s: %s: %s", impl.kernel, config, type(error).__name__, " ".join(str(error).split())[:200])
         return None
 
 
 def graphed(workload: Callable[[], object], calls: int) -> Callable[[], None]:
-    """Capture calls of a workload in one CUDA graph and return its replay: no time of the host is in it.
+    """Capture calls of a workload in one CUDA graph and return its replay, in which the host's time does not count.
 
     Args:
-        workload: what it launches must be the same each time, and must not wait for the GPU.
-        calls: in the graph.
+        workload: launches the same each time, and does not wait for the GPU.
+        calls: how many are captured.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -168,86 +171,78 @@ def _milliseconds(workload: Callable[[], object]) -> float:
 
 def cases(device: torch.device, quick: bool = False) -> Iterator[Case]:
     """Yield every case, its tensors made when it is asked for."""
-    random = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     dtypes = (torch.float16,) if quick else (torch.float16, torch.bfloat16)
-    for dtype, (pixels, heads, head_dim) in itertools.product(dtypes, LAYERS):
-        yield _attend(device, random, dtype, pixels, heads, head_dim, quick)
+    for dtype, shape in itertools.product(dtypes, LAYERS):
+        yield _attend(device, generator, dtype, shape, quick)
     for radius in RADII:
-        yield _guided_filter(device, random, radius, quick)
+        yield _guided_filter(device, generator, radius, quick)
     if not quick:
-        yield _mean_field(device, random)
+        yield _mean_field(device, generator)
 
 
 def _attend(
-    device: torch.device,
-    random: torch.Generator,
-    dtype: torch.dtype,
-    pixels: int,
-    heads: int,
-    head_dim: int,
-    quick: bool,
+    device: torch.device, generator: torch.Generator, dtype: torch.dtype, shape: tuple[int, int, int], quick: bool
 ) -> Case:
     from diffumask_fast.kernels import attend_triton
 
-    def draw(num: int) -> torch.Tensor:
-        return torch.randn(2 * IMAGES, num, heads * head_dim, generator=random, device=device).to(dtype)
+    pixels, heads, head_dim = shape
+    given = attention_input(shape, dtype, device, generator, rows=2 * IMAGES, conditional=IMAGES, num=PHRASES)
+    q, k, v, select, maps = given.q, given.k, given.v, given.select, given.maps
+    settings, scale = given.settings, head_dim**-0.5
 
-    q, k, v = draw(pixels), draw(KEYS), draw(KEYS)
-    select = torch.rand(IMAGES, KEYS, PHRASES, generator=random, device=device)
-    maps = torch.zeros(IMAGES, PHRASES, pixels, device=device)
-    shared = {"heads": heads, "scale": head_dim**-0.5, "first_conditional": IMAGES}
+    def fused(config: dict[str, int]) -> None:
+        attend_triton.attend(q, k, v, select, maps, **settings, scale=scale, config=config)
 
-    def with_maps(config: dict[str, int]) -> None:
-        attend_sdpa.attend(q, k, v, None, heads=heads, scale=shared["scale"])
-        attend_triton.attend_maps(
-            q[IMAGES:], k[IMAGES:], select, maps, heads=heads, scale=shared["scale"], config=config
-        )
+    def beside(config: dict[str, int]) -> None:
+        attend_sdpa.attend(q, k, v, None, heads=heads, scale=scale)
+        attend_triton.attend_maps(q[IMAGES:], k[IMAGES:], select, maps, heads=heads, scale=scale, config=config)
 
     def plain() -> None:
-        maps.add_(attend_sdpa.attend(q, k, v, select, **shared)[1])
+        _, added = attend_sdpa.attend(q, k, v, select, **settings, scale=scale)
+        assert added is not None
+        maps.add_(added)
 
-    blocks = ((64, 4), (128, 8), *(((32, 8),) if head_dim > 128 else ()))
+    blocks: Iterable[tuple[int, int]] = ((64, 4), (128, 8), *(((32, 8),) if head_dim > 128 else ()))
     if not quick:
-        blocks = tuple(itertools.product((16, 32, 64, 128), (4, 8)))
+        blocks = itertools.product((16, 32, 64, 128), (4, 8))
     configs = [
         {"block": block, "num_warps": warps, "num_stages": stages} for block, warps in blocks for stages in (1, 2)
     ]
-    fused = Form("attend", configs, lambda config: attend_triton.attend(q, k, v, select, maps, **shared, config=config))
     return Case(
         {"dtype": tuned.DTYPES[dtype], "heads": heads, "head_dim": head_dim, "pixels": pixels, "keys": KEYS},
-        {"triton": fused, "sdpa+maps": Form("attend_maps", configs, with_maps)},
+        {"triton": Impl("attend", configs, fused), "sdpa+maps": Impl("attend_maps", configs, beside)},
         plain,
     )
 
 
-def _guided_filter(device: torch.device, random: torch.Generator, radius: int, quick: bool) -> Case:
+def _guided_filter(device: torch.device, generator: torch.Generator, radius: int, quick: bool) -> Case:
     from diffumask_fast.kernels import guided_filter_triton
     from diffumask_fast.kernels.guided_filter import filter_planes
 
-    guide, maps = (torch.rand(IMAGES, num, SIDE, SIDE, generator=random, device=device) for num in (3, PHRASES))
+    guide, maps = filter_input(IMAGES, PHRASES, SIDE, device, generator)
     tiles = {"rows": (8,), "columns": (64, 128)} if quick else {"rows": (4, 8, 16), "columns": (32, 64, 128)}
-    form = Form(
+    triton = Impl(
         "guided_filter",
         _grid(**tiles, num_warps=(4, 8), num_stages=(1,)),
         lambda config: guided_filter_triton.guided_filter(guide, maps, radius, 1e-3, config=config),
     )
-    return Case({"radius": RADII[radius]}, {"triton": form}, lambda: filter_planes(guide, maps, radius, 1e-3))
+    return Case({"radius": RADII[radius]}, {"triton": triton}, lambda: filter_planes(guide, maps, radius, 1e-3))
 
 
-def _mean_field(device: torch.device, random: torch.Generator) -> Case:
+def _mean_field(device: torch.device, generator: torch.Generator) -> Case:
     from diffumask_fast.kernels import mean_field_triton
-    from diffumask_fast.kernels.mean_field import mean_field
+    from diffumask_fast.kernels.mean_field import bilateral_norm, mean_field
 
-    q = torch.rand(2, 8, 2, SIDE, SIDE, generator=random, device=device).softmax(2)
-    guide = 255 * torch.rand(2, 3, SIDE, SIDE, generator=random, device=device)
-    settings = {"window": 11, "dilation": 1, "bilateral": (10.0, 80.0, 13.0), "gaussian": (3.0, 3.0)}
-    settings["norm"] = torch.ones(2, 1, SIDE, SIDE, device=device)
-    form = Form(
+    q, unary, guide = step_input(2, SIDE, device, generator)
+    around = {name: CRF[name] for name in ("window", "dilation", "bilateral")}
+    norm = bilateral_norm(guide, **around)
+    triton = Impl(
         "mean_field",
         _grid(block=(64, 128, 256), candidates=(1, 2, 4, 8), num_warps=(4, 8), num_stages=(1,)),
-        lambda config: mean_field_triton.mean_field(q, q, guide, **settings, config=config),
+        lambda config: mean_field_triton.mean_field(q, unary, guide, **CRF, norm=norm, config=config),
     )
-    return Case({}, {"triton": form}, lambda: mean_field(q, q, guide, **settings, impl="torch"))
+    return Case({}, {"triton": triton}, lambda: mean_field(q, unary, guide, **CRF, norm=norm, impl="torch"))
 
 
 def _grid(**choices: tuple[int, ...]) -> list[dict[str, int]]:
@@ -255,9 +250,9 @@ def _grid(**choices: tuple[int, ...]) -> list[dict[str, int]]:
 
 
 def write(file: Path, device: str, entries: Entries) -> None:
-    """Put a device's entries into a table, at once or not at all; a file that is not there begins as ours.
+    """Write a device's entries into a table, at once or not at all; a new file starts as a copy of `tuned.json`.
 
-    Its older entries stay behind the new ones, but for those of the same facts.
+    The device's older entries follow the new ones, without those of the same facts.
     """
     source = file if file.exists() else tuned.FILE
     table = json.loads(source.read_text(encoding="utf-8"))

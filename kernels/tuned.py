@@ -3,7 +3,7 @@
 The file maps a device's name, an architecture ("sm_90") or "*" to kernels, and a kernel to entries in order:
 `{"when": {"head_dim": 64, "keys": [1, 96]}, "launch": {"block": 64, ...}, "impl": "triton"}`. The first entry whose
 conditions all hold is taken, those of the device's own name before its architecture's, "*" last; a pair of numbers
-means from .. to. "impl" is the form that was measured to be the fastest; where none says so, it is the torch form.
+means from .. to. "impl" is the implementation that was measured to be the fastest; without it, torch's is taken.
 """
 
 import functools
@@ -26,13 +26,13 @@ def table() -> Table:
 
 
 def forget() -> None:
-    """Read the table anew at the next question: the file was replaced."""
+    """Read the table again at the next look-up: the file was replaced."""
     table.cache_clear()
     _cached_entry.cache_clear()
 
 
 def find(table: Table, kernel: str, names: Sequence[str], facts: dict[str, Any]) -> dict[str, Any]:
-    """Return the first entry for a kernel whose conditions hold, those of the first name first, those of "*" last.
+    """Return a kernel's first entry whose conditions hold; entries of the first name come first, those of "*" last.
 
     Example:
         >>> find({"*": {"f": [{"when": {"n": [1, 8]}, "launch": {"block": 16}}]}}, "f", ["sm_90"], {"n": 4})["launch"]
@@ -43,7 +43,7 @@ def find(table: Table, kernel: str, names: Sequence[str], facts: dict[str, Any])
 
 
 def names(device: torch.device) -> tuple[str, ...]:
-    """Return what the table may call a device: a GPU's name and its architecture, as "sm_90"."""
+    """Return the table's names of a device: a GPU's own and its architecture's, such as "sm_90"."""
     if device.type != "cuda":
         return (device.type,)
     major, minor = torch.cuda.get_device_capability(device)
@@ -75,5 +75,5 @@ def launch(kernel: str, device: torch.device, **facts: Any) -> dict[str, int]:
 
 @torch.compiler.assume_constant_result
 def impl(kernel: str, device: torch.device, **facts: Any) -> str:
-    """Return the form that was measured to be the fastest on this device: "triton", "sdpa+maps" or else "torch"."""
+    """Return the implementation that was measured to be the fastest here: "triton", "sdpa+maps" or else "torch"."""
     return _entry(kernel, device, facts).get("impl", "torch")

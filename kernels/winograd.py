@@ -1,14 +1,13 @@
 """3x3 convolutions on the CPU by Winograd's F(4x4, 3x3), in C++.
 
-For 4x4 pixels of a channel a direct convolution makes 144 products, this one 36, in fp32 whatever the image is. Its
-errors are about five times those of a direct one in fp32: 1e-6 of the largest value around, which may be more of a
-small one beside it. An infinity becomes NaN in all its tile. There is no gradient. It is for the compiled engine,
-which needs a compiler anyway.
+For 4x4 pixels of a channel a direct convolution makes 144 products, this one 36, always in fp32. Its errors are about
+five times those of a direct one in fp32: 1e-6 of the largest value nearby, so a small value beside a large one has a
+larger share of error. An infinity becomes NaN in its whole tile. There is no gradient. The compiled engine uses it.
 
 Example:
     >>> image, weight = torch.rand(1, 16, 8, 8), torch.rand(32, 16, 3, 3)
-    >>> found = convolve(image, transform(weight), None, 32)
-    >>> torch.allclose(found, torch.conv2d(image, weight, padding=1), atol=1e-4)
+    >>> out = convolve(image, transform(weight), None, 32)
+    >>> torch.allclose(out, torch.conv2d(image, weight, padding=1), atol=1e-4)
     True
 """
 
@@ -25,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def pays(rows: int, height: int, width: int) -> bool:
-    """Tell whether images of this size are convolved faster so: they fill some tiles, and most of each."""
+    """Return whether this is the faster convolution for images of a size: they fill some tiles, and most of each."""
     tiles = rows * -(-height // 4) * -(-width // 4)
     return tiles >= 4 and rows * height * width >= 10 * tiles
 

@@ -1,8 +1,11 @@
 """A stand-in for CUDA's streams, events and graphs on the CPU.
 
-A graph is replayed op by op on the tensors that it captured. What CUDA leaves undefined is NaN here: what a graph has
-made before its first replay and after another graph of its pool was replayed. What a capture forbids raises. Nothing is
-compiled, for only ops can be recorded.
+A graph is replayed op by op on the tensors that it captured. Memory that CUDA leaves undefined is NaN here: a graph's
+results before its first replay, and after another graph of its pool was replayed. A capture raises on operations that
+CUDA forbids. Nothing is compiled, for only ops can be recorded.
+
+tools/cuda_stand_in.py is another stand-in: it lets whole programs run, and needs defined values. This one logs each
+call of the compiled engine and shows reads of undefined memory; so they stay two.
 
     with fake_cuda() as log:
         denoiser(...)  # as on CUDA; `log` lists captures, replays, waits and devices in order

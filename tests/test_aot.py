@@ -1,6 +1,6 @@
-"""kernels/aot.py and variants.py: every kernel compiles for GPUs that are not here, and fits them.
+"""bench/aot.py and bench/launch_specs.py: every kernel compiles for GPUs that need not be here, and fits them.
 
-In a process of its own, for a kernel imported under the interpreter cannot be compiled.
+In a process of its own: a kernel that was imported under the interpreter cannot be compiled.
 """
 
 import json
@@ -12,9 +12,9 @@ from dataclasses import astuple
 import pytest
 
 from diffumask_fast.bench.aot import SHARED, turn
-from diffumask_fast.bench.launch_specs import CAPABILITIES, LAYERS, PHRASES, Variant, variants
+from diffumask_fast.bench.launch_specs import CAPABILITIES, LAYERS, PHRASES, LaunchSpec, launch_specs
 from diffumask_fast.bench.roofline import COLUMN, ISSUED, WARP_PIXELS, grid
-from diffumask_fast.kernels.shapes import MODELS, Layer
+from diffumask_fast.kernels.shapes import KEYS, STABLE_DIFFUSION, Layer
 
 # Shared memory of a multiprocessor, bytes; the driver keeps 1024 of each program's.
 MULTIPROCESSOR = {80: 167936, 86: 102400, 89: 102400, 90: 233472, 100: 233472}
@@ -24,80 +24,80 @@ MULTIPROCESSOR = {80: 167936, 86: 102400, 89: 102400, 90: 233472, 100: 233472}
 SPILLS = {(dtype, 160, 77): {80: 64, 86: 80, 89: 80} for dtype in ("fp16", "bf16")}
 SPILLS |= {("fp32", 64, 77): {86: 8, 89: 8}}
 SPILLS |= {("fp32", 160, keys): dict.fromkeys(CAPABILITIES, most) for keys, most in ((77, 300), (128, 750))}
-WORST = [Variant("attend", "fp16", layer, 77) for layer in LAYERS] + [Variant("attend", "fp16", (256, 8, 160), 128)]
-WORST += [Variant("attend_maps", "fp16", (4096, 8, 40), 77), Variant("attend_maps", "fp16", (256, 8, 160), 77)]
-WORST += [Variant(name, "fp32") for name in ("step", "products", "lines")]
+NARROW, WIDE = LAYERS[0], LAYERS[-1]  # heads of 40 and of 160 channels
+WORST = [LaunchSpec("attend", "fp16", layer, KEYS) for layer in LAYERS] + [LaunchSpec("attend", "fp16", WIDE, 128)]
+WORST += [LaunchSpec("attend_maps", "fp16", layer, KEYS) for layer in (NARROW, WIDE)]
+WORST += [LaunchSpec(name, "fp32") for name in ("step", "products", "lines")]
 SCRIPT = """
 import json, sys
-from diffumask_fast.bench.launch_specs import Variant
+from diffumask_fast.bench.launch_specs import LaunchSpec
 for line in sys.stdin:
     capability, (kernel, dtype, layer, keys) = json.loads(line)
-    needs = Variant(kernel, dtype, tuple(layer), keys).needs(capability)
+    needs = LaunchSpec(kernel, dtype, tuple(layer), keys).needs(capability)
     print(json.dumps([needs.shared, needs.registers, needs.spills, needs.matrix, needs.instructions]))
 """
 
 
-def expected_matrix(capability, variant):
-    """Return the tensor-core instruction of a variant: tiles of 64 pixels take Hopper's and Blackwell's own."""
-    if variant.dtype == "fp32":
+def expected_matrix(capability, spec):
+    """Return the tensor-core instruction of a spec: tiles of 64 pixels take Hopper's and Blackwell's own."""
+    if spec.dtype == "fp32":
         return set()
-    return {{90: "HGMMA", 100: "UTCHMMA"}.get(capability, "HMMA") if variant.keys <= 96 else "HMMA"}
+    return {{90: "HGMMA", 100: "UTCHMMA"}.get(capability, "HMMA") if spec.keys <= 96 else "HMMA"}
 
 
 def compiled(cases):
-    """Compile (capability, variant) pairs in one process."""
+    """Compile (capability, spec) pairs in one process."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    lines = "\n".join(json.dumps([capability, astuple(variant)]) for capability, variant in cases)
+    lines = "\n".join(json.dumps([capability, astuple(spec)]) for capability, spec in cases)
     done = subprocess.run([sys.executable, "-c", SCRIPT], input=lines, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(zip(cases, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-def check(found):
+def check(results):
     """Hold what was compiled to its bounds."""
-    for (capability, variant), (shared, registers, spills, matrix, _) in found.items():
-        assert 0 <= shared <= SHARED[capability] and 0 < registers <= 255, (capability, variant, shared, registers)
-        shape = (variant.dtype, variant.layer[2], variant.keys) if variant.kernel == "attend" else None
-        assert spills <= SPILLS.get(shape, {}).get(capability, 0), (capability, variant, spills)
-        assert set(matrix) == expected_matrix(capability, variant), (capability, variant, matrix)
+    for (capability, spec), (shared, registers, spills, matrix, _) in results.items():
+        assert 0 <= shared <= SHARED[capability] and 0 < registers <= 255, (capability, spec, shared, registers)
+        shape = (spec.dtype, spec.layer[2], spec.keys) if spec.kernel == "attend" else None
+        assert spills <= SPILLS.get(shape, {}).get(capability, 0), (capability, spec, spills)
+        assert set(matrix) == expected_matrix(capability, spec), (capability, spec, matrix)
 
 
 @pytest.fixture(scope="session")
 def worst():
-    return compiled([(capability, variant) for capability in CAPABILITIES for variant in WORST])
+    return compiled([(capability, spec) for capability in CAPABILITIES for spec in WORST])
 
 
 def test_the_worst_cases_fit(worst):
-    assert set(WORST) <= set(variants())
+    assert set(WORST) <= set(launch_specs())
     check(worst)
 
 
 def test_two_programs_fit_a_multiprocessor(worst):
-    for (capability, variant), (shared, registers, *_) in worst.items():
-        if variant.kernel == "attend" and variant.keys == 77:
+    for (capability, spec), (shared, registers, *_) in worst.items():
+        if spec.kernel == "attend" and spec.keys == KEYS:
             assert 2 * 4 * 32 * -(-registers // 8) * 8 <= 65536 and 2 * (shared + 1024) <= MULTIPROCESSOR[capability]
 
 
 def test_the_account_counts_the_instructions_of_the_machine_code(worst):
-    for (capability, variant), (*_, instructions) in worst.items():
-        if capability != 90 or variant.kernel not in ISSUED or variant.keys != 77:
+    for (capability, spec), (*_, instructions) in worst.items():
+        if capability != 90 or spec.kernel not in ISSUED or spec.keys != KEYS:
             continue
-        pixels, heads, head_dim = variant.layer
-        groups = grid(Layer(1, *variant.layer), PHRASES, variant.kernel)[1]
+        pixels, heads, head_dim = spec.layer
+        groups = grid(Layer(1, *spec.layer), PHRASES, spec.kernel)[1]
         sums = 80 * WARP_PIXELS // 32  # multiplied and added, for each head
-        counted = ISSUED[variant.kernel][head_dim] + sums + (PHRASES * COLUMN if groups == heads else 0)
-        assert abs(counted - instructions) <= 0.03 * instructions, (variant, counted, instructions)
+        counted = ISSUED[spec.kernel][head_dim] + sums + (PHRASES * COLUMN if groups == heads else 0)
+        assert abs(counted - instructions) <= 0.03 * instructions, (spec, counted, instructions)
 
 
-def test_the_layers_are_those_of_the_models():
-    assert set(LAYERS) <= {(layer.pixels, layer.heads, layer.head_dim) for model in MODELS for layer in model.layers}
-    assert {layer[2] for layer in LAYERS} == {layer.head_dim for model in MODELS for layer in model.layers}
+def test_every_head_size_is_compiled():
+    assert {layer[2] for layer in LAYERS} == {layer.head_dim for model in STABLE_DIFFUSION for layer in model.layers}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", variants(), ids=str)
-def test_the_whole_grid_fits(variant):
-    check(compiled([(capability, variant) for capability in CAPABILITIES]))
+@pytest.mark.parametrize("spec", launch_specs(), ids=str)
+def test_the_whole_grid_fits(spec):
+    check(compiled([(capability, spec) for capability in CAPABILITIES]))
 
 
 def test_a_turn_is_the_first_long_loop_and_not_a_wait():

@@ -24,11 +24,12 @@ EQUAL = [shape for shape in SHAPES if shape[6] % 8 == 0]
 
 
 def make(shape, dtype=torch.float32):
+    """Draw q, k, v and columns of a shape, the same every time, and return them with attend's settings."""
     batch, conditional, first, pixels, tokens, heads, head_dim, num = shape
-    q = 3 * torch.randn(batch, pixels, heads * head_dim)
-    k, v = torch.randn(2, batch, tokens, heads * head_dim)
-    columns = torch.rand(conditional, tokens, num) / tokens
-    return q.to(dtype), k.to(dtype), v.to(dtype), columns, dict(heads=heads, first_conditional=first)
+    rng = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(batch, n, heads * head_dim, generator=rng) for n in (pixels, tokens, tokens))
+    columns = torch.rand(conditional, tokens, num, generator=rng) / tokens
+    return (3 * q).to(dtype), k.to(dtype), v.to(dtype), columns, dict(heads=heads, first_conditional=first)
 
 
 def relative(value, truth):
@@ -38,9 +39,9 @@ def relative(value, truth):
 @pytest.mark.parametrize("impl", ["sdpa", "cpp"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attend_matches_reference(shape, impl):
-    q, k, v, columns, where = make(shape)
-    out, maps = attend(q, k, v, columns, **where, impl=impl)
-    true_out, true_maps = reference.attend(q, k, v, columns, **where)
+    q, k, v, columns, settings = make(shape)
+    out, maps = attend(q, k, v, columns, **settings, impl=impl)
+    true_out, true_maps = reference.attend(q, k, v, columns, **settings)
     assert maps.shape == (shape[1], shape[7], shape[3]) and maps.dtype == torch.float32 and maps.is_contiguous()
     assert relative(out, true_out) < 5e-6 and relative(maps, true_maps) < (1e-6 if impl == "sdpa" else 2e-6)
     uniform = columns.mean(1)[..., None].expand_as(true_maps)
@@ -50,11 +51,11 @@ def test_attend_matches_reference(shape, impl):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", EQUAL)
 def test_attend_output_is_bit_equal_to_plain_attention(shape, dtype):
-    q, k, v, columns, where = make(shape, dtype)
-    split = [x.unflatten(-1, (where["heads"], -1)).transpose(1, 2) for x in (q, k, v)]
+    q, k, v, columns, settings = make(shape, dtype)
+    split = [x.unflatten(-1, (settings["heads"], -1)).transpose(1, 2) for x in (q, k, v)]
     plain = F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
-    assert torch.equal(attend(q, k, v, columns, **where)[0], plain)
-    assert torch.equal(attend(q, k, v, heads=where["heads"])[0], plain)
+    assert torch.equal(attend(q, k, v, columns, **settings)[0], plain)
+    assert torch.equal(attend(q, k, v, heads=settings["heads"])[0], plain)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -66,52 +67,54 @@ def test_attend_is_one_product_of_a_width_that_fused_attention_takes(shape, monk
         return plain(*tensors, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    q, k, v, columns, where = make(shape)
-    attend(q, k, v, columns, **where)
+    q, k, v, columns, settings = make(shape)
+    attend(q, k, v, columns, **settings)
     assert widths == [{-(-(shape[6] + shape[7]) // 8) * 8}]
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
 def test_attend_columns_have_the_precision_of_the_queries(dtype, bound):
-    q, k, v, columns, where = make((2, 1, 1, 64, 77, 8, 40, 2), dtype)
-    truth = reference.attend(q, k, v, columns, **where)[1]
-    assert relative(attend(q, k, v, columns, **where)[1], truth) < bound
+    q, k, v, columns, settings = make((2, 1, 1, 64, 77, 8, 40, 2), dtype)
+    truth = reference.attend(q, k, v, columns, **settings)[1]
+    assert relative(attend(q, k, v, columns, **settings)[1], truth) < bound
 
 
 def test_attend_adds_in_place_with_its_weight():
-    q, k, v, columns, where = make((4, 2, 1, 64, 77, 2, 16, 3))
-    once = attend(q, k, v, columns, **where)[1]
+    q, k, v, columns, settings = make((4, 2, 1, 64, 77, 2, 16, 3))
+    once = attend(q, k, v, columns, **settings)[1]
     kept = torch.rand_like(once)
     maps = kept.clone()
-    assert attend(q, k, v, columns, **where, maps=maps, weight=0.25)[1] is maps
+    assert attend(q, k, v, columns, **settings, maps=maps, weight=0.25)[1] is maps
     assert torch.allclose(maps, kept + once / 4, atol=1e-6)
-    assert torch.allclose(attend(q, k, v, columns, **where, weight=0.25)[1], once / 4)
+    assert torch.allclose(attend(q, k, v, columns, **settings, weight=0.25)[1], once / 4)
 
 
 def test_attend_takes_only_the_conditional_rows():
-    q, k, v, columns, where = make((4, 2, 1, 64, 77, 2, 16, 3))
-    maps = attend(q, k, v, columns, **where)[1]
+    q, k, v, columns, settings = make((4, 2, 1, 64, 77, 2, 16, 3))
+    maps = attend(q, k, v, columns, **settings)[1]
     q[0], k[3] = 7, -7
-    assert torch.equal(attend(q, k, v, columns, **where)[1], maps)
+    assert torch.equal(attend(q, k, v, columns, **settings)[1], maps)
     q[1] *= -1
-    assert not torch.equal(attend(q, k, v, columns, **where)[1], maps)
+    assert not torch.equal(attend(q, k, v, columns, **settings)[1], maps)
 
 
 def test_attend_reads_strided_queries():
-    q, k, v, columns, where = make((2, 1, 1, 64, 77, 2, 16, 2))
+    q, k, v, columns, settings = make((2, 1, 1, 64, 77, 2, 16, 2))
     wide = torch.randn(2, 64, 96)
     wide[..., 32:64] = q
-    for a, b in zip(attend(wide[..., 32:64], k, v, columns, **where), attend(q, k, v, columns, **where), strict=True):
+    for a, b in zip(
+        attend(wide[..., 32:64], k, v, columns, **settings), attend(q, k, v, columns, **settings), strict=True
+    ):
         assert torch.equal(a, b)
 
 
 def test_attend_obeys_a_mask():
-    q, k, v, columns, where = make((2, 1, 1, 64, 77, 2, 16, 2))
+    q, k, v, columns, settings = make((2, 1, 1, 64, 77, 2, 16, 2))
     mask = torch.zeros(2, 1, 1, 77)
     mask[..., 40:] = -1e4
     for got, truth in zip(
-        attend(q, k, v, columns, mask=mask, **where),
-        reference.attend(q[:, :], k[:, :40], v[:, :40], columns[:, :40], **where),
+        attend(q, k, v, columns, mask=mask, **settings),
+        reference.attend(q[:, :], k[:, :40], v[:, :40], columns[:, :40], **settings),
         strict=True,
     ):
         assert relative(got, truth) < 5e-6
@@ -119,30 +122,30 @@ def test_attend_obeys_a_mask():
 
 @pytest.mark.parametrize("impl", ["auto", "sdpa", "cpp", "reference"])
 def test_cross_attention_maps_matches_reference(impl):
-    q, k, v, select, where = make((4, 2, 2, 64, 77, 8, 40, 2))
+    q, k, v, select, settings = make((4, 2, 2, 64, 77, 8, 40, 2))
     maps = torch.ones(2, 2, 64)
-    out = cross_attention_maps(q, k, v, select, maps, weight=0.5, scale=0.1, impl=impl, **where)
-    true_out, added = reference.attend(q, k, v, select, scale=0.1, **where)
+    out = cross_attention_maps(q, k, v, select, maps, weight=0.5, scale=0.1, impl=impl, **settings)
+    true_out, added = reference.attend(q, k, v, select, scale=0.1, **settings)
     assert relative(out, true_out) < 5e-6
     assert relative(maps - 1, added / 2) < 1e-4
 
 
 @pytest.mark.parametrize("impl", ["sdpa", "cpp"])
 def test_attend_is_repeatable_and_independent_of_the_batch(impl):
-    q, k, v, columns, where = make((8, 8, 0, 256, 77, 4, 40, 2))
-    whole = attend(q, k, v, columns, **where, impl=impl)
-    assert torch.equal(whole[1], attend(q, k, v, columns, **where, impl=impl)[1])
+    q, k, v, columns, settings = make((8, 8, 0, 256, 77, 4, 40, 2))
+    whole = attend(q, k, v, columns, **settings, impl=impl)
+    assert torch.equal(whole[1], attend(q, k, v, columns, **settings, impl=impl)[1])
     for row in range(8):
         alone = attend(*(x[row : row + 1] for x in (q, k, v, columns)), heads=4, impl=impl)
         assert torch.equal(alone[0][0], whole[0][row]) and torch.equal(alone[1][0], whole[1][row])
 
 
 def test_attend_refuses_what_it_cannot_do():
-    q, k, v, columns, where = make((2, 1, 1, 64, 77, 2, 16, 2))
+    q, k, v, columns, settings = make((2, 1, 1, 64, 77, 2, 16, 2))
     with pytest.raises(DiffuMaskError, match="impl is 'cudnn'"):
-        attend(q, k, v, columns, impl="cudnn", **where)
+        attend(q, k, v, columns, impl="cudnn", **settings)
     with pytest.raises(DiffuMaskError, match="are not .Bc, T, K. for 77 keys"):
-        attend(q, k, v, columns[:, 1:], **where)
+        attend(q, k, v, columns[:, 1:], **settings)
     with pytest.raises(DiffuMaskError, match="32 channels cannot be split into 3 heads"):
         attend(q, k, v, heads=3)
 

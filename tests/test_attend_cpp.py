@@ -21,9 +21,9 @@ def test_it_is_the_reference(queries, keys, width, threads, dtype, limit):
     torch.set_num_threads(threads)
     try:
         for rows, own, first in ((3, 2, 1), (1, 1, 0), (2, 1, 0)):
-            given, where = make(rows, queries, keys, width, 3, own, dtype), {"heads": 2, "first_conditional": first}
-            out, maps = attend(*given, **where, impl="cpp")
-            true_out, true_maps = reference.attend(*(x.double() for x in given), **where)
+            given, settings = make(rows, queries, keys, width, 3, own, dtype), {"heads": 2, "first_conditional": first}
+            out, maps = attend(*given, **settings, impl="cpp")
+            true_out, true_maps = reference.attend(*(x.double() for x in given), **settings)
             assert out.dtype == dtype and maps.dtype == torch.float32
             assert relative(out.double(), true_out) < limit and relative(maps, true_maps) < 5e-6
             assert torch.equal(attend(*given[:3], heads=2, impl="cpp")[0], out)

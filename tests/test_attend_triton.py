@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import test_attend
 import torch
 
 from diffumask_fast.errors import DiffuMaskError
@@ -31,33 +32,30 @@ DTYPES = {torch.float32: 2e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
 
 
 def make(shape, dtype=torch.float32):
-    batch, conditional, first, pixels, tokens, heads, head_dim, num = shape
-    generator = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(batch, n, heads * head_dim, generator=generator) for n in (pixels, tokens, tokens))
-    columns = torch.rand(conditional, tokens, num, generator=generator) / tokens
-    maps = torch.rand(conditional, num, pixels, generator=generator) / tokens
-    tensors = (3 * q).to(dtype), k.to(dtype), v.to(dtype), columns, maps
-    return *(x.to(DEVICE) for x in tensors), dict(heads=heads, first_conditional=first)
+    """Draw q, k, v, columns and earlier maps, on the device."""
+    *tensors, settings = test_attend.make(shape, dtype)
+    maps = torch.rand(shape[1], shape[7], shape[3], generator=torch.Generator().manual_seed(2)) / shape[4]
+    return *(x.to(DEVICE) for x in (*tensors, maps)), settings
 
 
 def error(value, truth):
     return ((value.double() - truth).abs().max() / truth.abs().max()).item()
 
 
-def truth_of(q, k, v, columns, where):
+def truth_of(q, k, v, columns, settings):
     """Return output and map in float64, from the same rounded inputs."""
-    split = [x.double().unflatten(-1, (where["heads"], -1)).transpose(1, 2) for x in (q, k, v)]
+    split = [x.double().unflatten(-1, (settings["heads"], -1)).transpose(1, 2) for x in (q, k, v)]
     probs = torch.softmax(split[0] @ split[1].transpose(-1, -2) * split[0].shape[-1] ** -0.5, -1)
-    rows = slice(where["first_conditional"], where["first_conditional"] + len(columns))
+    rows = slice(settings["first_conditional"], settings["first_conditional"] + len(columns))
     return (probs @ split[2]).transpose(1, 2).flatten(2), (probs[rows].mean(1) @ columns.double()).transpose(1, 2)
 
 
 def check(impl, shape, dtype):
-    q, k, v, columns, maps, where = make(shape, dtype)
-    before, (true_out, true_maps) = maps.clone(), truth_of(q, k, v, columns, where)
-    out, same = attend(q, k, v, columns, **where, maps=maps, weight=0.5, impl=impl)
+    q, k, v, columns, maps, settings = make(shape, dtype)
+    before, (true_out, true_maps) = maps.clone(), truth_of(q, k, v, columns, settings)
+    out, same = attend(q, k, v, columns, **settings, maps=maps, weight=0.5, impl=impl)
     assert same is maps and out.dtype == dtype
-    plain_out, plain_maps = attend(q, k, v, columns, **where, impl="sdpa")
+    plain_out, plain_maps = attend(q, k, v, columns, **settings, impl="sdpa")
     added = (maps - before) / 0.5
     assert error(out, true_out) <= 2 * error(plain_out, true_out) + DTYPES[dtype]
     assert error(added, true_maps) <= 2 * error(plain_maps, true_maps) + 2e-6
@@ -81,27 +79,27 @@ def test_the_error_is_at_most_twice_that_of_plain_torch(shape, dtype):
 )
 def test_the_maps_alone_are_as_exact_and_the_output_is_torchs_own(shape, dtype):
     out = check("sdpa+maps", shape, dtype)
-    q, k, v, _, _, where = make(shape, dtype)
-    assert torch.equal(out, attend(q, k, v, heads=where["heads"])[0])
+    q, k, v, _, _, settings = make(shape, dtype)
+    assert torch.equal(out, attend(q, k, v, heads=settings["heads"])[0])
 
 
 @pytest.mark.parametrize("impl", ["triton", "sdpa+maps"])
 @pytest.mark.parametrize("scale", [0.0, -0.4])
 def test_any_scale_is_obeyed(scale, impl):
-    q, k, v, columns, _, where = make((2, 1, 1, 20, 77, 2, 24, 3))
-    out, maps = attend(5 * q, k, v, columns, **where, scale=scale, impl=impl)
-    true_out, true_maps = reference.attend(5 * q, k, v, columns, **where, scale=scale)
+    q, k, v, columns, _, settings = make((2, 1, 1, 20, 77, 2, 24, 3))
+    out, maps = attend(5 * q, k, v, columns, **settings, scale=scale, impl=impl)
+    true_out, true_maps = reference.attend(5 * q, k, v, columns, **settings, scale=scale)
     assert error(out, true_out.double()) < 1e-5 and error(maps, true_maps.double()) < 1e-5
 
 
 @pytest.mark.parametrize("impl", ["triton", "sdpa+maps"])
 @pytest.mark.parametrize("shape", [(4, 2, 2, 64, 77, 4, 40, 3), (3, 2, 1, 16, 77, 2, 160, 9)], ids=str)
 def test_the_same_input_gives_the_same_bits_in_every_batch(shape, impl):
-    q, k, v, columns, maps, where = make(shape)
+    q, k, v, columns, maps, settings = make(shape)
     runs = []
     for _ in range(2):
         mine = maps.clone()
-        runs.append((attend(q, k, v, columns, **where, maps=mine, impl=impl)[0], mine))
+        runs.append((attend(q, k, v, columns, **settings, maps=mine, impl=impl)[0], mine))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     alone, last = maps[1:].clone(), shape[0] - 1
     out, _ = attend(q[last:], k[last:], v[last:], columns[1:], heads=shape[5], maps=alone, impl=impl)
@@ -112,26 +110,26 @@ def test_what_is_not_written_is_not_read(monkeypatch):
     plain = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: plain(*a, **k).fill_(float("nan")))
     for shape, impl in ((SHAPES[1], "sdpa+maps"), (SHAPES[3], "triton"), (SHAPES[4], "triton")):
-        q, k, v, columns, maps, where = make(shape)
-        out, maps = attend(q, k, v, columns, **where, maps=maps, impl=impl)
+        q, k, v, columns, maps, settings = make(shape)
+        out, maps = attend(q, k, v, columns, **settings, maps=maps, impl=impl)
         assert out.isfinite().all() and maps.isfinite().all()
 
 
 @pytest.mark.parametrize("impl", ["triton", "sdpa+maps"])
 def test_strided_inputs_are_read_where_they_are(impl):
-    q, k, v, columns, maps, where = make((2, 1, 1, 70, 77, 2, 40, 2))
+    q, k, v, columns, maps, settings = make((2, 1, 1, 70, 77, 2, 40, 2))
     wide = torch.full((2, 70, 3, 80), float("nan"), device=DEVICE)
     wide[:, :, 1] = q
-    found = attend(wide[:, :, 1], k, v, columns, **where, maps=maps.clone(), impl=impl)
-    for a, b in zip(found, attend(q, k, v, columns, **where, maps=maps.clone(), impl=impl), strict=True):
+    found = attend(wide[:, :, 1], k, v, columns, **settings, maps=maps.clone(), impl=impl)
+    for a, b in zip(found, attend(q, k, v, columns, **settings, maps=maps.clone(), impl=impl), strict=True):
         assert torch.equal(a, b)
 
 
 def test_a_padded_column_adds_nothing_and_maps_are_made_when_there_are_none():
-    q, k, v, columns, _, where = make((2, 1, 1, 64, 77, 2, 16, 3))
+    q, k, v, columns, _, settings = make((2, 1, 1, 64, 77, 2, 16, 3))
     columns[:, :, 2] = 0
-    _, maps = attend(q, k, v, columns, **where, impl="triton")
-    _, truth = reference.attend(q, k, v, columns, **where)
+    _, maps = attend(q, k, v, columns, **settings, impl="triton")
+    _, truth = reference.attend(q, k, v, columns, **settings)
     assert torch.allclose(maps, truth, atol=1e-7) and not maps[:, 2].any()
 
 
@@ -186,9 +184,9 @@ def test_a_launch_is_on_the_tensors_device(monkeypatch):
     for module, names in LAUNCHED.items():
         for name in names:
             monkeypatch.setattr(module, name, Spy(getattr(module, name)))
-    q, k, v, columns, maps, where = make((2, 1, 1, 20, 77, 2, 160, 3))
+    q, k, v, columns, maps, settings = make((2, 1, 1, 20, 77, 2, 160, 3))
     for impl in ("triton", "sdpa+maps"):
-        attend(q, k, v, columns, **where, maps=maps, impl=impl)
+        attend(q, k, v, columns, **settings, maps=maps, impl=impl)
     guide, probs = torch.rand(1, 3, 6, 5), torch.rand(1, 1, 2, 6, 5)
     guided_filter_triton.guided_filter(guide, guide, 1, 0.1)
     around = {"window": 3, "dilation": 1, "bilateral": (1.0, 2.0, 3.0)}
@@ -206,17 +204,17 @@ def test_eager_launches_need_no_operator_and_gradients_and_compilers_have_theirs
 
     monkeypatch.setattr(torch.ops.diffumask_fast, "cross_attention_maps", call)
     monkeypatch.setattr(torch.ops.diffumask_fast, "attend_maps", call)
-    q, k, v, columns, maps, where = make((1, 1, 0, 16, 77, 1, 16, 1))
+    q, k, v, columns, maps, settings = make((1, 1, 0, 16, 77, 1, 16, 1))
     for impl in ("triton", "sdpa+maps"):
-        attend(q, k, v, columns, **where, maps=maps, impl=impl)
+        attend(q, k, v, columns, **settings, maps=maps, impl=impl)
         with torch.no_grad():
-            attend(q.requires_grad_(), k, v, columns, **where, maps=maps, impl=impl)
+            attend(q.requires_grad_(), k, v, columns, **settings, maps=maps, impl=impl)
         with pytest.raises(Operator):
-            attend(q, k, v, columns, **where, maps=maps, impl=impl)
+            attend(q, k, v, columns, **settings, maps=maps, impl=impl)
         q.requires_grad_(False)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         with pytest.raises(Operator):
-            attend(q, k, v, columns, **where, maps=maps, impl=impl)
+            attend(q, k, v, columns, **settings, maps=maps, impl=impl)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
 
 
@@ -247,20 +245,20 @@ def test_parts_are_added_one_after_the_other():
 
 
 def test_what_it_cannot_do_is_one_sentence():
-    q, k, v, columns, maps, where = make((1, 1, 0, 16, 77, 1, 16, 1))
+    q, k, v, columns, maps, settings = make((1, 1, 0, 16, 77, 1, 16, 1))
     many = torch.zeros(1, 129, 16, device=DEVICE)
     for arguments, reason in (
         ((q, k, v, None), "takes columns"),
         ((q, many, many, torch.zeros(1, 129, 1)), "128 keys"),
     ):
         with pytest.raises(DiffuMaskError, match=reason):
-            attend(*arguments, **where, impl="triton")
+            attend(*arguments, **settings, impl="triton")
     for change in ({0: q.double(), 1: k.double(), 2: v.double()}, {0: q.half()}):
         tensors = [change.get(at, tensor) for at, tensor in enumerate((q, k, v))]
         with pytest.raises(DiffuMaskError, match="q, k, v of one dtype, fp32, fp16, bf16"):
-            attend(*tensors, columns, **where, impl="triton")
+            attend(*tensors, columns, **settings, impl="triton")
     with pytest.raises(DiffuMaskError, match="fp32 maps"):
-        attend(q, k, v, columns, **where, maps=maps.half(), impl="triton")
+        attend(q, k, v, columns, **settings, maps=maps.half(), impl="triton")
     code = (
         "import torch; from diffumask_fast.kernels import attend; from diffumask_fast.errors import DiffuMaskError\n"
         "x = torch.zeros(1, 4, 16)\n"

@@ -7,16 +7,16 @@ from diffumask_fast.bench.geometries import open_geometry
 
 
 @pytest.fixture(scope="module")
-def sides():
+def contenders():
     return Contenders(open_geometry("mini", "cpu"), 2, 2)
 
 
-def test_all_sides_draw_the_same_image(sides):
-    plain = sides._draw(slice(0, 1), "pt")
+def test_all_contenders_draw_the_same_image(contenders):
+    plain = contenders._draw(slice(0, 1), "pt")
     drawn = []
-    for side in (sides.ours(batch=1), sides.reference(), sides.daam()):
+    for call in (contenders.ours(batch=1), contenders.reference(), contenders.daam()):
         with pytest.MonkeyPatch.context() as patch:
-            kept = sides.pipe.pipe.image_processor.postprocess
+            kept = contenders.pipe.pipe.image_processor.postprocess
 
             def keep(*args, kept=kept, **kwargs):
                 found = kept(*args, **kwargs)
@@ -24,15 +24,15 @@ def test_all_sides_draw_the_same_image(sides):
                     drawn.append(found)
                 return found
 
-            patch.setattr(sides.pipe.pipe.image_processor, "postprocess", keep)
-            mask = side()
+            patch.setattr(contenders.pipe.pipe.image_processor, "postprocess", keep)
+            mask = call()
         assert mask.shape[-2:] == (128, 128) and mask.any()
     assert len(drawn) == 3 and all(torch.allclose(image, plain, atol=1e-3) for image in drawn)
-    assert not torch.allclose(plain, sides._draw(slice(1, 2), "pt"), atol=1e-1)
+    assert not torch.allclose(plain, contenders._draw(slice(1, 2), "pt"), atol=1e-1)
 
 
-def test_the_peer_gives_maps_of_the_whole_batch(sides):
-    assert sides.peer()().shape == (2, 1, 128, 128)
+def test_the_peer_gives_maps_of_the_whole_batch(contenders):
+    assert contenders.peer()().shape == (2, 1, 128, 128)
 
 
 def test_mask_iou():

@@ -1,13 +1,13 @@
 """masks/crf.py against pydensecrf, which sees all pairs of pixels through its lattice."""
 
 import numpy as np
-import pydensecrf.densecrf as dcrf
 import pytest
 import torch
 from test_make import ONE, RIGHT, iou, picture
 
+from diffumask_fast.bench.baselines import dense_crf
 from diffumask_fast.masks import crf as module
-from diffumask_fast.masks.crf import PRESETS, crf
+from diffumask_fast.masks.crf import PRESETS, SIDE, crf
 
 
 def scene(height=120, width=160):
@@ -23,21 +23,6 @@ def scene(height=120, width=160):
     return image, labels, body
 
 
-def dense(image, labels, num_labels, preset):
-    """Ten steps of pydensecrf on hard labels, with the reference's energies for 21 classes."""
-    height, width = labels.shape
-    scale = min(height, width) / 512
-    truth = dcrf.DenseCRF2D(width, height, num_labels)
-    sure, other = preset.gt_prob, (1 - preset.gt_prob) / 20
-    energy = np.where(np.arange(num_labels)[:, None] == labels.reshape(-1), -np.log(sure), -np.log(other))
-    truth.setUnaryEnergy(np.ascontiguousarray(energy, dtype=np.float32))
-    compat, sxy = preset.gaussian
-    truth.addPairwiseGaussian(sxy=sxy * scale, compat=compat)
-    compat, sxy, srgb = preset.bilateral
-    truth.addPairwiseBilateral(sxy=sxy * scale, srgb=srgb, rgbim=np.ascontiguousarray(image), compat=compat)
-    return np.array(truth.inference(10)).reshape(num_labels, height, width).argmax(0)
-
-
 @pytest.mark.parametrize(
     "name, num_labels, window, least",
     [("threshold", 2, 31, 0.97), ("threshold", 3, 31, 0.97), ("seeds", 2, 81, 0.97), ("seeds", 3, 31, 0.94)],
@@ -48,7 +33,7 @@ def test_agrees_with_pydensecrf(name, num_labels, window, least):
     labels = labels.astype(np.int64)
     if num_labels == 3:
         labels[75:110, 105:150] = 2
-    wanted = dense(image, labels, num_labels, PRESETS[name])
+    wanted = dense_crf(image, labels, num_labels, PRESETS[name], min(labels.shape) / SIDE).argmax(0)
     found = crf(
         torch.from_numpy(labels)[None, None], num_labels, torch.from_numpy(image)[None], PRESETS[name], window=window
     )

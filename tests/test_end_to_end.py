@@ -89,13 +89,13 @@ def test_the_memory_rows(folder):
     assert rows[1]["config"]["steps"] == [10, 50] and 0.9 < rows[1]["value"] <= 1.02
 
 
-def test_a_speedup_is_the_other_sides_time_for_an_image_over_ours():
+def test_a_speedup_is_the_others_time_for_an_image_over_ours():
     times = {"ours": [2.0] * 3, "reference": [1.0] * 3, "control": [1.1] * 3}
     ratio = Race(times, "reference", CPU_CLOCK).ratio("reference", "ours", scale=8)
     assert (ratio.raw, ratio.deviation, ratio.value) == pytest.approx((4, 0.1, 3.9))
 
 
-def test_a_large_geometry_gets_one_run_a_side(folder, monkeypatch):
+def test_a_large_geometry_gets_one_run_of_each(folder, monkeypatch):
     monkeypatch.setattr(
         end_to_end, "open_geometry", lambda *args, **kwargs: geometries.open_geometry("mini", "cpu", **kwargs)
     )

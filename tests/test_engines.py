@@ -50,13 +50,13 @@ def test_xformers_is_left_out_with_a_line_where_it_does_not_draw(caplog):
 
 
 def test_a_ratio_is_the_engine_over_eager(tiny_folder, monkeypatch):
-    sides = []
-    monkeypatch.setattr(engines, "_plain", lambda sides: sides.pipe.engine_name)
+    pairs = []
+    monkeypatch.setattr(engines, "_plain", lambda contenders: contenders.pipe.engine_name)
     for name in ("mapped", "ours"):
-        monkeypatch.setattr(engines.Contenders, name, lambda sides, *_, **__: sides.pipe.engine_name)
-    monkeypatch.setattr(engines, "compare", lambda one, other, **_: sides.append((one, other)) or 1.0)
+        monkeypatch.setattr(engines.Contenders, name, lambda contenders, *_, **__: contenders.pipe.engine_name)
+    monkeypatch.setattr(engines, "compare", lambda one, other, **_: pairs.append((one, other)) or 1.0)
     rows = list(engines.run("mini", "cpu", model=tiny_folder, engines=["compile"], steps=1, threads=(1,)))
-    assert sides == [("compile", "torch")] * 3 == [("compile", "torch")] * len(rows)
+    assert pairs == [("compile", "torch")] * 3 == [("compile", "torch")] * len(rows)
 
 
 def test_an_engine_path_is_one_engines():

@@ -8,6 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from diffumask_fast.attention.options import MapOptions
+from diffumask_fast.bench.options import BenchOptions, CompareOptions, TuneOptions
 from diffumask_fast.cli import app
 from diffumask_fast.export.options import ExportOptions
 from diffumask_fast.flags import with_flags
@@ -17,6 +18,7 @@ from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import Options, argument, one_of, option, whole
 
 COMMANDS = typer.main.get_command(app).commands
+COMMANDS = {**COMMANDS, **COMMANDS["bench"].commands}
 
 
 def flat(kind):
@@ -25,7 +27,10 @@ def flat(kind):
         yield from flat(inner) if is_dataclass(inner) else [one]
 
 
-KINDS = {"generate": GenerateOptions, "remask": MaskOptions, "evaluate": EvaluateOptions, "export": ExportOptions}
+KINDS = {
+    "generate": GenerateOptions, "remask": MaskOptions, "evaluate": EvaluateOptions, "export": ExportOptions,
+    "bench": BenchOptions, "compare": CompareOptions, "tune": TuneOptions,
+}  # fmt: skip
 OTHERS = {"generate": {"log", "as_json"}, "remask": {"source", "out", "device", "as_json"}}
 
 
@@ -37,7 +42,8 @@ def test_every_field_is_a_flag_with_its_default_and_help(command, kind):
         assert one.metadata["help"] and flag.help == one.metadata["help"], one.name
         assert flag.required == (one.default is MISSING)
         assert flag.required or flag.default == one.default
-        assert flag.param_type_name == "argument" or flag.opts == [f"--{one.name.replace('_', '-')}"]
+        names = [f"--{one.name.replace('_', '-')}", *filter(None, [one.metadata.get("also")])]
+        assert flag.param_type_name == "argument" or flag.opts == names
         assert bool(flag.secondary_opts) == (one.default is True)  # what is on by default has a --no-form
     assert flags.keys() - {"help"} == OTHERS.get(command, {"as_json"})
 

@@ -1,4 +1,4 @@
-"""bench/gpu_targets.py: the rows of the GPU goals, on a CPU in small."""
+"""bench/gpu_targets.py: its rows, on a CPU and in small."""
 
 import pytest
 import torch
@@ -48,14 +48,14 @@ def test_a_unet_call_with_maps_is_compared_with_the_same_engines_without(rows):
         assert row["config"]["engine"] == "torch" and row["config"]["batch"] == 1 and 0.5 < row["value"] < 3
 
 
-def test_refinement_is_timed_for_an_image_in_each_form_that_runs_here(rows):
+def test_refinement_is_timed_for_an_image_by_each_implementation_that_runs_here(rows):
     for name, images, case in (
         ("guided_filter_and_otsu", 2, "torch"), ("mean_field", 1, "torch"), ("make_masks", 2, "auto"),
     ):  # fmt: skip
         (row,) = named(rows, name)
         assert (row["unit"], row["config"]["case"], row["config"]["batch"]) == ("ms/image", case, images)
         assert 0 < row["low"] <= row["value"] <= row["high"]
-    assert gpu_targets.forms(torch.device("cuda")) == ("torch", "triton")
+    assert gpu_targets.filter_impls(torch.device("cuda")) == ("torch", "triton")
 
 
 def test_the_rows_are_read_back_each_as_itself(rows, tmp_path):

@@ -49,12 +49,12 @@ def brute_force(guide, maps, radius, eps):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
-@pytest.mark.parametrize("form", [guided_filter, reference.guided_filter], ids=["fast", "reference"])
-def test_matches_brute_force(form, shape):
+@pytest.mark.parametrize("function", [guided_filter, reference.guided_filter], ids=["fast", "reference"])
+def test_matches_brute_force(function, shape):
     *size, radius = shape
     guide, maps = draw(*size)
     truth = brute_force(guide, maps, radius, 1e-3)
-    assert (form(guide, maps, radius, 1e-3) - truth).abs().max() < 2e-5
+    assert (function(guide, maps, radius, 1e-3) - truth).abs().max() < 2e-5
     assert (maps - truth).abs().max() > 1e-2  # the input itself would not pass
 
 

@@ -1,6 +1,7 @@
 """kernels/guided_filter_triton.py: the real kernels, in Triton's interpreter where there is no GPU."""
 
 import pytest
+import test_guided_filter
 import torch
 from test_guided_filter import brute_force, draw
 
@@ -8,14 +9,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels import guided_filter, ran
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [  # B, K, H, W, radius
-    (1, 1, 7, 5, 2),
-    (2, 3, 9, 14, 1),
-    (1, 2, 6, 6, 20),
-    (3, 1, 13, 4, 5),
-    (1, 1, 1, 9, 3),
-    (1, 2, 9, 70, 3),
-]
+SHAPES = [*test_guided_filter.SHAPES, (1, 2, 9, 70, 3)]  # B, K, H, W, radius
 
 
 def both(guide, maps, radius, eps):
@@ -74,10 +68,10 @@ def test_it_takes_strided_and_half_precision_input():
 
 def test_auto_is_torch_on_the_cpu_and_what_ran_can_be_asked():
     guide, maps = draw(1, 1, 6, 6)
-    with ran() as forms:
+    with ran() as impls:
         for impl in ("auto", "torch", "triton", "reference"):
             guided_filter(guide, maps, 1, 1e-3, impl=impl)
-    assert forms == [("guided_filter", form) for form in ("torch", "torch", "triton", "reference")]
+    assert impls == [("guided_filter", impl) for impl in ("torch", "torch", "triton", "reference")]
 
 
 def test_what_it_cannot_do_is_one_sentence(monkeypatch):

@@ -2,22 +2,20 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 
 import pytest
-import torch
 
 from diffumask_fast import DiffuMaskError
 from diffumask_fast.bench import kernels
-from diffumask_fast.bench.geometries import cross_layers, unet_config
-from diffumask_fast.bench.kernel_cases import CONVOLUTIONS, SHAPES
+from diffumask_fast.bench.kernel_cases import convolutions
+from diffumask_fast.kernels.shapes import MODELS
 
 
 def test_a_row_for_each_case_with_bytes_flops_and_the_share_of_the_ceiling():
     rows = list(kernels.run("mini", "cpu", seconds=0.02))
     names = [row["name"] for row in rows]
-    assert names.count("cross_attention_maps") == 4 * len(SHAPES["mini"]) and names.count("guided_filter") == 1
-    assert names.count("mean_field") == 1 and names.count("convolution") == 4 * len(CONVOLUTIONS["mini"])
+    assert names.count("cross_attention_maps") == 4 * len(MODELS["mini"].layers) and names.count("guided_filter") == 1
+    assert names.count("mean_field") == 1 and names.count("convolution") == 4 * len(convolutions("mini", 16))
     for row in rows:
         assert (row["suite"], row["unit"]) == ("kernels", "ms") and 0 < row["low"] <= row["value"] <= row["high"]
         # where a library's matrix product is slow, its convolution may do more than that "ceiling"
@@ -32,23 +30,13 @@ def test_a_row_for_each_case_with_bytes_flops_and_the_share_of_the_ceiling():
     assert largest["config"]["bytes"] == 4 * 16 * 64 * (2 * 256 + 2 * 77) + 8 * 8 * 2 * 256 + 4 * 8 * 77 * 2
 
 
-@pytest.mark.parametrize("geometry", SHAPES)
-def test_the_shapes_are_the_geometrys(geometry):
-    from diffusers import UNet2DConditionModel
-
-    from diffumask_fast.attention.unet import attention_places
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(unet_config(geometry))
-    found = Counter()
-    for attn, place in attention_places(unet).items():
-        coarser = unet.config.sample_size >> (int(place.level) + (geometry == "sdxl"))
-        found[coarser**2, attn.heads, attn.inner_dim // attn.heads] += place.cross
-    assert set(found) == {shape[1:] for shape in SHAPES[geometry]}
-    assert found == cross_layers(geometry)
+def test_the_convolutions_are_those_of_the_unets():
+    assert convolutions("mini", 16) == [(16, 64, 64, 16), (16, 128, 128, 8), (16, 160, 160, 4), (2, 32, 32, 128)]
+    assert convolutions("sd15", 2) == [(2, 320, 320, 64), (2, 640, 640, 32)]
+    assert convolutions("sdxl", 2) == [(2, 320, 320, 128), (2, 640, 640, 64)]
 
 
-def test_on_a_gpu_every_form_has_its_case():
+def test_on_a_gpu_every_implementation_has_its_case():
     listed = subprocess.run(
         [sys.executable, "-P", "-m", "pytest", str(kernels.CASES), "--collect-only", "-q", "-c", os.devnull],
         capture_output=True,
@@ -56,7 +44,7 @@ def test_on_a_gpu_every_form_has_its_case():
         env=os.environ | {"DIFFUMASK_FAST_KERNELS": json.dumps({"geometry": "sd15", "device": "cuda"})},
     ).stdout
     for case in ("guided_filter[{}-512]", "mean_field[{}-512]"):
-        assert all(case.format(form) in listed for form in ("torch", "triton"))
+        assert all(case.format(impl) in listed for impl in ("torch", "triton"))
     assert "cross_attention_maps[triton-fp16-2x4096x8x40]" in listed and "maps[sdpa-bf16-2x64x8x160]" in listed
 
 

@@ -53,12 +53,12 @@ def brute_force(q, unary, guide, window, dilation, bilateral, gaussian):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
-@pytest.mark.parametrize("form", [mean_field, reference.mean_field], ids=["fast", "reference"])
-def test_matches_brute_force(form, shape):
+@pytest.mark.parametrize("function", [mean_field, reference.mean_field], ids=["fast", "reference"])
+def test_matches_brute_force(function, shape):
     *size, window, dilation = shape
     q, unary, guide = draw(*size)
     truth = brute_force(q, unary, guide, window, dilation, **WEIGHTS)
-    out = form(q, unary, guide, window=window, dilation=dilation, **WEIGHTS)
+    out = function(q, unary, guide, window=window, dilation=dilation, **WEIGHTS)
     assert (out - truth).abs().max() < 1e-5
     assert ((-unary).softmax(2) - truth).abs().max() > 1e-2  # the unary alone would not pass
 

@@ -1,6 +1,7 @@
 """kernels/mean_field_triton.py: the real kernels, in Triton's interpreter where there is no GPU."""
 
 import pytest
+import test_mean_field
 import torch
 from test_mean_field import WEIGHTS, brute_force, draw
 
@@ -9,21 +10,14 @@ from diffumask_fast.kernels import mean_field_triton, ran
 from diffumask_fast.kernels.mean_field import bilateral_norm, mean_field
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [  # B, M, L, H, W, window, dilation
-    (1, 1, 2, 7, 5, 3, 1),
-    (2, 3, 2, 6, 9, 5, 2),
-    (1, 6, 3, 8, 8, 3, 3),
-    (2, 1, 3, 5, 4, 15, 1),
-    (1, 1, 2, 1, 9, 3, 4),
-    (1, 1, 2, 11, 13, 1, 1),
-]
+SHAPES = [*test_mean_field.SHAPES, (1, 6, 3, 8, 8, 3, 3), (1, 1, 2, 11, 13, 1, 1)]  # B, M, L, H, W, window, dilation
 
 
 def step(q, unary, guide, window, dilation):
     q, unary, guide = (x.to(DEVICE) for x in (q, unary, guide))
-    with ran() as forms:
+    with ran() as impls:
         out = mean_field(q, unary, guide, window=window, dilation=dilation, **WEIGHTS, impl="triton")
-    assert forms == [("mean_field", "triton")]
+    assert impls == [("mean_field", "triton")]
     return out.cpu()
 
 

@@ -9,36 +9,38 @@ from diffumask_fast.bench import memory
 from diffumask_fast.bench.contenders import Contenders
 from diffumask_fast.bench.geometries import open_geometry
 from diffumask_fast.bench.harness import live_tensor_bytes
-from diffumask_fast.bench.workspace_memory import transient
+from diffumask_fast.bench.workspace_memory import workspace
 
 GEOMETRIES = ("mini", pytest.param("sd15", marks=pytest.mark.slow))
 
 
-def between_steps(sides, context, attend=None):
+def between_steps(contenders, context, attend=None):
     """Return the bytes that live after each step of denoising one image."""
-    found = []
+    sizes = []
 
     def note(pipe, step, timestep, tensors):
-        found.append(live.now)
+        sizes.append(live.now)
         return tensors
 
-    settings = dict(sides.settings, latents=sides.latents[:1], output_type="latent", callback_on_step_end=note)
+    settings = dict(
+        contenders.settings, latents=contenders.latents[:1], output_type="latent", callback_on_step_end=note
+    )
     with torch.no_grad(), live_tensor_bytes() as live, context:
         if attend is not None:
             attend(live)
-        sides.pipe.pipe(sides.prompts[:1], **settings)
-    return found
+        contenders.pipe.pipe(contenders.prompts[:1], **settings)
+    return sizes
 
 
-def record_transients(live, monkeypatch):
-    """Measure what each attention layer holds beside what lives before it, by its shape; keep the call's own peak."""
+def record_workspaces(live, monkeypatch):
+    """Measure each attention layer's workspace by its shape, and keep the peak of the whole call."""
     plain, seen = processor.attend, {}
 
-    def attend(q, k, v, columns=None, **where):
-        made = columns is not None and where.get("maps") is None
+    def attend(q, k, v, columns=None, **settings):
+        made = columns is not None and settings.get("maps") is None
         before, peak, live.peak = live.now, live.peak, live.now
-        result = plain(q, k, v, columns, **where)
-        shape = (q.shape[0], q.shape[1], k.shape[1], where["heads"], q.shape[2] // where["heads"])
+        result = plain(q, k, v, columns, **settings)
+        shape = (q.shape[0], q.shape[1], k.shape[1], settings["heads"], q.shape[2] // settings["heads"])
         shape += (0 if columns is None else columns.shape[2],)
         if not made:
             seen[shape] = live.peak - before
@@ -67,22 +69,24 @@ def test_ours_is_smaller_and_flat_in_steps():
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_between_steps_the_buffers_alone_are_kept_and_a_layers_transient_is_the_accounts(geometry, monkeypatch):
-    sides, seen = Contenders(open_geometry(geometry, "cpu"), 1, 3 if geometry == "mini" else 2), {}
-    plain = between_steps(sides, nullcontext())
-    collector = collect_maps(sides.pipe.pipe, sides.phrases[0], propagate=1)
-    mapped = between_steps(sides, collector, lambda live: seen.update(found=record_transients(live, monkeypatch)))
+def test_between_steps_the_buffers_alone_are_kept_and_a_layers_workspace_is_the_accounts(geometry, monkeypatch):
+    contenders, seen = Contenders(open_geometry(geometry, "cpu"), 1, 3 if geometry == "mini" else 2), {}
+    plain = between_steps(contenders, nullcontext())
+    collector = collect_maps(contenders.pipe.pipe, contenders.phrases[0], propagate=1)
+    mapped = between_steps(contenders, collector, lambda live: seen.update(layers=record_workspaces(live, monkeypatch)))
     store = collector.store
     buffers = {key: 4 * maps.numel() for key, maps in store.levels.items()}
     propagated = sum(orders[-1].mean().nbytes for orders in store._propagated.values())
     assert store.num_bytes == 2 * (sum(buffers.values()) + propagated) and propagated
-    known = 4 * sides.select[0].numel() + 4 * 77 * sides.pipe.pipe.unet.config.cross_attention_dim  # of the prompt
+    known = (
+        4 * contenders.select[0].numel() + 4 * 77 * contenders.pipe.pipe.unet.config.cross_attention_dim
+    )  # of the prompt
     kept = [ours - theirs - known for ours, theirs in zip(mapped, plain, strict=True)]
     assert kept[0] == 2 * sum(buffers.values()) and kept[-1] == store.num_bytes
     names = ("rows", "pixels", "keys", "heads", "head_dim", "num")
-    shapes = {shape: transient("sdpa", **dict(zip(names, shape, strict=True))) for shape in seen["found"]}
+    shapes = {shape: workspace("sdpa", **dict(zip(names, shape, strict=True))) for shape in seen["layers"]}
     assert (
-        seen["found"] == shapes and {shape[2] for shape in shapes} > {77} and {shape[5] for shape in shapes} == {0, 1}
+        seen["layers"] == shapes and {shape[2] for shape in shapes} > {77} and {shape[5] for shape in shapes} == {0, 1}
     )
 
 

@@ -260,9 +260,9 @@ def test_which_attention_is_in_cpp(monkeypatch):
         call = {
             name: x.to(dtype) if name in ("latents", "encoder_hidden_states") else x for name, x in inputs(unet).items()
         }
-        with ran() as forms:
+        with ran() as impls:
             OptimizedUNet(unet)(UNetCall(**call, unet_kwargs=given))
-        return {form for kernel, form in forms if kernel == "attend"}
+        return {impl for kernel, impl in impls if kernel == "attend"}
 
     monkeypatch.setattr(optimized_unet, "has_amx", lambda: False)
     assert used() == {"sdpa"}  # gradients are wanted

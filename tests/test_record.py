@@ -1,4 +1,4 @@
-"""kernels/record.py: what ran can be asked."""
+"""kernels/record.py: a list says which implementations ran."""
 
 import pytest
 import torch
@@ -9,13 +9,13 @@ X = torch.zeros(1, 4, 16)
 
 
 @pytest.mark.parametrize(
-    ("impl", "form"),
+    ("impl", "noted"),
     [("auto", "sdpa"), ("sdpa", "sdpa"), ("triton", "triton"), ("sdpa+maps", "sdpa+maps"), ("reference", "reference")],
 )
-def test_each_form_says_its_name(impl, form):
-    with ran() as forms:
+def test_each_implementation_is_noted_by_its_name(impl, noted):
+    with ran() as impls:
         attend(X, X, X, torch.zeros(1, 4, 1), heads=1, impl=impl)
-    assert forms == [("attend", form)]
+    assert impls == [("attend", noted)]
 
 
 def test_listeners_nest_and_leave_when_the_context_fails():
@@ -32,6 +32,6 @@ def test_listeners_nest_and_leave_when_the_context_fails():
 
 def test_a_listener_does_not_break_a_compiled_graph():
     compiled = torch.compile(lambda x: attend(x, x, x, heads=1)[0], fullgraph=True, backend="eager")
-    with ran() as forms:
+    with ran() as impls:
         compiled(X)
-    assert forms == []
+    assert impls == []

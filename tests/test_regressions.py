@@ -30,7 +30,7 @@ def worse(after, threshold=0.05):
 
 
 def test_the_same_rows_are_no_regression():
-    assert worse(BEFORE) == [] and [one["change"] for one in compare_rows(BEFORE, BEFORE)] == [0, 0]
+    assert worse(BEFORE) == [] and [one["change"] for one in compare_rows(BEFORE, BEFORE, 0.05)] == [0, 0]
 
 
 @pytest.mark.parametrize(("index", "factor"), [(0, 1.2), (1, 0.7)])
@@ -57,9 +57,9 @@ def test_the_last_row_of_a_file_counts():
 def test_other_settings_are_other_rows():
     after = copy.deepcopy(BEFORE)
     after[0]["config"]["batch"] = 4
-    assert [one["name"] for one in compare_rows(BEFORE, after)] == ["speedup_vs_daam"]
+    assert [one["name"] for one in compare_rows(BEFORE, after, 0.05)] == ["speedup_vs_daam"]
     with pytest.raises(DiffuMaskError, match="no row in common"):
-        compare_rows(BEFORE[:1], after[:1])
+        compare_rows(BEFORE[:1], after[:1], 0.05)
 
 
 def test_the_command_and_its_exit_code(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 from diffumask_fast import DiffuMaskError
 from diffumask_fast.bench import report, scaling
+from diffumask_fast.bench.options import BenchOptions
 from diffumask_fast.bench.rows import results_file, row
 
 PROGRAM = str(Path(sys.executable).with_name("diffumask-fast"))
@@ -49,7 +50,8 @@ def test_the_command_for_people(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--geometry", "sd3"], "There is no geometry sd3"),
+        (["--geometry", "sd3"], "--geometry must be one of mini, sd15"),
+        (["--suite", "goals"], "--suite must be one of end_to_end, engines, gpu_targets"),
         (["--suite", "masks", "--steps", "3"], "The suite masks has no --steps"),
         (["compare", "nowhere.jsonl", "nowhere.jsonl"], "Cannot read the rows in nowhere.jsonl"),
     ],
@@ -70,7 +72,7 @@ def stopping(rows):
 def test_stopping_leaves_the_finished_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scaling, "run", stopping([ROW, ROW]))
     out = tmp_path / "rows.jsonl"
-    assert report.measure("scaling", "mini", "cpu", {}, output=out, as_json=True) == 130
+    assert report.measure(BenchOptions("scaling", device="cpu", output=out), as_json=True) == 130
     assert len(out.read_text().splitlines()) == 2
     printed = capsys.readouterr()
     assert json.loads(printed.out)["rows"] == [ROW, ROW] and "2 finished rows were kept" in printed.err
@@ -96,7 +98,7 @@ def test_plots_need_matplotlib_before_anything_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     monkeypatch.setattr(report.inspect, "signature", lambda run: None)
     with pytest.raises(DiffuMaskError, match="Plots need matplotlib"):
-        report.measure("scaling", "mini", "cpu", {}, plot=tmp_path)
+        report.measure(BenchOptions("scaling", device="cpu", plot=tmp_path))
 
 
 def test_the_machines_own_file():

@@ -1,4 +1,4 @@
-"""kernels/roofline.py: the committed page is what the command writes, and its sums are right."""
+"""bench/roofline.py: the committed page is what the command writes, and its sums are right."""
 
 import os
 import subprocess
@@ -9,10 +9,10 @@ import pytest
 
 from diffumask_fast.bench import roofline
 from diffumask_fast.bench.roofline import GPUS
-from diffumask_fast.kernels.shapes import MODELS, Layer
+from diffumask_fast.kernels.shapes import MODELS, STABLE_DIFFUSION
 
 NOTHING = {"fp32": 0.0, "loads": 0.0}
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "notes" / "kernels.md"
 
 
 def test_the_committed_account_is_the_commands():
@@ -28,7 +28,9 @@ def test_the_committed_page_is_the_commands(tmp_path):
 
 
 def test_the_cost_of_one_layer_by_hand():
-    layer = Layer(1, 1024, 20, 64)  # 16 blocks of 64 pixels, 20 heads in 5 groups of 4, 4 warps of 16 pixels a block
+    layer = MODELS["sdxl"].layers[1]
+    # 16 blocks of 64 pixels, 20 heads in 5 groups of 4, 4 warps of 16 pixels a block
+    assert layer.shape == (1024, 20, 64)
     blocks, groups, fixed = roofline.grid(layer, 3)
     assert (blocks, groups, fixed["GROUP"], fixed["BLOCK_K"], fixed["BLOCK_N"]) == (16, 5, 4, 3, 64)
     cost = roofline.attention(layer)
@@ -44,7 +46,7 @@ def test_the_cost_of_one_layer_by_hand():
     assert added.fp32 == 2 * 1024 * 80 * 20 + 2 * 1024 * 80 * 5 * 3
     assert added.issue == 16 * 4 * (20 * 16 * 80 / 32 + 5 * 3 * roofline.COLUMN)
     assert roofline.maps(layer, 9).fp32 == 2 * 1024 * 80 * (20 + 5 * 12)  # nine take turns of four
-    assert roofline.maps(Layer(1, 4096, 8, 40), 1).bytes == 4 * (2 * 4096 + 77)
+    assert roofline.maps(MODELS["sd15"].layers[0], 1).bytes == 4 * (2 * 4096 + 77)
     alone = roofline.maps_alone(layer, 3)
     assert alone.bytes == added.bytes + 2 * 1280 * (1024 + 77) and alone.fp16 == cost.fp16 / 2
     assert alone.cache == added.cache + 2 * 1280 * (1024 + 16 * 77)
@@ -57,7 +59,7 @@ def test_a_time_is_that_of_the_limit_that_binds():
     assert cost.seconds(h100) == pytest.approx(2e-6) and cost.serial_seconds(h100) == pytest.approx(3e-6)
 
 
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+@pytest.mark.parametrize("model", STABLE_DIFFUSION, ids=lambda model: model.name)
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
 def test_maps_cost_a_fifth_of_a_percent_at_most(model, gpu):
     for num in roofline.PHRASES:
@@ -68,6 +70,6 @@ def test_maps_cost_a_fifth_of_a_percent_at_most(model, gpu):
 
 def test_the_page_says_for_how_many_phrases():
     for share, least in ((roofline.overhead, (18, 33, 30)), (roofline.overhead_at_most, (4, 8, 7))):
-        assert tuple(roofline.most_phrases(share, model, GPUS[0]) for model in MODELS) == least
-        for model, most in zip(MODELS, least, strict=True):
+        assert tuple(roofline.most_phrases(share, model, GPUS[0]) for model in STABLE_DIFFUSION) == least
+        for model, most in zip(STABLE_DIFFUSION, least, strict=True):
             assert share(model, most, GPUS[0]) <= 0.002 < share(model, most + 1, GPUS[0])

@@ -10,7 +10,7 @@ from triton.runtime.errors import OutOfResources
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels import tune, tuned
-from diffumask_fast.kernels.tune import Case, Form, as_text, best, cases, write
+from diffumask_fast.kernels.tune import Case, Impl, as_text, best, cases, write
 
 CPU = torch.device("cpu")
 CONFIGS = [{"block": block} for block in (32, 64, 128)]
@@ -29,10 +29,10 @@ def timed(times):
 
 
 def case_of(**more):
-    """A case whose forms say which configuration they were called with."""
-    forms = {"triton": Form("attend", CONFIGS, lambda config: ("triton", config["block"]))}
-    forms |= {name: Form(name, CONFIGS[:2], lambda config, name=name: (name, config["block"])) for name in more}
-    return Case({"pixels": 64}, forms, lambda: "torch")
+    """A case whose implementations return the configuration that they were called with."""
+    impls = {"triton": Impl("attend", CONFIGS, lambda config: ("triton", config["block"]))}
+    impls |= {name: Impl(name, CONFIGS[:2], lambda config, name=name: (name, config["block"])) for name in more}
+    return Case({"pixels": 64}, impls, lambda: "torch")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_failed_write_leaves_the_old_table_and_is_one_sentence(tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tune.os, "fsync", full)
-    with pytest.raises(DiffuMaskError, match="No space left on device.*--out"):
+    with pytest.raises(DiffuMaskError, match="No space left on device.*`out`"):
         write(file, "GPU", {"attend": []})
     assert file.read_bytes() == before
 
@@ -107,9 +107,9 @@ def test_every_case_runs_and_its_facts_find_its_entries(small):
     kernels = []
     for case in cases(CPU):
         facts = {"radius": 2, "window": 11} | case.when if case.when.get("dtype") else {"radius": 2, "window": 11}
-        for form in case.forms.values():
-            form.run(form.configs[-1])
-            assert set(form.configs[0]) == set(tuned.launch(form.kernel, CPU, **facts)) - {"widest"}
+        for impl in case.impls.values():
+            impl.run(impl.configs[-1])
+            assert set(impl.configs[0]) == set(tuned.launch(impl.kernel, CPU, **facts)) - {"widest"}
         case.plain()
         for kernel, entry in best(case, lambda workload: 1.0).items():
             table = {"GPU": {kernel: [entry]}, "*": {kernel: []}}
@@ -142,8 +142,8 @@ def test_a_time_is_that_of_a_call_in_a_replayed_graph(monkeypatch):
 
 def test_several_processes_share_the_configurations(small, monkeypatch):
     launched = []
-    form = Form("attend", [{"block": block} for block in range(7)], lambda config: launched.append(config["block"]))
-    monkeypatch.setattr(tune, "cases", lambda device, quick: [Case({}, {"triton": form}, dict)])
+    impl = Impl("attend", [{"block": block} for block in range(7)], lambda config: launched.append(config["block"]))
+    monkeypatch.setattr(tune, "cases", lambda device, quick: [Case({}, {"triton": impl}, dict)])
     for part in range(3):
         tune.warm(part, 3)
     assert launched == [0, 3, 6, 1, 4, 2, 5]

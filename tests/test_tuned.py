@@ -1,4 +1,4 @@
-"""kernels/tuned.py and tuned.json: which launch configuration a layer gets, and which form."""
+"""kernels/tuned.py and tuned.json: which launch configuration a layer gets, and which implementation."""
 
 import importlib
 import json
@@ -66,7 +66,7 @@ def test_a_configuration_is_the_callers_own():
     assert tuned.launch("attend", CPU, **LAYER)
 
 
-def test_a_form_is_triton_only_where_the_table_says_so(entries):
+def test_triton_runs_only_where_the_table_says_so(entries):
     assert tuned.impl("attend", CPU, **LAYER) == "torch"
     entries({"cpu": {"attend": [{"when": {"pixels": 4096}, "launch": {}, "impl": "triton"}]}, **tuned.table()})
     assert tuned.impl("attend", CPU, **LAYER) == "triton"
@@ -80,7 +80,7 @@ class OnCuda(torch.Tensor):
 
 
 @pytest.mark.parametrize(
-    ("pixels", "keys", "mask", "form"),
+    ("pixels", "keys", "mask", "impl"),
     [
         (64, 77, None, "triton"),
         (100, 77, None, "sdpa"),
@@ -89,14 +89,14 @@ class OnCuda(torch.Tensor):
     ],
     ids=["measured faster", "unknown layer", "too many keys", "masked"],
 )
-def test_auto_on_cuda_is_what_was_measured_to_be_faster(entries, monkeypatch, pixels, keys, mask, form):
+def test_auto_on_cuda_is_what_was_measured_to_be_faster(entries, monkeypatch, pixels, keys, mask, impl):
     entries({"cpu": {"attend": [{"when": {"pixels": 64}, "launch": {}, "impl": "triton"}]}, **tuned.table()})
     module = importlib.import_module("diffumask_fast.kernels.attend")
     monkeypatch.setattr(module, "_triton", lambda q, *rest: (q, "the kernel's"))
     q, k = (torch.randn(1, n, 16).as_subclass(OnCuda) for n in (pixels, keys))
-    with ran() as forms:
+    with ran() as impls:
         _, maps = attend(q, k, k, torch.rand(1, keys, 1), heads=1, mask=mask)
-    assert forms == [("attend", form)] and (maps == "the kernel's") == (form == "triton")
+    assert impls == [("attend", impl)] and (maps == "the kernel's") == (impl == "triton")
 
 
 def test_an_export_on_cuda_holds_torch_whatever_was_measured(entries, monkeypatch):
@@ -108,11 +108,11 @@ def test_an_export_on_cuda_holds_torch_whatever_was_measured(entries, monkeypatc
     x, image = torch.randn(1, 8, 16).as_subclass(OnCuda), torch.rand(1, 3, 6, 6).as_subclass(OnCuda)
     for exporting in (False, True):
         monkeypatch.setattr(torch.compiler, "is_exporting", lambda exporting=exporting: exporting)
-        with ran() as forms:
+        with ran() as impls:
             attend(x, x, x, torch.rand(1, 8, 1), heads=1)
             guided_filter(image, image, 1, 1e-3)
         wanted = ("sdpa", "torch") if exporting else ("triton", "triton")
-        assert tuple(form for _, form in forms) == wanted
+        assert tuple(impl for _, impl in impls) == wanted
 
 
 def test_the_choice_is_a_constant_of_a_compiled_graph():

@@ -1,8 +1,11 @@
 """Run a program as if this machine had a CUDA device: python tools/cuda_stand_in.py PROGRAM|-m MODULE ARGUMENTS
 
-Tensors stay on the CPU and say that they are on "cuda"; kernels run in Triton's interpreter, events read the clock, and
-a graph replays the recorded operations. So code written for a GPU runs line by line where there is none. Not shown by
-it: what only hardware shows (speed, races between streams, memory on the wrong device).
+Tensors stay on the CPU and report "cuda" as their device; kernels run in Triton's interpreter, events read the clock,
+and a graph replays the recorded operations. So code for a GPU runs line by line without one. It cannot show what only
+hardware shows: speed, races between streams, memory on the wrong device.
+
+tests/fake_cuda.py is another stand-in, for the compiled engine's graphs alone: it logs each call and fills undefined
+memory with NaN. This one lets whole programs run, and needs defined values; so they stay two.
 """
 
 import contextlib
@@ -17,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch._dynamo  # it names torch's functions when it is imported: before they are replaced
+import torch._dynamo  # imported before torch's functions are replaced, for it refers to them
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,12 +31,12 @@ CPU = torch.device("cpu")
 MEMORY = 80 * 2**30
 aten = torch.ops.aten
 WAITS = {aten._local_scalar_dense, aten.equal, aten.nonzero, aten.is_nonzero}  # forbidden in a capture
-# these may take tensors of both places; what they give is where their first argument is, or where they are told
+# these may take tensors of both devices; the result is on the first argument's, or on the device that is named
 CROSSING = {Tensor.copy_, Tensor.to, Tensor.cpu, Tensor.__getitem__, Tensor.__setitem__, Tensor.data.__set__}
 
 
 class _OnCuda(TorchFunctionMode):
-    """Let tensors that were made on "cuda" say so, though they lie in the CPU's memory; places do not mix unnoticed."""
+    """Let tensors made on "cuda" report so, though they lie in the CPU's memory; refuse to mix devices as CUDA does."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -56,29 +59,29 @@ class _OnCuda(TorchFunctionMode):
         if (kernel := _python_of(func)) is not None:
             with self:
                 return kernel(*args, **kwargs)
-        found = func(*args, **kwargs)
+        result = func(*args, **kwargs)
         if func == Tensor.data.__set__:
             args[0].on_cuda = on_cuda(args[1])
-        return tree_map(lambda leaf: _put(leaf, place, given), found)
+        return tree_map(lambda leaf: _put(leaf, place, given), result)
 
 
 def _copies_index(index: Any) -> bool:
-    """Tell whether an index becomes a tensor on the CPU first: a sequence of numbers in it."""
+    """Return whether an index becomes a tensor on the CPU first: it contains a sequence of numbers."""
     return any(isinstance(one, (list, tuple)) for one in (index if isinstance(index, tuple) else (index,)))
 
 
 def on_cuda(tensor: Tensor) -> bool:
-    """Tell whether a tensor says that it is on CUDA."""
+    """Return whether a tensor reports to be on CUDA."""
     return getattr(tensor, "on_cuda", False)
 
 
 def _place(func: Any, args: tuple, kwargs: dict, given: list[Tensor]) -> bool:
-    """Return whether the results are on CUDA; refuse tensors of both places, as CUDA does."""
-    told = [leaf for leaf in tree_leaves((args, kwargs)) if _is_place(leaf)]
+    """Return whether the results are on CUDA; refuse tensors of both devices, as CUDA does."""
+    named = [leaf for leaf in tree_leaves((args, kwargs)) if _is_place(leaf)]
     if func is Tensor.cpu:
         return False
-    if told:
-        return torch.device(told[0]).type == "cuda"
+    if named:
+        return torch.device(named[0]).type == "cuda"
     places = {on_cuda(tensor) for tensor in given if tensor.ndim and tensor.device.type == "cpu"}
     if func in CROSSING:
         return on_cuda(given[0])
@@ -92,7 +95,7 @@ def _is_place(value: Any) -> bool:
 
 
 def _put(leaf: Any, place: bool, given: list[Tensor]) -> Any:
-    """Mark a result; what only changed its place is a copy."""
+    """Mark a result; one that only changed its device is a copy."""
     if not isinstance(leaf, Tensor) or on_cuda(leaf) == place:
         return leaf
     if any(leaf is tensor for tensor in given):
@@ -112,7 +115,7 @@ def _on_cpu(value: Any) -> Any:
 
 
 def _python_of(func: Any) -> Callable[..., Any] | None:
-    """Return the Python behind one of our own operators, whose branches for CUDA are to be taken."""
+    """Return the Python function of one of our own operators, so that its branch for CUDA runs."""
     name = getattr(func, "_qualified_op_name", None) or getattr(func, "_name", "")
     if not isinstance(name, str) or not name.startswith("diffumask_fast::"):
         return None
@@ -132,17 +135,17 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.overloadpacket in WAITS:
             raise RuntimeError(f"{func}: operation not permitted when stream is capturing")
-        found = func(*args, **kwargs)
-        kept = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+        result = func(*args, **kwargs)
+        kept = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
         def again() -> None:
             new = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
             for old, fresh in zip(kept, new, strict=True):
-                if old.data_ptr() != fresh.data_ptr():  # a view, or what was changed in place, is there already
+                if old.data_ptr() != fresh.data_ptr():  # a view, or a tensor changed in place, is up to date
                     old.copy_(fresh)
 
         self.calls.append(again)
-        return found
+        return result
 
 
 class _Graph:
@@ -154,7 +157,7 @@ class _Graph:
         self.calls: list[Callable[[], None]] = []
 
     def replay(self) -> None:
-        with torch._C.DisableTorchFunction():  # what operations made in between says nothing of its place
+        with torch._C.DisableTorchFunction():  # tensors made in between carry no device
             for call in self.calls:
                 call()
 
@@ -173,7 +176,7 @@ def _capture(graph: _Graph, *_: Any, **__: Any) -> Iterator[None]:
 
     def recorded(executor: Any, *args: Any, **kwargs: Any) -> Any:
         recorder.calls.append(lambda: launch(executor, *args, **kwargs))
-        with torch.utils._python_dispatch._disable_current_modes():  # what the interpreter does is not recorded twice
+        with torch.utils._python_dispatch._disable_current_modes():  # the interpreter's own operations are not recorded
             return launch(executor, *args, **kwargs)
 
     with (

@@ -5,7 +5,7 @@
 #   bash tools/gpu_run.sh b OUT   290 s: whole runs beside diffusers', compiled graphs, engines that are installed
 #
 # Needs a python3 with a CUDA build of torch; no index, no git, no build. Where diffusers is not installed, its wheel in
-# .whl/ serves. Each step has its time and cannot stop the next; what it found is in OUT as soon as it is there:
+# .whl/ serves. Each step has a time limit and cannot stop the next; its results are in OUT at once:
 # summary.txt (a line a step), log.txt, rows.jsonl, tuned.json, env.json and what the tests said (*.xml).
 # DRY=1 runs the same on a CPU, on the smallest shapes, with a stand-in for CUDA. PYTHON names another interpreter,
 # COMMIT what the rows are to call this version.
@@ -64,7 +64,7 @@ background() { # STOP, CONT or KILL the compilation that runs beside the kernels
     return 0
 }
 
-make_site() { # a copy of the package on the path, and tables that say which form of a kernel is launched
+make_site() { # a copy of the package on the path, and tables that say which implementation is launched
     local capability=9.0 wheel
     background KILL
     rm -rf "$site" "$state"/*.json "$state"/{go,code,compile.*} && mkdir -p "$site"
@@ -77,7 +77,7 @@ make_site() { # a copy of the package on the path, and tables that say which for
 
 part_a() {
     make_site >>"$out/log.txt" 2>&1 || { say "The package could not be laid out in $state."; exit 1; }
-    # a session of its own outlives this command, for part b
+    # setsid: the process outlives this command, for part b
     setsid bash -c '"${@:2}"; echo $? >"$1"' compile "$state/code" "${python[@]}" tools/gpu_steps.py whole_runs "$state" \
         >"$state/compile.log" 2>&1 &
     echo $! >"$state/compile.pid"

@@ -17,32 +17,34 @@ BATCH = 1 if DRY else 8
 
 
 def tables(table: str, folder: str, architecture: str) -> None:
-    """Write tables that say, unmeasured, which form is the fastest: FOLDER/triton.json and sdpa.json. Without torch."""
+    """Write FOLDER/triton.json and sdpa.json, tables that name one implementation as the fastest. Needs no torch."""
     entries = json.loads(Path(table).read_text(encoding="utf-8"))
-    for form in ("triton", "sdpa"):
-        own = {kernel: [_says(kernel, entry, form) for entry in found] for kernel, found in entries["*"].items()}
+    for impl in ("triton", "sdpa"):
+        own = {
+            kernel: [_naming(kernel, entry, impl) for entry in defaults] for kernel, defaults in entries["*"].items()
+        }
         text = json.dumps(entries | {architecture: own}, indent=1)
-        Path(folder, f"{form}.json").write_text(text, encoding="utf-8")
+        Path(folder, f"{impl}.json").write_text(text, encoding="utf-8")
 
 
-def _says(kernel: str, entry: dict[str, Any], form: str) -> dict[str, Any]:
-    # nobody draws in fp32 on a GPU, and its kernels compile slowest
-    triton = form == "triton" and entry["when"].get("dtype") != "fp32"
+def _naming(kernel: str, entry: dict[str, Any], impl: str) -> dict[str, Any]:
+    # fp32 is not drawn in on a GPU, and its kernels compile slowest
+    triton = impl == "triton" and entry["when"].get("dtype") != "fp32"
     if DRY and kernel == "attend":  # an interpreter takes minutes for fine levels, and for masks of whole images
         entry = entry | {"when": {**entry["when"], "pixels": [1, 64]}}
     return entry | {"impl": "triton" if triton and not (DRY and kernel != "attend") else "torch"}
 
 
 def environment(out: str) -> None:
-    """Write what this machine is to env.json: what the bench records, then what doctor finds."""
+    """Write a description of this machine to env.json: the bench's, then doctor's."""
     from diffumask_fast.bench.rows import environment as facts
 
     file, done = Path(out, "env.json"), subprocess.run("nvidia-smi", shell=True, capture_output=True, text=True)
-    found: dict[str, Any] = {"bench": facts("cuda"), "nvidia-smi": done.stdout.splitlines()}
-    file.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    machine: dict[str, Any] = {"bench": facts("cuda"), "nvidia-smi": done.stdout.splitlines()}
+    file.write_text(json.dumps(machine, indent=1), encoding="utf-8")
     from diffumask_fast.doctor import examine
 
-    file.write_text(json.dumps(found | {"doctor": examine()}, indent=1), encoding="utf-8")
+    file.write_text(json.dumps(machine | {"doctor": examine()}, indent=1), encoding="utf-8")
 
 
 def warm(part: str, parts: str) -> None:
@@ -58,11 +60,11 @@ def tune(out: str) -> None:
     from diffumask_fast.kernels import tune
 
     smallest()
-    tune.tune(Path(out, "tuned.json"), print, quick=True)
+    tune.tune(Path(out, "tuned.json"), print, quick=True, only_this_device=False)
 
 
 def rows(out: str, kind: str) -> None:
-    """Append rows to rows.jsonl as they are measured; one part that fails does not stop the next."""
+    """Append rows to rows.jsonl as they are measured; a part that fails does not stop the next."""
     parts = {
         "sdpa": [(SD15, "sdpa"), (SDXL, "sdpa")],
         "kernels": [(SD15, "attention"), (SDXL, "attention"), (SD21, "attention"), (SD15, "refinement")],
@@ -81,7 +83,7 @@ def whole_runs(folder: str) -> None:
     settings = smallest() or {"pairs": 3}
     opened = gpu_targets.Opened(SD15, torch.device("cuda"), "compile")
     opened.warm(BATCH)
-    print("compiled", {name: dict(found) for name, found in torch._dynamo.utils.counters.items()})
+    print("compiled", {name: dict(counts) for name, counts in torch._dynamo.utils.counters.items()})
     go = Path(folder, "go")
     while not go.exists():
         time.sleep(0.2)
@@ -102,17 +104,17 @@ def maps(out: str, folder: str, table: str) -> None:
     opened = gpu_targets.Opened(SD15, torch.device("cuda"), "torch")
     done = []
     for batch in (1,) if DRY else gpu_targets.BATCHES:
-        for form in ("triton", "sdpa"):
-            Path(table).write_text(Path(folder, f"{form}.json").read_text(encoding="utf-8"), encoding="utf-8")
+        for impl in ("triton", "sdpa"):
+            Path(table).write_text(Path(folder, f"{impl}.json").read_text(encoding="utf-8"), encoding="utf-8")
             tuned.forget()
             shape = settings | {"batches": (batch,), "opened": opened, "engines": ("torch",)}
-            done.append(keep(out, SD15, ("denoising",), case=form, **shape))
+            done.append(keep(out, SD15, ("denoising",), case=impl, **shape))
     if not all(done):
         sys.exit(1)
 
 
 def keep(out: str, geometry: str, names: tuple[str, ...], case: str = "", **settings: Any) -> bool:
-    """Measure parts of the suite and append each row with the version that it is of; tell whether all came."""
+    """Measure parts of the suite, and append each row with the version that it is of; return whether all succeeded."""
     import torch
 
     from diffumask_fast.bench import gpu_targets
@@ -125,14 +127,14 @@ def keep(out: str, geometry: str, names: tuple[str, ...], case: str = "", **sett
             row["config"] |= {**extra, "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
             append_rows(Path(out, "rows.jsonl"), [row])
             print(describe(row))
-    except Exception:  # what comes next is measured all the same
+    except Exception:  # the next part is measured all the same
         traceback.print_exc()
         return False
     return True
 
 
 def smallest() -> dict[str, Any]:
-    """In a dry run return the smallest arguments of the suite, and make everything else as small as it can be."""
+    """Return the smallest arguments of the suite in a dry run, else none; make all other sizes tiny then."""
     if not DRY:
         return {}
     from diffumask_fast.bench import gpu_targets, sdpa
