@@ -14,6 +14,7 @@ class DiffusersPipeline(Protocol):
     tokenizer: Any
     text_encoder: Any
     image_processor: Any
+    config: Any
     vae_scale_factor: int
     components: dict[str, Any]
 
