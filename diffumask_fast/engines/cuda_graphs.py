@@ -16,7 +16,7 @@ Model = Callable[..., Results]
 
 
 class Graphs:
-    """A model's CUDA graphs, one for each set of shapes, which share their memory.
+    """A model's CUDA graphs, one for each set of shapes, which share their memory. No GPU has run them.
 
     Args:
         model: called without gradients.
