@@ -65,13 +65,14 @@ def flops(denoiser, call, **kept):
 @torch.no_grad()
 @pytest.mark.parametrize("size", [8, 10, 7])
 @pytest.mark.parametrize("twins", [True, False])
-def test_what_is_found_is_the_plain_units(size, twins):
+def test_results_are_those_of_the_plain_unet(size, twins):
     unet = make_unet()
-    call, lean, weights = inputs(unet, twins=twins, size=8), OptimizedUNet(unet), TransformedWeights(unet).current()
+    call, optimized = inputs(unet, twins=twins, size=8), OptimizedUNet(unet)
+    weights = TransformedWeights(unet).current()
     if size != 8:
         call |= {"latents": F.interpolate(call["latents"], (size, size)), "prior": {}}
-    kept = dict(text=lean.text(call["encoder_hidden_states"]), weights=weights)
-    same(lean(UNetCall(**call), **kept, twins=twins), UNetWithMaps(unet)(UNetCall(**call)))
+    kept = dict(text=optimized.text(call["encoder_hidden_states"]), weights=weights)
+    same(optimized(UNetCall(**call), **kept, twins=twins), UNetWithMaps(unet)(UNetCall(**call)))
     assert len(weights) == 24  # all but the first, the last and two that halve the image
     assert not any("forward" in vars(module) for module in unet.modules())
 
@@ -79,25 +80,25 @@ def test_what_is_found_is_the_plain_units(size, twins):
 @torch.no_grad()
 def test_nothing_selected_makes_no_maps():
     unet = make_unet()
-    call, lean = inputs(unet) | {"select": None, "prior": {}}, OptimizedUNet(unet)
+    call, optimized = inputs(unet) | {"select": None, "prior": {}}, OptimizedUNet(unet)
     truth = unet(call["latents"], call["timestep"], call["encoder_hidden_states"]).sample
-    for denoise in (lean, UNetWithMaps(unet)):
+    for denoise in (optimized, UNetWithMaps(unet)):
         noise, *levels = denoise(UNetCall(**call))
         assert relative(noise, truth) < 1e-5 and levels == [{}, {}]
     given = UNetCall(**call, first_conditional=2)
-    twins = lean(given, twins=True, text=lean.text(call["encoder_hidden_states"]))
+    twins = optimized(given, twins=True, text=optimized.text(call["encoder_hidden_states"]))
     assert relative(twins[0], truth) < 1e-5 and twins[1:] == ({}, {})
 
 
 def test_each_saving_takes_products_away():
     unet = make_unet()
-    call, lean = UNetCall(**inputs(unet)), OptimizedUNet(unet)
+    call, optimized = UNetCall(**inputs(unet)), OptimizedUNet(unet)
     with torch.no_grad():
-        text = lean.text(call.encoder_hidden_states)
+        text = optimized.text(call.encoder_hidden_states)
     plain = flops(UNetWithMaps(unet), call)
-    assert flops(lean, call) == plain
-    assert flops(lean, call, text=text) < plain
-    assert flops(lean, call, text=text, twins=True) < flops(lean, call, text=text)
+    assert flops(optimized, call) == plain
+    assert flops(optimized, call, text=text) < plain
+    assert flops(optimized, call, text=text, twins=True) < flops(optimized, call, text=text)
 
 
 def test_a_feed_forward_in_pieces_is_the_whole(monkeypatch):
@@ -283,10 +284,10 @@ def test_forwards_are_back_after_an_exception():
 
 def test_text_is_left_to_layers_with_a_processor_of_their_own():
     unet = make_unet()
-    lean, states = OptimizedUNet(unet), torch.randn(2, 77, unet.config.cross_attention_dim)
-    assert lean.text(states)[0][0].shape[1] == 77
+    optimized, states = OptimizedUNet(unet), torch.randn(2, 77, unet.config.cross_attention_dim)
+    assert optimized.text(states)[0][0].shape[1] == 77
     unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(AttnProcessor())
-    assert lean.text(states) is None
+    assert optimized.text(states) is None
 
 
 def uncompiled(monkeypatch):
