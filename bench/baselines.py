@@ -188,7 +188,12 @@ class DaamStore(_Hooked):
     def layers(self) -> list[Attention]:
         """Return the cross-attention layers that are captured."""
         levels = sorted({place.level for place in self.places.values()}, key=int)
-        return [attn for attn, place in self.places.items() if place.cross and place.level in (levels[:-1] or levels)]
+        captured = levels[:-1] or levels
+        return [
+            attn
+            for attn, place in self.places.items()
+            if isinstance(attn, Attention) and place.cross and place.level in captured
+        ]
 
     def put(self, attn: Attention, probs: Tensor) -> None:
         """Unravel the tokens one by one, and add each head's maps [T, h, w] to its sum."""

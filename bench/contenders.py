@@ -46,10 +46,11 @@ class Contenders:
         self.ids = torch.tensor([request.class_ids for request in requests])
         self.classes = [[by_id[id] for id in request.class_ids] for request in requests]
         self.seeds = [request.seed for request in requests]
-        unet = pipe.pipe.unet
+        stock: Any = pipe.pipe
+        unet = stock.unet
         shape = (batch, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         self.latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(unet.device)
-        tokenizer = getattr(pipe.pipe, "tokenizer", None) or pipe.pipe.tokenizer_2
+        tokenizer = getattr(stock, "tokenizer", None) or stock.tokenizer_2
         self.select = phrase_columns(tokenizer, self.prompts, self.phrases, length=KEYS)
 
     def plain(self, output_type: str = "latent") -> Workload:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffumask_fast import mini
@@ -140,7 +140,7 @@ def cross_layers(geometry: str) -> Counter[tuple[int, int, int]]:
     return Counter((queries, attn.heads, attn.inner_dim // attn.heads) for queries, attn in layers)
 
 
-def _pixels(unet: UNet2DConditionModel) -> dict[str, int]:
+def _pixels(unet: Any) -> dict[str, int]:
     """Return the query pixels of each block of the UNet."""
     pixels, depth, side = {}, 0, unet.config.sample_size
     blocks = [(f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks)]
@@ -183,7 +183,7 @@ def check_memory(geometry: str, device: str | torch.device = "cpu", *, reference
 def _modules(geometry: str) -> list[torch.nn.Module]:
     """Make UNet, VAE and text encoders, in this order."""
     tokenizer = _tokenizer()
-    texts = []
+    texts: list[Any] = []
     for index, text in enumerate(TEXTS[geometry]):
         config = CLIPTextConfig(
             vocab_size=VOCABULARY,
@@ -195,7 +195,8 @@ def _modules(geometry: str) -> list[torch.nn.Module]:
         texts.append((CLIPTextModelWithProjection if index else CLIPTextModel)(config))
     side = 1024 if geometry == "sdxl" else 512
     vae = AutoencoderKL(**VAE, sample_size=side, scaling_factor=0.13025 if geometry == "sdxl" else 0.18215)
-    return [module.eval() for module in (UNet2DConditionModel(**UNETS[geometry]), vae, *texts)]
+    modules: tuple[Any, ...] = (UNet2DConditionModel(**UNETS[geometry]), vae, *texts)
+    return [module.eval() for module in modules]
 
 
 def _tokenizer() -> CLIPTokenizer:
@@ -203,7 +204,7 @@ def _tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(mini.folder() / "tokenizer")
 
 
-def _build(geometry: str, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+def _build(geometry: str, device: torch.device, dtype: torch.dtype) -> Any:
     """Build a geometry on its device: weights are the same every time on a CPU, and on CUDA; the two differ."""
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 

@@ -60,7 +60,8 @@ class Opened:
     @cached_property
     def ours(self) -> DiffuMaskPipeline:
         """The same weights once more, drawn by the engine."""
-        pipe, stock = self.stock.pipe, self.stock
+        stock = self.stock
+        pipe: Any = stock.pipe
         copies = {name: copy.deepcopy(getattr(pipe, name)) for name in ("unet", "vae")}
         made_with = inspect.signature(type(pipe).__init__).parameters.keys() - pipe.components.keys()
         settings = {name: pipe.config[name] for name in made_with if name in pipe.config}

@@ -158,7 +158,7 @@ def tune(options: TuneOptions, as_json: JsonFlag = False) -> None:
 
 @app.command()
 def doctor(as_json: JsonFlag = False) -> None:
-    """Tell versions, devices, and what works here."""
+    """Report versions, devices, and what works here."""
     from diffumask_fast.doctor import examine
 
     report = examine()

@@ -1,4 +1,4 @@
-"""What `diffumask-fast doctor` tells: versions, devices, what works here and what does not."""
+"""What `diffumask-fast doctor` reports: versions, devices, what works here and what does not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = (
 
 
 def examine() -> dict[str, dict[str, Any]]:
-    """Return versions, devices, for each thing the program does "works" or why not, what would be faster, conflicts."""
+    """Return versions, devices, "works" or why not for each feature, what would be faster, and conflicts."""
     sections = {"versions": _versions, "devices": _devices, "works": _works, "faster": _faster, "conflicts": _conflicts}
     return {name: section() for name, section in sections.items()}
 
@@ -71,7 +71,7 @@ def _works() -> dict[str, str]:
 
 
 def _faster() -> dict[str, str]:
-    """Name the options that draw faster here than the defaults, and what they cost."""
+    """Return the options that are faster here than the defaults, with what they cost."""
     import torch
 
     from diffumask_fast.kernels import native
@@ -88,7 +88,7 @@ def _faster() -> dict[str, str]:
 
 
 def _conflicts() -> dict[str, str]:
-    """Name the packages that are installed together and should not be, and say what to do."""
+    """Return the packages that must not be installed together, with what to do."""
     from diffumask_fast.export.session import PACKAGES, REMOVE, installed
 
     found = {}

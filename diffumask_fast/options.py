@@ -71,25 +71,13 @@ def one_of(*words: str) -> Reader:
 def whole(low: int, high: int | None = None, *words: str) -> Reader:
     """Allow the whole numbers from low to high (None: without end), and some words."""
     span = f"from {low} on" if high is None else f"from {low} to {high}"
-    allowed = " or ".join((*words, f"a whole number {span}"))
 
-    def read(value: Any) -> Any:
-        if value in words:
-            return value
-        try:
-            given = int(value)
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(allowed) from None
-        if (
-            isinstance(value, bool)
-            or given < low
-            or (high is not None and given > high)
-            or (not isinstance(value, str) and given != value)
-        ):
-            raise ValueError(allowed)
-        return given
+    def convert(value: Any) -> int | None:
+        given = int(value)
+        is_whole = not isinstance(value, bool) and (isinstance(value, str) or given == value)
+        return given if is_whole and given >= low and (high is None or given <= high) else None
 
-    return read
+    return _number_reader(convert, f"a whole number {span}", words)
 
 
 def number(low: float | None = None, high: float | None = None, *words: str, ends: bool = True) -> Reader:
@@ -99,17 +87,27 @@ def number(low: float | None = None, high: float | None = None, *words: str, end
         if low is None or high is None
         else f" {'from' if ends else 'between'} {low} {'to' if ends else 'and'} {high}"
     )
-    allowed = " or ".join((*words, f"a number{span}"))
+
+    def convert(value: Any) -> float | None:
+        given = float(value)
+        inside = (low is None or low <= given) and (high is None or given <= high)
+        return given if math.isfinite(given) and inside and (ends or given not in (low, high)) else None
+
+    return _number_reader(convert, f"a number{span}", words)
+
+
+def _number_reader(convert: Callable[[Any], float | None], numbers: str, words: tuple[str, ...]) -> Reader:
+    """Allow some words and what `convert` takes; it returns None or raises for what it does not."""
+    allowed = " or ".join((*words, numbers))
 
     def read(value: Any) -> Any:
         if value in words:
             return value
         try:
-            given = float(value)
-        except (TypeError, ValueError):
-            raise ValueError(allowed) from None
-        inside = (low is None or low <= given) and (high is None or given <= high)
-        if not math.isfinite(given) or not inside or (not ends and given in (low, high)):
+            given = convert(value)
+        except (TypeError, ValueError, OverflowError):
+            given = None
+        if given is None:
             raise ValueError(allowed)
         return given
 

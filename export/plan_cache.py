@@ -1,4 +1,4 @@
-"""Engines that TensorRT has built, kept under a hash of all that decides them, so that none is built twice."""
+"""A cache of the engines that TensorRT built, under a hash of everything that decides them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def kept(key: str) -> bytes | None:
 
 
 def keep(key: str, plan: bytes) -> None:
-    """Keep a plan, and drop those that were not used for the longest time where all together are too large."""
+    """Keep a plan, and delete those that were unused for longest when all together are too large."""
     path = cache_folder() / "plans" / key
     write_whole(path, hashlib.sha256(plan).digest() + plan)
     total = 0
@@ -47,7 +47,7 @@ def keep(key: str, plan: bytes) -> None:
             total += about.st_size
             if total > MOST_BYTES and old != path:
                 old.unlink()
-    except OSError:  # no cache can be kept here, or another process drops the same plans
+    except OSError:  # the folder cannot be read, or another process deleted the same plans
         return
 
 
@@ -60,7 +60,7 @@ def read_whole(path: Path) -> bytes | None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file of the cache so that no reader meets a part of it; a disk that refuses costs the cache alone."""
+    """Write a file of the cache whole; where it cannot be written, go on without the cache."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

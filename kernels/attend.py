@@ -200,7 +200,7 @@ def _triton(
     mask: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    from diffumask_fast.kernels import operators
+    from diffumask_fast.kernels import attend_triton, operators  # noqa: F401 - importing operators registers them
 
     _check_triton(q, k, v, columns, mask, impl)
     assert columns is not None
@@ -211,11 +211,11 @@ def _triton(
     settings: dict[str, Any] = {"heads": heads, "scale": scale, "weight": weight}
     direct = _direct(q, k, v, columns)
     if impl == "triton":
-        attend_all = operators.launch_attend if direct else torch.ops.diffumask_fast.cross_attention_maps
+        attend_all = attend_triton.attend if direct else torch.ops.diffumask_fast.cross_attention_maps
         return attend_all(q, k, v, columns, maps, first_conditional=first, **settings), maps
     out, _ = attend_sdpa.attend(q, k, v, None, heads=heads, scale=scale)
     rows = slice(first, first + columns.shape[0])
-    add_maps = operators.launch_attend_maps if direct else torch.ops.diffumask_fast.attend_maps
+    add_maps = attend_triton.attend_maps if direct else torch.ops.diffumask_fast.attend_maps
     add_maps(q[rows], k[rows], columns, maps, **settings)
     return out, maps
 

@@ -105,13 +105,13 @@ def _filter(statistics: Statistics, maps: Tensor, radius: int) -> Tensor:
 
 
 def _triton(guide: Tensor, maps: Tensor, radius: int, eps: float) -> Tensor:
-    from diffumask_fast.kernels import operators
+    from diffumask_fast.kernels import guided_filter_triton, operators  # noqa: F401 - importing operators registers them
 
     if maps.is_cuda:
         return torch.ops.diffumask_fast.guided_filter(guide, maps, radius, eps)
     if not interpreted():
         raise DiffuMaskError(f"impl 'triton' runs on CUDA, not on {maps.device}: use 'torch'")
-    return operators.launch_guided_filter(guide, maps, radius, eps)
+    return guided_filter_triton.guided_filter(guide, maps, radius, eps)
 
 
 def _check_guide(guide: Tensor, radius: int, eps: float) -> None:

@@ -109,7 +109,7 @@ def _triton(
     gaussian: Gaussian,
     norm: Tensor | None,
 ) -> Tensor:
-    from diffumask_fast.kernels import operators
+    from diffumask_fast.kernels import mean_field_triton, operators  # noqa: F401 - importing operators registers them
 
     if q.is_cuda:
         place, widths = (window, dilation), (list(bilateral), list(gaussian))
@@ -118,8 +118,8 @@ def _triton(
     if not interpreted():
         raise DiffuMaskError(f"impl 'triton' runs on CUDA, not on {q.device}: use 'torch'")
     around: dict[str, Any] = {"window": window, "dilation": dilation, "bilateral": bilateral}
-    norm = operators.launch_bilateral_norm(guide, **around) if norm is None else norm
-    return operators.launch_mean_field(q, unary, guide, **around, gaussian=gaussian, norm=norm)
+    norm = mean_field_triton.bilateral_norm(guide, **around) if norm is None else norm
+    return mean_field_triton.mean_field(q, unary, guide, **around, gaussian=gaussian, norm=norm)
 
 
 def _pairs(

@@ -46,7 +46,7 @@ def test_xformers_self_attention_of_each_layer_over_sdpa(monkeypatch, xformers):
 
 def test_xformers_is_left_out_with_a_line_where_it_does_not_draw(caplog):
     assert list(engines.run("sd15", "cpu")) == []
-    assert "xformers is left out: xformers draws on CUDA alone" in caplog.text
+    assert "xformers is left out: xformers runs on CUDA alone" in caplog.text
 
 
 def test_a_ratio_is_the_engine_over_eager(tiny_folder, monkeypatch):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from diffumask_fast.cli import app
 from diffumask_fast.dataset.run import open_run
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.learning.evaluation import Metrics, best_threshold_iou, boundary, evaluate, overlap
+from diffumask_fast.learning.evaluation import Metrics, best_threshold_iou, binary_iou, boundary, evaluate
 from diffumask_fast.learning.options import EvaluateOptions
 from diffumask_fast.masks.make import refine_maps
 from diffumask_fast.masks.options import MaskOptions
@@ -86,7 +86,7 @@ def test_the_boundary_is_three_pixels_at_128_and_grows_with_the_side():
         inner = np.zeros_like(mask)
         inner[distance:-distance, distance:-distance] = True
         assert np.array_equal(boundary(mask), ~inner)
-    assert overlap(np.zeros((4, 4), bool), np.zeros((4, 4), bool)) == 1
+    assert binary_iou(np.zeros((4, 4), bool), np.zeros((4, 4), bool)) == 1
 
 
 def test_the_best_threshold_is_the_best_of_all():
@@ -96,7 +96,7 @@ def test_the_best_threshold_is_the_best_of_all():
     image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
     found = best_threshold_iou(row(truth, "dog", maps=maps, image=image), truth, MaskOptions())
     refined = refine_maps(torch.from_numpy(maps)[None].float(), torch.from_numpy(image)[None], MaskOptions())[0, 0]
-    assert found == pytest.approx(max(overlap(refined.numpy() > t, truth) for t in np.arange(0.02, 1, 0.02)))
+    assert found == pytest.approx(max(binary_iou(refined.numpy() > t, truth) for t in np.arange(0.02, 1, 0.02)))
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,5 @@
+import json
+import shutil
 from importlib.util import find_spec
 
 import pytest
@@ -20,6 +22,18 @@ def test_schedulers_by_name(tiny_folder):
     assert type(pipe.scheduler).__name__ == "DDIMScheduler"
     with pytest.raises(DiffuMaskError, match="no scheduler nonsense.*ddim"):
         set_scheduler(pipe, "nonsense")
+
+
+def test_the_scheduler_that_suits_a_model_best_is_its_own(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    known = {"classes": [], "scenes": {}, "num_inference_steps": 9, "guidance_scale": 3}
+    for name, used in ((None, "DDIMScheduler"), ("EulerDiscreteScheduler", "EulerDiscreteScheduler")):
+        (folder / "diffumask.json").write_text(json.dumps(known | ({"scheduler": name} if name else {})))
+        pipe = load_pipe(find_model(folder), torch.float32, torch.device("cpu"))
+        assert type(pipe.scheduler).__name__ == used
+    (folder / "diffumask.json").write_text(json.dumps(known | {"scheduler": "nonsense"}))
+    with pytest.raises(DiffuMaskError, match="no scheduler nonsense"):
+        load_pipe(find_model(folder), torch.float32, torch.device("cpu"))
 
 
 def test_a_scheduler_does_not_clip_latents():

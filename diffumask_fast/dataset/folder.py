@@ -41,7 +41,7 @@ class DatasetFolder:
             raise explain(error, self.path) from error
 
     def begun(self) -> dict[str, Any] | None:
-        """Return the manifest that binds the folder, None where no shard was written yet.
+        """Return the manifest, None where no shard was written yet: then the folder may become another dataset.
 
         Raises:
             DiffuMaskError: there are shards without a manifest, or a manifest that is not a dataset's.
@@ -76,7 +76,7 @@ def lock(path: Path) -> int:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             os.close(descriptor)
             raise DiffuMaskError(f"another run is writing in {path}: wait for it to end") from error
-        # a file system without locks: files are written whole all the same
+        # A file system without locks: each file is still written whole.
     return descriptor
 
 

@@ -15,7 +15,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import Vocabulary
 
-# options that older runs have not recorded, and what they were drawn with
+# Options that older runs did not record, with the values that they used.
 UNRECORDED = {"attention": "sdpa"}
 
 
@@ -69,7 +69,7 @@ def open_run(
         "plan": {"rows": len(requests), "shards": -(-len(requests) // shard_size), "sha256": _digest(requests)},
         "environment": environment,
     }
-    # what comes back from JSON is compared with what comes back from JSON
+    # Read back, so that both sides of the comparison have JSON's types.
     manifest = json.loads(dump_manifest(manifest))
     place = DatasetFolder(folder)
     try:
@@ -123,7 +123,7 @@ class Run:
         return [row.accepted for row in self.rows(accepted_only=False, columns=["accepted"])]
 
     def close(self) -> None:
-        """Let others open the folder."""
+        """Unlock the folder."""
         self._place.close()
 
     def __enter__(self) -> "Run":
@@ -136,7 +136,7 @@ class Run:
 def _begin(place: DatasetFolder, manifest: dict[str, Any], allow_drift: bool) -> dict[str, Any]:
     """Write the manifest, or compare it with the one that is there; return the one that holds."""
     there = place.begun()
-    if there is None:  # a run that has drawn nothing yet binds nobody
+    if there is None:  # no shard was drawn yet, so other options may begin anew
         place.write_manifest(manifest)
         return manifest
     _compare(there, manifest, place.path)

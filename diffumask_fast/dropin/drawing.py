@@ -32,15 +32,16 @@ class Drawing:
 
     @property
     def stem(self) -> str:
-        """The file name without its ending; that program counts on before it saves."""
+        """The file name without its ending; that program adds one to the seed before it saves."""
         return f"image_{self.class_name}_{self.seed + 1}"
 
 
 def image_seeds(image_number: int, thread_num: int) -> list[int]:
     """Return the seeds of N images (at least 1), as that program's w workers (at least 1) share them.
 
-    Worker i of w begins at 200000 + 2i(N // w) and draws N // w images. The N % w that it never draws are one more
-    for each of the first workers, with numbers that it leaves free; of more workers than images the surplus rests.
+    Worker i of w begins at 200000 + 2i(N // w) and draws N // w images. That program never draws the remaining N % w;
+    here each of the first workers draws one of them more, with a number that it leaves free. Workers beyond the number
+    of images draw nothing.
 
     Example:
         >>> image_seeds(5, 2)

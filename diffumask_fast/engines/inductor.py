@@ -1,4 +1,4 @@
-"""Compile with torch's inductor, and leave the process's own settings as they are."""
+"""Compile with torch's inductor without changing the process's settings."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ CODE_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def inductor(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
-    """Compile a graph: a backend of torch.compile whose code is kept for later runs.
+    """Compile a graph: a backend of torch.compile that caches its code on disk for later runs.
 
-    In TORCHINDUCTOR_CACHE_DIR where that is set, else in `~/.cache/diffumask-fast/inductor`, in a folder for each state
-    of the kernels' sources, which torch's keys omit. Torch compiles one graph at a time, so that no other one sees it.
+    The cache is TORCHINDUCTOR_CACHE_DIR where that is set, else a folder in `~/.cache/diffumask-fast/inductor` named
+    after the hash of the kernels' sources, which torch's own cache keys leave out. Torch compiles one graph at a time,
+    so no other compilation sees the changed variable.
     """
     with patched_environment(CODE_FOLDER, _code_folder()):
         return torch._dynamo.lookup_backend("inductor")(graph, inputs, **options)

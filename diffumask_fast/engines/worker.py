@@ -1,4 +1,4 @@
-"""What comes after the denoising of a batch, beside the denoising of the next."""
+"""Finish a batch while the next one is denoised."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ IN_FLIGHT = 2
 
 
 class StreamWorker:
-    """A thread with a CUDA stream of its own; where there is no CUDA, work is done at once by who hands it in.
+    """A thread with its own CUDA stream; without CUDA, `submit` runs the work at once in the caller's thread.
 
-    Two busy OpenMP programs on the same cores are slower than one after the other, so that the CPU gains nothing here.
-    The first piece of work is always done at once, for it may compile or tune what the others use.
+    On the CPU a thread would gain nothing: two busy OpenMP programs on the same cores are slower than one after the
+    other. The first piece of work always runs at once, because it may compile or tune what the others use.
 
     Args:
-        device: where the work's tensors are.
-        threaded: whether there is a thread; None is what suits the device.
+        device: of the work's tensors.
+        threaded: whether to use a thread; None uses one on CUDA.
     """
 
     def __init__(self, device: torch.device, threaded: bool | None = None) -> None:
@@ -34,12 +34,16 @@ class StreamWorker:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._begun = False
 
-    def submit(self, work: Callable[[], Any]) -> Future:
-        """Begin a piece of work; all that it reads must be finished, and its result be finished when it returns."""
-        later, self._begun = self._begun and self._pool is not None, True
-        if later:
+    def submit(self, work: Callable[[], Any]) -> Future[Any]:
+        """Start a piece of work.
+
+        Args:
+            work: may read only tensors that are already computed, and returns when its result is computed.
+        """
+        if self._pool is not None and self._begun:
             return self._pool.submit(self._run, work)
-        done: Future = Future()
+        self._begun = True
+        done: Future[Any] = Future()
         done.set_result(self._run(work))
         return done
 
@@ -81,4 +85,4 @@ def to_host(*tensors: Tensor) -> list[np.ndarray]:
     for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor, non_blocking=True)
     torch.cuda.current_stream(tensors[0].device).synchronize()
-    return [copy.numpy().copy() for copy in copies]  # page-locked memory is scarce, and results may be kept for long
+    return [copy.numpy().copy() for copy in copies]  # frees the pinned memory, which is scarce

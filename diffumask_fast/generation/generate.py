@@ -25,7 +25,7 @@ from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.results import Result
 
 PREVIEW = 24
-FEWEST = 8  # images that one can judge a run by
+FEWEST = 8  # images by which a run is judged
 
 
 def run_generate(options: GenerateOptions, progress: Callable[[int], Progress]) -> dict[str, Any]:
@@ -87,10 +87,10 @@ def _draw_missing(
 
 
 class FirstImages:
-    """Stop a run whose first images are over 90 % rejected: its settings are wrong, not its luck.
+    """Stop a run when over 90 % of its first images are rejected: then its settings are wrong.
 
     Args:
-        num: images to judge; fewer than four say nothing.
+        num: images to judge; fewer than four are never judged.
     """
 
     def __init__(self, num: int) -> None:
@@ -103,7 +103,7 @@ class FirstImages:
         return len(self._reasons) == self._num
 
     def judge(self, result: Result) -> None:
-        """Look at the next image.
+        """Count the next image.
 
         Raises:
             DiffuMaskError: it is the last of them, and nearly all were rejected.
@@ -121,7 +121,7 @@ class FirstImages:
 
 
 def environment(pipe: DiffuMaskPipeline) -> dict[str, Any]:
-    """Return what else the bytes of a run depend on: device, threads, versions."""
+    """Return what the bytes of a run depend on besides its options: device, threads, versions."""
     device = pipe.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     libraries = ["torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow"]

@@ -1,4 +1,4 @@
-"""How good masks are: IoU with the masks that a segmenter predicts of the images."""
+"""Judge masks by their IoU with the masks that a segmenter predicts from the images."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from diffumask_fast.masks.make import refine_maps
 from diffumask_fast.masks.options import MaskOptions
 
 MODELS = ("mini-oracle",)
-VISIBLE = 0.01  # an object that covers a larger share of the image counts as seen
+VISIBLE = 0.01  # the share of the image above which an object counts as seen
 WORST = 20
 THRESHOLDS = np.arange(0.02, 1, 0.02, dtype=np.float32)
 
 
 class Segmenter(Protocol):
-    """What judges: it predicts masks whose values are those of `class_ids`."""
+    """A model that predicts masks from images; the values of its masks are those of `class_ids`."""
 
     @property
     def class_ids(self) -> Mapping[str, int]:
@@ -40,7 +40,7 @@ class Segmenter(Protocol):
 
 
 class Judged(NamedTuple):
-    """An image beside its two masks, and their IoU of any class against background."""
+    """An image, its mask and the predicted one (`truth`), and their IoU of any class against background."""
 
     iou: float
     key: str
@@ -66,9 +66,9 @@ class Metrics:
         """Add one row.
 
         Args:
-            row: of a dataset, which may number its classes in its own way.
-            truth: [H, W] uint8, what the segmenter predicts of the row's image.
-            class_ids: name -> value in truth, of the classes that the segmenter knows.
+            row: of a dataset; its class ids may differ from the segmenter's.
+            truth: [H, W] uint8, the mask that the segmenter predicts from the row's image.
+            class_ids: name -> value in truth, of all classes that the segmenter knows.
             options: how the row's mask was refined.
 
         Raises:
@@ -79,26 +79,26 @@ class Metrics:
             raise DiffuMaskError(f"{row.key} holds {', '.join(sorted(unknown))}, which mini-oracle has never seen.")
         ids = [class_ids[name] for name in row.classes]
         mask = np.zeros_like(row.mask)
-        for own, value in zip(row.class_ids, ids, strict=True):
-            mask[row.mask == own] = value
+        for row_id, value in zip(row.class_ids, ids, strict=True):
+            mask[row.mask == row_id] = value
         for value in np.union1d(mask, truth):
-            same, either = (mask == value) & (truth == value), (mask == value) | (truth == value)
-            self.counts[value] += (same.sum(), either.sum())
+            intersection, union = (mask == value) & (truth == value), (mask == value) | (truth == value)
+            self.counts[value] += (intersection.sum(), union.sum())
         self.class_ids |= dict(zip(row.classes, ids, strict=True))
-        iou = overlap(mask > 0, truth > 0)
+        iou = binary_iou(mask > 0, truth > 0)
         self.foreground.append(iou)
-        self.boundary.append(overlap(boundary(mask > 0), boundary(truth > 0)))
+        self.boundary.append(binary_iou(boundary(mask > 0), boundary(truth > 0)))
         self.seen.append(all((part == value).mean() > VISIBLE for value in ids for part in (mask, truth)))
         if len(ids) == 1:
             largest = np.bincount(truth[truth > 0], minlength=1).argmax()
             self.agreed[row.classes[0]].append(bool(largest == ids[0]))
             if row.maps is not None:
                 self.best_threshold.append(best_threshold_iou(row, truth > 0, options))
-        self.worst = sorted([*self.worst, Judged(iou, row.key, row.image, mask, truth)], key=lambda one: one.iou)
+        self.worst = sorted([*self.worst, Judged(iou, row.key, row.image, mask, truth)], key=lambda judged: judged.iou)
         del self.worst[WORST:]
 
     def compute(self) -> dict[str, Any]:
-        """Return the figures that `evaluate` describes."""
+        """Return the figures, as `evaluate` describes them."""
         per_class = {
             name: float(self.counts[i, 0] / max(self.counts[i, 1], 1)) for name, i in sorted(self.class_ids.items())
         }
@@ -121,24 +121,24 @@ def evaluate(
     progress: Callable[[int | None], Progress] = lambda total: Progress(disable=True),
     batch: int = 32,
 ) -> dict[str, Any]:
-    """Judge the masks of a dataset by the masks that a segmenter predicts of its images.
+    """Judge the masks of a dataset by the masks that a segmenter predicts from its images.
 
-    255 in a mask counts as background. Images whose sides are no multiples of 16 are padded by their edge pixels for
-    the segmenter.
+    255 in a mask counts as background. For the segmenter, images are padded with their edge pixels to sides that are
+    multiples of 16.
 
     Args:
-        options: the flags; `sheet` is a PNG of the twenty images of lowest foreground IoU: image, mask and prediction.
-        progress: makes a progress bar of the number of rows, or of None where the dataset does not record it.
-        batch: images that are predicted together.
+        options: `sheet` becomes a PNG of the twenty images with the lowest foreground IoU: image, mask and prediction.
+        progress: makes a progress bar for a number of rows; None where the dataset does not record it.
+        batch: images per call of the segmenter.
 
     Returns:
-        `n`, images; `miou`, mean of `per_class_iou` (intersection over union over all images, of every class wanted);
+        `n`, images; `miou`, mean of `per_class_iou` (intersection over union of each class, summed over all images);
         `foreground_iou` and `boundary_iou` (`boundary` below), any class against background, mean over images;
-        `class_agreement`, share of one-class images in which the segmenter's largest class is the wanted one, and
-        `per_class_agreement`; `all_classes_seen`, share of images in which every wanted class covers more than 1 % of
-        the image in the mask and in the segmenter's; `best_threshold_iou`, foreground IoU if each image's stored map
-        were cut at its own best threshold: the ceiling of the mask stage, over one-class images. A figure that no
-        image has is None.
+        `class_agreement`, share of one-class images in which the largest predicted class is the image's class, and
+        `per_class_agreement`; `all_classes_seen`, share of images in which each of the image's classes covers more than
+        1 % of the mask and of the predicted one; `best_threshold_iou`, foreground IoU of one-class images if each
+        stored map were cut at its best threshold, an upper bound for any choice of thresholds. A figure that no image
+        contributes to is None.
 
     Raises:
         DiffuMaskError: there is no such segmenter or dataset, or it knows none of the classes.
@@ -160,7 +160,7 @@ def evaluate(
     if not metrics.foreground:
         raise DiffuMaskError(f"{options.data} holds no row to judge: let rejected rows count too, or draw more.")
     if options.sheet is not None:
-        write_png(options.sheet, sheet([_worst_tile(one) for one in metrics.worst], columns=3))
+        write_png(options.sheet, sheet([_worst_tile(judged) for judged in metrics.worst], columns=3))
     return metrics.compute()
 
 
@@ -168,24 +168,24 @@ def predict(segmenter: Segmenter, images: list[np.ndarray]) -> list[np.ndarray]:
     """Return the segmenter's masks, uint8 [H, W], of images uint8 [H, W, 3] of any sizes."""
     masks: dict[int, np.ndarray] = {}
     for shape in {image.shape for image in images}:
-        places = [place for place, image in enumerate(images) if image.shape == shape]
+        indices = [index for index, image in enumerate(images) if image.shape == shape]
         height, width = shape[:2]
         edges = ((0, 0), (0, -height % 16), (0, -width % 16), (0, 0))
-        predicted = segmenter.masks(np.pad(np.stack([images[place] for place in places]), edges, "edge"))
-        masks |= {place: mask[:height, :width] for place, mask in zip(places, predicted, strict=True)}
-    return [masks[place] for place in range(len(images))]
+        predicted = segmenter.masks(np.pad(np.stack([images[index] for index in indices]), edges, "edge"))
+        masks |= {index: mask[:height, :width] for index, mask in zip(indices, predicted, strict=True)}
+    return [masks[index] for index in range(len(images))]
 
 
-def overlap(mask: np.ndarray, truth: np.ndarray) -> float:
+def binary_iou(mask: np.ndarray, truth: np.ndarray) -> float:
     """Return the IoU of two bool arrays; 1 where both are empty."""
-    either = np.count_nonzero(mask | truth)
-    return np.count_nonzero(mask & truth) / either if either else 1.0
+    union = np.count_nonzero(mask | truth)
+    return np.count_nonzero(mask & truth) / union if union else 1.0
 
 
 def boundary(mask: np.ndarray) -> np.ndarray:
     """Return the pixels of a bool mask [H, W] at most d from its outside (Boundary IoU, Cheng et al., CVPR 2021).
 
-    d is 3 pixels at 128, in proportion to the shorter side; beyond the image is outside.
+    d is 3 for a shorter side of 128, and proportional to it. What lies beyond the image counts as outside the mask.
     """
     distance = max(1, round(3 * min(mask.shape) / 128))
     outside = F.pad(torch.from_numpy(~mask)[None, None].float(), (distance,) * 4, value=1.0)
@@ -194,10 +194,10 @@ def boundary(mask: np.ndarray) -> np.ndarray:
 
 
 def best_threshold_iou(row: Row, truth: np.ndarray, options: MaskOptions) -> float:
-    """Return the highest IoU with truth [H, W] that any threshold on the row's refined map has."""
+    """Return the IoU with truth [H, W] of the row's refined map, cut at its best threshold."""
     maps, image = torch.from_numpy(row.maps)[None].float(), torch.from_numpy(row.image)[None]
     refined = refine_maps(maps, image, options)[0, 0].numpy()
-    # Number of pixels above each threshold, in all and within truth: one sort instead of one mask per threshold.
+    # pixels above each threshold, in truth and in all: one sort instead of one mask per threshold
     within, everywhere = np.sort(refined[truth]), np.sort(refined.ravel())
     hits = len(within) - np.searchsorted(within, THRESHOLDS, "right")
     above = len(everywhere) - np.searchsorted(everywhere, THRESHOLDS, "right")
@@ -210,7 +210,7 @@ def _mean(values: Iterable[float]) -> float | None:
 
 
 def _mask_options(data: str | Path) -> MaskOptions:
-    """Return the refinement that the dataset's masks had; the defaults where it had none, as composed scenes."""
+    """Return the refinement of the dataset's masks; the defaults where none is recorded, as for composed scenes."""
     options = read_manifest(data)["options"]
     return MaskOptions(**{name: options[name] for name in ("refine", "radius", "eps") if name in options})
 

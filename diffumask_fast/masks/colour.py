@@ -8,20 +8,20 @@ from diffumask_fast.kernels.guided_filter import GuidedFilter, box_mean
 BINS = 16  # per channel
 BLUR = 1.2  # bins
 ONE = 1 << 24  # the weight 1, among the whole numbers that are added
-FLOOR = 1e-4  # share of a bin that nobody was seen in
-SLOPE = 16.0  # of the logit at the threshold, in units of the map
+FLOOR = 1e-4  # added to the share of each bin, so that an empty one decides nothing
+SLOPE = 16.0  # of the logit at the threshold
 STEEPEN = 8.0
 FLAT = 1e-5  # mean squared step between neighbours; one level of 255, squared, is 1.5e-5
-SMOOTHINGS = 2  # after the last step: what the filter alone makes of the answer, cut softly
+SMOOTHINGS = 2  # of the mask by the guided filter alone, after the last step
 
 
 def sharpen_by_colour(maps: Tensor, threshold: Tensor, guide: Tensor, *, steps: int, radius: int, eps: float) -> Tensor:
-    """Move maps to where the colours inside and outside part.
+    """Move the outline of maps to where the colours inside and outside differ.
 
     Each step histograms the image's colours inside and outside of each map, adds the log of their ratio at each pixel
     to the logit of the map, and smooths the answer with the guided filter. The map's own logit is kept in every step,
-    so colours that occur on both sides decide nothing and far places do not join. In the end the filter runs twice more
-    on what it has made, by less where the image has little texture: there it follows nothing and only rounds corners.
+    so colours that occur on both sides change nothing, and distant places of the same colour are not added. At the end
+    the filter runs twice more, weaker where the image has little texture, because there it would only round corners.
 
     Args:
         maps: [B, K, H, W] in 0..1.
@@ -62,12 +62,12 @@ def sharpen_by_colour(maps: Tensor, threshold: Tensor, guide: Tensor, *, steps: 
 
 
 def _texture(guide: Tensor, radius: int) -> Tensor:
-    """Return how much the filter has to follow in a guide, [B, 1, H, W] from 0, where all is of one colour, to 1."""
+    """Return how textured a guide is, [B, 1, H, W] from 0, where it has one colour, to 1."""
     steps = torch.zeros_like(guide[:, :1])
     for dim in (2, 3):
         step = guide.diff(dim=dim).square().sum(1, keepdim=True) / 2
         length = step.shape[dim]
-        steps.narrow(dim, 0, length).add_(step)  # half of it to each side, so that mirrored images do alike
+        steps.narrow(dim, 0, length).add_(step)  # half to each neighbour, so that a mirrored image gives the same
         steps.narrow(dim, 1, length).add_(step)
     energy = box_mean(steps, radius)
     return box_mean(energy / (energy + FLAT), radius)
@@ -75,7 +75,7 @@ def _texture(guide: Tensor, radius: int) -> Tensor:
 
 def _log_ratio(inside: Tensor, index: Tensor, pixels: Tensor, blur: Tensor) -> Tensor:
     """Return the log ratio [B, K, H*W] of each pixel's colour's share inside and outside; `pixels` counts all."""
-    # the sum of whole numbers is the same in any order; CUDA adds those of a bin in a new order each time
+    # CUDA adds the values of a bin in any order; sums of whole numbers are the same in all of them.
     counts = index.new_zeros(*inside.shape[:2], BINS**3).scatter_add_(2, index, (inside * ONE).long())
     shares = []
     for found in (counts, pixels * ONE - counts):

@@ -1,4 +1,4 @@
-"""Connected parts of masks: small ones go, holes are filled where that is asked for."""
+"""Connected parts of masks: remove small ones, fill holes."""
 
 import torch
 from torch import Tensor

@@ -11,8 +11,8 @@ from diffumask_fast.kernels.mean_field import bilateral_norm, mean_field
 STEPS = 10
 WINDOW = 31
 REACH = 2.0  # half width of the window, in standard deviations of the bilateral kernel
-LABELS = 21  # of VOC: the reference spreads what its labels leave over that many, also where two are in play
-SIDE = 512  # pixels at which the reference's widths are meant
+LABELS = 21  # of VOC: the reference spreads the rest of the probability over all of them, even where it uses two
+SIDE = 512  # pixels of the images that the reference's widths are for
 MEMORY = 256 * 2**20  # bytes of the tensors of one pass
 
 

@@ -1,4 +1,4 @@
-"""Which samples are kept: what can be said of an image and its mask without a second model."""
+"""Which samples are rejected, judged by the image and its mask alone, without a second model."""
 
 from collections.abc import Sequence
 

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.mini.backgrounds import BACKGROUNDS
+from diffumask_fast.mini.grounds import BACKGROUNDS
 from diffumask_fast.prompts.planner import article
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import Vocabulary

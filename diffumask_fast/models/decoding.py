@@ -1,4 +1,4 @@
-"""From latents to pixels: inside the diffusers pipeline's call, or after it where that is known to be the same."""
+"""Decode latents: inside the diffusers pipeline's call, or after it where the result is known to be the same."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from diffumask_fast.results import Seconds
 
 
 def decodes_later(pipe: DiffusersPipeline) -> bool:
-    """Tell whether `decode` after a call for latents gives what the call itself would have given."""
+    """Tell whether a call for latents, followed by `decode`, gives the pixels that the call itself would give."""
     from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, StableDiffusionXLPipeline
 
     kind: Any = type(pipe)
     extras = ("safety_checker", "watermark")
     return (
-        # their call ends in VAE and image processor, and nothing else; these VAEs draw no noise of their own
+        # their calls end with the VAE and the image processor alone; these VAEs decode without noise
         kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)
         and type(pipe.vae) in (AutoencoderKL, AutoencoderTiny)
         and not (_is_xl(pipe) and pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast)
         and all(getattr(pipe, name, None) is None for name in extras)
-        and not hasattr(pipe.vae, "_hf_hook")  # offloaded models come and go with the call
+        and not hasattr(pipe.vae, "_hf_hook")  # an offloaded VAE is on the device during the call alone
     )
 
 
@@ -45,12 +45,12 @@ def finished(output: Any, pipe: DiffusersPipeline) -> Tensor:
 
 
 def decode(pipe: DiffusersPipeline, latents: Tensor, seconds: Seconds) -> Tensor:
-    """Decode the latents of such a pipeline.
+    """Decode latents as the pipeline's own call would.
 
     Args:
-        pipe: one for which `decodes_later`.
+        pipe: one that `decodes_later`.
         latents: [B, C, h, w], as its call gives them.
-        seconds: where the time is added.
+        seconds: the time of decoding is added to it.
 
     Returns:
         [B, 3, H, W] in 0..1.
@@ -66,7 +66,7 @@ def decode(pipe: DiffusersPipeline, latents: Tensor, seconds: Seconds) -> Tensor
         latents = latents / config.scaling_factor
     latents = latents.to(next(pipe.vae.parameters()).device, compute_dtype(pipe, latents))
     pixels = pipe.vae.decode(latents, return_dict=False)[0]
-    # whatever the image processor says, Stable Diffusion's own call maps -1..1 to 0..1
+    # Stable Diffusion's call maps -1..1 to 0..1, whatever the image processor's configuration
     denormalize = None if _is_xl(pipe) else [True] * len(pixels)
     pixels = pipe.image_processor.postprocess(pixels, output_type="pt", do_denormalize=denormalize)
     _wait(latents)

@@ -10,10 +10,10 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """Return the device: what was asked for, else CUDA where there is one, else the CPU.
+    """Return the requested device; for None or "auto" CUDA where there is one, else the CPU.
 
     Raises:
-        DiffuMaskError: CUDA was asked for and there is none.
+        DiffuMaskError: there is no such device here, or its kind is not supported.
     """
     if device in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -31,7 +31,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """Return the dtype: what was asked for, else fp16 on CUDA and fp32 on the CPU."""
+    """Return the requested dtype; for None or "auto" fp16 on CUDA, fp32 on the CPU."""
     if dtype in (None, "auto"):
         return torch.float16 if device.type == "cuda" else torch.float32
     if isinstance(dtype, torch.dtype):

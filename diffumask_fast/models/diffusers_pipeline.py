@@ -1,4 +1,4 @@
-"""What we use of a diffusers pipeline; its base class does not declare the components that every pipeline has."""
+"""The type of a diffusers pipeline; diffusers' base class does not declare the components that all of them have."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ class DiffusersPipeline(Protocol):
     tokenizer: Any
     text_encoder: Any
     image_processor: Any
+    config: Any
     vae_scale_factor: int
     components: dict[str, Any]
 

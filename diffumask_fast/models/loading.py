@@ -16,6 +16,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.models.complete import load_models, try_tokenizers
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 from diffumask_fast.models.find import ModelInfo
+from diffumask_fast.models.scheduler import set_scheduler
 
 
 def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **components: Any) -> DiffusersPipeline:
@@ -24,8 +25,8 @@ def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **compo
     Args:
         info: of the folder.
         dtype: of the weights.
-        device: where the pipeline is to be.
-        components: what stands for those of the folder.
+        device: of the pipeline.
+        components: replacements of the folder's components, by name.
 
     Raises:
         DiffuMaskError: diffusers cannot load it, a component is incomplete, a tokenizer does not fit, or there is no
@@ -45,17 +46,19 @@ def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **compo
         raise DiffuMaskError(f"diffusers cannot load {info.folder}: {cause}") from error
     if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel):
         raise DiffuMaskError(f"{info.name} has no UNet2DConditionModel: use a Stable Diffusion 1.x, 2.x or XL model.")
+    if info.scheduler not in (None, type(pipe.scheduler).__name__):
+        set_scheduler(pipe, info.scheduler)
     return pipe.to(device)
 
 
 def says_force_upcast(folder: Path) -> bool:
-    """Tell whether the folder's VAE says that it overflows in fp16; diffusers fills in True where it is silent."""
+    """Tell whether the VAE's config.json says that it overflows in fp16; diffusers takes a missing entry as True."""
     path = folder / "vae" / "config.json"
     return bool(path.is_file() and json.loads(path.read_text("utf-8")).get("force_upcast", False))
 
 
 def check_size(pipe: DiffusersPipeline, height: int | None, width: int | None) -> None:
-    """Refuse a size that the VAE cannot make.
+    """Refuse an image size that the VAE cannot decode to.
 
     Raises:
         DiffuMaskError: height or width is no positive multiple of the VAE's factor.
@@ -94,7 +97,7 @@ def without_bars(pipe: DiffusersPipeline) -> Iterator[None]:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Hide loading bars and advice of diffusers and transformers; errors are raised all the same."""
+    """Hide progress bars and warnings of diffusers and transformers; errors are still raised."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -14,7 +14,7 @@ from diffumask_fast.prompts.vocabulary import ClassEntry, Vocabulary
 
 TEMPLATE = "a photo of {objects} {scene}"
 _AN = tuple("aeiou")
-_A = ("eu", "one", "uni", "use", "usu", "ute")  # written with a vowel, spoken with a consonant
+_A = ("eu", "one", "uni", "use", "usu", "ute")  # begin with a vowel in writing, with a consonant in speech
 _SEED_BITS = 53  # exact in JSON
 
 Fits = Callable[[str, tuple[str, ...]], bool]
@@ -188,7 +188,7 @@ class _Captions:
         names = {entry.name for entry in entries}
         nouns = [article(entry.phrase) for entry in entries]
         objects = " and ".join(filter(None, [", ".join(nouns[:-1]), nouns[-1]]))
-        # where no scene suits every class, one that suits the first must do
+        # Where no scene suits every class, take those that suit the first.
         scenes = [scene for scene, suits in self.scenes.items() if names <= suits]
         scenes = scenes or [scene for scene, suits in self.scenes.items() if entries[0].name in suits]
         drawn = [_fill(template, objects, scene) for template in self.templates for scene in scenes]

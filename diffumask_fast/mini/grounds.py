@@ -1,4 +1,4 @@
-"""The composed world's backgrounds: procedural pictures of six places."""
+"""The backgrounds of the composed world: procedural grass, street, sky, water, sand and room."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def _blend(low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return np.asarray(low, np.float32) + (np.asarray(high, np.float32) - low) * weight[..., None]
 
 
-def _to_pixels(canvas: np.ndarray) -> np.ndarray:
+def _finish(canvas: np.ndarray) -> np.ndarray:
     return np.clip(canvas, 0, 255).round().astype(np.uint8)
 
 
-def _heights(size: int) -> np.ndarray:
+def _rows(size: int) -> np.ndarray:
     """Return how far down each pixel is, [size, size] in 0..1."""
     return np.repeat(np.linspace(0, 1, size, dtype=np.float32)[:, None], size, 1)
 
 
 def _sky_canvas(rng: np.random.Generator, size: int) -> np.ndarray:
     top = np.array([90, 150, 215]) + rng.uniform(-25, 25, 3)
-    canvas = _blend(top, top + rng.uniform(30, 70), _heights(size))
+    canvas = _blend(top, top + rng.uniform(30, 70), _rows(size))
     cloud = _noise(rng, size, 4, 6) + 0.5 * _noise(rng, size, 9, 12)
     return _blend(canvas, np.full(3, 240.0), np.clip(cloud - rng.uniform(0.0, 0.6), 0, 1) * 0.8)
 
@@ -39,7 +39,7 @@ def _ground(
 ) -> np.ndarray:
     """A plane from the horizon down to the viewer, sky above it; `texture` is added to its brightness."""
     sky = _sky_canvas(rng, size)
-    rows = _heights(size)
+    rows = _rows(size)
     depth = np.clip((rows - horizon) / max(1 - horizon, 1e-3), 0, 1)
     plane = _blend(np.asarray(far, np.float32), near, depth) + texture[..., None]
     return np.where((rows > horizon)[..., None], plane, sky)
@@ -49,14 +49,14 @@ def _grass(rng: np.random.Generator, size: int) -> np.ndarray:
     green = np.array([88, 145, 60]) + rng.uniform(-22, 22, 3)
     texture = 9 * _noise(rng, size, 40, 24) + 9 * _noise(rng, size, 8) + rng.normal(0, 4, (size, size))
     canvas = _ground(rng, size, rng.uniform(-0.2, 0.35), green, green + (18, 14, 10), texture)
-    return _to_pixels(canvas)
+    return _finish(canvas)
 
 
 def _street(rng: np.random.Generator, size: int) -> np.ndarray:
     horizon = rng.uniform(0.25, 0.5)
     grey = np.full(3, rng.uniform(85, 125)) + rng.uniform(-5, 5, 3)
     texture = 4 * _noise(rng, size, 30) + 5 * _noise(rng, size, 6) + rng.normal(0, 3, (size, size))
-    image = Image.fromarray(_to_pixels(_ground(rng, size, horizon, grey, grey + 20, texture)))
+    image = Image.fromarray(_finish(_ground(rng, size, horizon, grey, grey + 20, texture)))
     draw = ImageDraw.Draw(image)
     line = int(horizon * size)
     x = -int(rng.integers(0, 12))
@@ -82,27 +82,27 @@ def _street(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _sky(rng: np.random.Generator, size: int) -> np.ndarray:
-    return _to_pixels(_sky_canvas(rng, size))
+    return _finish(_sky_canvas(rng, size))
 
 
 def _water(rng: np.random.Generator, size: int) -> np.ndarray:
     blue = np.array([40, 100, 150]) + rng.uniform(-20, 20, 3)
     texture = 14 * _noise(rng, size, 5, 30) + 8 * _noise(rng, size, 12, 50)
-    return _to_pixels(_ground(rng, size, rng.uniform(0.0, 0.45), blue, blue + 35, texture))
+    return _finish(_ground(rng, size, rng.uniform(0.0, 0.45), blue, blue + 35, texture))
 
 
 def _sand(rng: np.random.Generator, size: int) -> np.ndarray:
     beige = np.array([205, 178, 130]) + rng.uniform(-18, 18, 3)
-    ripple = 5 * np.sin(_heights(size) * rng.uniform(50, 110) + 3 * _noise(rng, size, 4))
+    ripple = 5 * np.sin(_rows(size) * rng.uniform(50, 110) + 3 * _noise(rng, size, 4))
     texture = ripple + 7 * _noise(rng, size, 7) + rng.normal(0, 3, (size, size))
-    return _to_pixels(_ground(rng, size, rng.uniform(-0.2, 0.35), beige, beige + 15, texture))
+    return _finish(_ground(rng, size, rng.uniform(-0.2, 0.35), beige, beige + 15, texture))
 
 
 def _room(rng: np.random.Generator, size: int) -> np.ndarray:
     floor_line = int(size * rng.uniform(0.55, 0.75))
     wall = np.array([200, 190, 175]) + rng.uniform(-35, 35) + rng.uniform(-14, 14, 3)
     canvas = np.broadcast_to(wall, (size, size, 3)) + 4 * _noise(rng, size, 3)[..., None]
-    image = Image.fromarray(_to_pixels(canvas))
+    image = Image.fromarray(_finish(canvas))
     draw = ImageDraw.Draw(image)
     for _ in range(rng.integers(0, 3)):
         w, h = (int(size * rng.uniform(0.15, 0.3)) for _ in range(2))

@@ -1,8 +1,8 @@
-"""mini/backgrounds.py: a picture for each place of the world."""
+"""mini.grounds.py: a picture for each place of the world."""
 
 import numpy as np
 
-from diffumask_fast.mini.backgrounds import BACKGROUNDS
+from diffumask_fast.mini.grounds import BACKGROUNDS
 from diffumask_fast.mini.world import SCENES
 
 
