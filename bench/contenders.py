@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffumask_fast.attention.collect import collect_maps
-from diffumask_fast.attention.options import MapOptions
+from diffumask_fast.attention.options import MapOptions, Propagate
 from diffumask_fast.attention.phrases import phrase_columns
 from diffumask_fast.bench.baselines import DaamStore, PeerMaps, ReferenceStore, plain_attention, reference_mask
 from diffumask_fast.bench.harness import Workload
@@ -69,7 +69,7 @@ class Contenders:
 
         return call
 
-    def mapped(self, propagate: str | int) -> Workload:
+    def mapped(self, propagate: Propagate) -> Workload:
         """Return a call that denoises with maps, and with propagation unless it is "none"."""
 
         def call() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffumask_fast.attention.call import Denoiser, UNetCall
 from diffumask_fast.attention.encoded import encoded_positions
 from diffumask_fast.attention.intercept import Encoded, encoding_method, intercepted
-from diffumask_fast.attention.options import MapOptions
+from diffumask_fast.attention.options import Aggregation, MapOptions, Propagate
 from diffumask_fast.attention.phrases import per_prompt, token_columns
 from diffumask_fast.attention.pipeline_call import PipelineCall
 from diffumask_fast.attention.running import running_call
@@ -34,8 +34,8 @@ def collect_maps(
     *,
     denoiser: Denoiser | None = None,
     token_indices: TokenIndices | None = None,
-    propagate: str | int = "auto",
-    aggregation: str = "auto",
+    propagate: Propagate = "auto",
+    aggregation: Aggregation = "auto",
     pad_to: int | None = None,
 ) -> "Collector":
     """Collect the maps of phrases while a diffusers pipeline draws; its images stay the same.
@@ -255,8 +255,9 @@ def _as_list(prompt: Any) -> list[str]:
 
 def _indices_per_prompt(indices: TokenIndices, rows: list[list[str]]) -> list[list[list[int]]]:
     """Bring token_indices to one list for each prompt, and check that they fit the phrases."""
-    flat = all(isinstance(i, int) for phrase in indices for i in phrase)
-    out = [[list(phrase) for phrase in indices]] * len(rows) if flat else [[list(p) for p in row] for row in indices]
+    given: Any = indices  # for all prompts, or for each
+    flat = all(isinstance(i, int) for phrase in given for i in phrase)
+    out = [[list(phrase) for phrase in row] for row in ([given] * len(rows) if flat else given)]
     if [len(row) for row in out] != [len(row) for row in rows]:
         raise DiffuMaskError(
             f"token_indices are for {[len(row) for row in out]} phrases, there are {[len(row) for row in rows]}"

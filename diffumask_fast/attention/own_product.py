@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -193,11 +193,12 @@ def with_own_product(processor: Any, place: Place, impl: str = "auto") -> Any:
     Returns:
         a processor with the same named parameters, for diffusers filters by name, and `tap`.
     """
-    return _class_with_maps(type(processor))(processor, place, impl)
+    kind: type = type(processor)
+    return _class_with_maps(kind)(processor, place, impl)
 
 
 @functools.cache
-def _class_with_maps(kind: type) -> type:
+def _class_with_maps(kind: Any) -> type:
     """Make the wrapper for one class of processors, with its signature and `tap`."""
 
     def call(
@@ -237,4 +238,4 @@ def _second_product(
     mask = bias(attn, None if attention_mask is None else attention_mask[rows], context)
     maps, weight = tap.target(place)
     _, maps = attend(q, k, k, columns, heads=attn.heads, maps=maps, weight=weight, mask=mask, impl=impl)
-    tap.put(place, maps)
+    tap.put(place, cast(Tensor, maps))

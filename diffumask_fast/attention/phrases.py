@@ -50,9 +50,10 @@ def per_prompt(phrases: str | Sequence[str] | Sequence[Sequence[str]], num: int)
         DiffuMaskError: the number of lists is not the number of prompts.
     """
     phrases = [phrases] if isinstance(phrases, str) else list(phrases)
-    if all(isinstance(p, str) for p in phrases):
-        return [list(phrases) for _ in range(num)]
-    if any(isinstance(p, str) for p in phrases):
+    words = [p for p in phrases if isinstance(p, str)]
+    if len(words) == len(phrases):
+        return [list(words) for _ in range(num)]
+    if words:
         raise DiffuMaskError(f"phrases must be one list for all prompts or a list for each, not a mixture: {phrases}")
     if len(phrases) != num:
         raise DiffuMaskError(f"there are {len(phrases)} lists of phrases for {num} prompts: give one for each prompt")

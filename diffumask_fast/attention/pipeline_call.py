@@ -150,7 +150,7 @@ class Steps:
         """Return which timestep of the schedule a call has, the next of that value; None where that is not known."""
         if isinstance(timestep, Tensor) and self.timesteps is not None:
             if timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr():
-                return timestep.storage_offset() - self.timesteps.storage_offset()
+                return int(timestep.storage_offset() - self.timesteps.storage_offset())
             if timestep.device.type != "cpu":
                 return None  # to read it would wait for the device
             timestep = timestep.flatten()[0].item()

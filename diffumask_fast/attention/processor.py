@@ -1,6 +1,6 @@
 """The attention processors that stand in the UNet for the length of one call."""
 
-from typing import Any
+from typing import Any, cast
 
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
@@ -60,7 +60,7 @@ class MapProcessor:
             mask=mask,
             impl=impl,
         )
-        tap.put(self.place, maps)
+        tap.put(self.place, cast(Tensor, maps))
         return out
 
     def impl_for(self, q: Tensor, mask: Tensor | None) -> str:
@@ -109,7 +109,7 @@ def draws_like(attn: Attention, kind: type = AttnProcessor2_0) -> bool:
 def is_plain(attn: Attention) -> bool:
     """Tell whether a layer only projects, attends and projects again."""
     return (
-        attn.spatial_norm is attn.group_norm is attn.norm_q is attn.norm_k is None
+        all(norm is None for norm in (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k))
         and not attn.norm_cross
         and not attn.residual_connection
         and attn.rescale_output_factor == 1

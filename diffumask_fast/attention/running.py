@@ -20,7 +20,7 @@ def running_call(pipe: Any) -> FrameType | None:
 
     Not so where a callback, another pipeline or a user's own loop does.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self") if _is_method(frame) else None
         if owner is pipe and _is_of(frame, type(pipe)):

@@ -154,8 +154,8 @@ def attention_places(unet: nn.Module) -> dict[nn.Module, Place]:
         DiffuMaskError: the UNet has no cross-attention layer of the kind that Stable Diffusion has.
     """
     found, depth = [], 0
-    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
-    for block in blocks:
+    model: Any = unet
+    for block in (*model.down_blocks, model.mid_block, *model.up_blocks):
         for module in block.modules() if block is not None else ():
             if isinstance(module, BasicTransformerBlock):
                 layers = [attn for attn in (module.attn1, module.attn2) if attn is not None]
