@@ -16,7 +16,7 @@ from diffumask_fast.attention.intercept import Encoded, encoding_method, interce
 from diffumask_fast.attention.options import Aggregation, MapOptions, Propagate
 from diffumask_fast.attention.phrases import per_prompt, token_columns
 from diffumask_fast.attention.pipeline_call import PipelineCall
-from diffumask_fast.attention.running import running_call
+from diffumask_fast.attention.running import is_called_back, running_call
 from diffumask_fast.attention.store import MapStore, PhraseMaps
 from diffumask_fast.attention.tap import Levels
 from diffumask_fast.attention.unet import UNetWithMaps
@@ -129,13 +129,14 @@ class Collector:
     def take_prompts(self, encoded: Encoded) -> None:
         """Learn what the pipeline encoded: a call of the pipeline begins.
 
-        What is encoded outside of one, or later in the same one, is not what it draws.
+        What is encoded outside of one, later in the same one, or in a call that its callback makes, is not what it draws.
         """
         frame = running_call(self.pipe)
         if frame is None:
             self._seen = "prompts were encoded, but not by a call of the pipeline"
             return
-        if self._call is not None and self._call.frame is frame:
+        outer = None if self._call is None else self._call.frame
+        if outer is not None and (frame is outer or is_called_back(self.pipe, frame, outer)):
             return
         prompt = encoded.arguments.get("prompt")
         asked = frame.f_locals.get("prompt")

@@ -20,7 +20,18 @@ def running_call(pipe: Any) -> FrameType | None:
 
     Not so where a callback, another pipeline or a user's own loop does.
     """
-    frame: FrameType | None = sys._getframe(1)
+    return _call_around(pipe, sys._getframe(1))
+
+
+def is_called_back(pipe: Any, frame: FrameType, outer: FrameType) -> bool:
+    """Tell whether a pipeline's call was made inside an outer one of it, and not by the pipeline's own code."""
+    at = frame.f_back
+    while at is not None and at is not outer:
+        at = at.f_back
+    return at is not None and _call_around(pipe, frame.f_back) is not outer
+
+
+def _call_around(pipe: Any, frame: FrameType | None) -> FrameType | None:
     while frame is not None:
         owner = frame.f_locals.get("self") if _is_method(frame) else None
         if owner is pipe and _is_of(frame, type(pipe)):
