@@ -6,9 +6,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import NOISE, draw, footprint
+from conftest import NOISE, draw, footprint, relative
 
 from diffumask_fast import collect_maps
+from diffumask_fast.attention.phrases import phrase_columns
 from diffumask_fast.errors import DiffuMaskError
 
 PROMPT = "a photo of a potted plant and a dog"
@@ -108,3 +109,33 @@ def test_a_pipeline_without_encode_prompt_is_refused(tiny_sd):
 
     with pytest.raises(DiffuMaskError, match="Prompts has no encode_prompt"):
         collect_maps(Prompts(), ["dog"])
+
+
+@pytest.mark.parametrize("safety", [5000, 0])
+@pytest.mark.parametrize("num", [1, 2])
+def test_rows_of_the_prompts_are_known_where_negative_ones_are_returned_first(tiny_sd, recording, safety, num):
+    pipe = diffusers.StableDiffusionPipelineSafe(**tiny_sd.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.safety_concept = "red horse"
+    call = dict(prompt=[PROMPT, "a dog"][:num], negative_prompt=["a red sofa", "the cat"][:num])
+    call["sld_guidance_scale"] = safety
+    with recording(pipe.unet) as recorder:
+        plain = draw(pipe, **call)
+    with collect_maps(pipe, ["dog"]) as maps:
+        assert np.array_equal(draw(pipe, **call), plain)
+    select = phrase_columns(pipe.tokenizer, call["prompt"], ["dog"], length=77)
+    truth, other = recorder.maps(select, slice(num, 2 * num)), recorder.maps(select, slice(num))
+    for found, expected, wrong in zip(maps.levels.values(), truth, other, strict=True):
+        assert relative(found, expected) < 1e-5 < 0.05 < relative(wrong, expected)
+
+
+def test_a_copy_of_the_pipeline_made_in_the_context_is_plain(tiny_sd):
+    plain = draw(tiny_sd, "the cat")
+    with collect_maps(tiny_sd, ["dog"]) as maps:
+        twin = copy.deepcopy(tiny_sd)
+        image = draw(tiny_sd, PROMPT)
+        assert np.array_equal(draw(twin, "the cat"), plain) and maps.store.calls == 3
+    assert np.array_equal(draw(twin, "the cat"), plain) and np.array_equal(draw(twin, PROMPT), image)
+    with collect_maps(twin, ["cat"]) as maps:
+        draw(twin, "the cat")
+    assert maps.store.calls == 3

@@ -1,16 +1,18 @@
 """attention/running.py: UNet calls that do not draw the image are not counted, whoever makes them."""
 
+import inspect
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from conftest import NOISE, draw, relative
-from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import DDIMScheduler, ImagePipelineOutput, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
 
 from diffumask_fast import collect_maps
 from diffumask_fast.attention.phrases import phrase_columns
+from diffumask_fast.errors import DiffuMaskError
 
 PROMPT = "a photo of a dog on the grass"
 IMAGE = Image.new("RGB", (64, 64), (200, 100, 50))
@@ -97,3 +99,60 @@ def test_a_second_pipeline_on_the_same_unet_is_drawn_and_not_counted(tiny_sd, si
         assert np.array_equal(draw(second, PROMPT, **refine), plain)
     assert maps.store.calls == 3
     assert all(torch.equal(maps.levels[key], alone.levels[key]) for key in alone.levels)
+
+
+class WithGradients(StableDiffusionPipeline):
+    """Draws without torch.no_grad."""
+
+    __call__ = inspect.unwrap(StableDiffusionPipeline.__call__)
+
+
+def test_a_call_with_gradients_on_is_drawn_and_keeps_them(tiny_sd):
+    pipe, weight = sharing(WithGradients, tiny_sd), tiny_sd.unet.conv_in.weight
+    gradients = []
+
+    def run():
+        latents = draw(pipe, PROMPT, output_type="latent")
+        latents.square().sum().backward()
+        gradients.append(weight.grad.clone())
+        pipe.unet.zero_grad()
+        pipe.text_encoder.zero_grad()
+        return latents
+
+    plain = run()
+    with pytest.raises(DiffuMaskError, match="gradients on: draw under torch.no_grad"):
+        with collect_maps(pipe, ["dog"]) as maps:
+            assert torch.equal(run(), plain)
+    assert maps._store is None and torch.equal(*gradients) and gradients[0].abs().amax() > 0
+
+
+class GuidedByLoss(StableDiffusionPipeline):
+    """Follows a gradient before each step, in its own call."""
+
+    def __call__(self, prompt, **kwargs):
+        embeds = self.encode_prompt(prompt, "cpu", 1, False)[0].detach()
+        latents = torch.randn(1, 4, 8, 8, generator=kwargs["generator"])
+        self.scheduler.set_timesteps(kwargs["num_inference_steps"])
+        for t in self.scheduler.timesteps:
+            with torch.enable_grad():
+                latents.requires_grad_()
+                loss = self.unet(latents, t, encoder_hidden_states=embeds).sample.square().sum()
+                latents = latents.detach() - torch.autograd.grad(loss, latents)[0]
+            with torch.no_grad():
+                noise = self.unet(latents, t, encoder_hidden_states=embeds).sample
+            latents = self.scheduler.step(noise, t, latents).prev_sample
+        return ImagePipelineOutput(latents)
+
+
+def test_steps_between_calls_with_gradients_have_maps_without_a_graph(tiny_sd, recording):
+    pipe = sharing(GuidedByLoss, tiny_sd)
+    with recording(pipe.unet) as recorder:
+        plain = draw(pipe, PROMPT)
+    with collect_maps(pipe, ["dog"]) as maps:
+        assert torch.equal(draw(pipe, PROMPT), plain)
+    layers = len(recorder.cross) // 6
+    recorder.cross = [p for i, p in enumerate(recorder.cross) if i // layers % 2]
+    truth = recorder.maps(phrase_columns(pipe.tokenizer, [PROMPT], ["dog"], length=77), slice(1))
+    assert maps.store.calls == 3
+    for found, expected in zip(maps.levels.values(), truth, strict=True):
+        assert relative(found, expected) < 1e-5 and not found.requires_grad

@@ -129,7 +129,7 @@ class Collector:
     def take_prompts(self, encoded: Encoded) -> None:
         """Learn what the pipeline encoded: a call of the pipeline begins.
 
-        What is encoded outside of one, later in the same one, or in a call that its callback makes, is not what it draws.
+        What is encoded outside of one, later in the same one, or in one that a callback makes, is not what it draws.
         """
         frame = running_call(self.pipe)
         if frame is None:

@@ -37,7 +37,7 @@ def _call_around(pipe: Any, frame: FrameType | None) -> FrameType | None:
         if owner is pipe and _is_of(frame, type(pipe)):
             if frame.f_code.co_name == "__call__" or frame.f_code is _code_of_call(type(pipe)):
                 return frame
-        elif isinstance(owner, DiffusionPipeline) or not _is_between(frame):
+        elif isinstance(owner, DiffusionPipeline) or not (_is_between(frame) or _is_of(frame, type(pipe))):
             return None
         frame = frame.f_back
     return None
@@ -49,10 +49,10 @@ def _is_method(frame: FrameType) -> bool:
 
 
 def _is_of(frame: FrameType, kind: type) -> bool:
-    """Tell whether a function is a method of a class, not only one whose first argument is called self."""
+    """Tell whether a function is a method of a class, or stands in one as a comprehension does."""
     code = frame.f_code
     return code is _code_of_call(kind) or any(
-        code.co_qualname == f"{base.__qualname__}.{code.co_name}" for base in kind.__mro__
+        code.co_qualname.startswith(f"{base.__qualname__}.") for base in kind.__mro__
     )
 
 
