@@ -344,3 +344,35 @@ def test_controlnet_residuals_reach_the_unet(tiny_sd):
     assert not np.array_equal(plain, draw(tiny_sd, PROMPTS[0]))
     with collect_maps(pipe, ["dog"]):
         assert np.array_equal(draw(pipe, PROMPTS[0], **rest), plain)
+
+
+@pytest.mark.parametrize("propagate", ["none", "auto"])
+def test_a_pipeline_that_is_stopped_says_so(tiny_sd, recording, caplog, propagate):
+    def stop(pipe, step, timestep, tensors):
+        pipe._interrupt = pipe._interrupt or step == 1
+        return tensors
+
+    with recording(tiny_sd.unet) as recorder:
+        plain = draw(tiny_sd, PROMPTS[0], steps=6, callback_on_step_end=stop)
+    with collect_maps(tiny_sd, ["dog"], propagate=propagate) as maps:
+        assert np.array_equal(draw(tiny_sd, PROMPTS[0], steps=6, callback_on_step_end=stop), plain)
+    assert (maps.store.calls, maps.store.num_calls, maps.store.is_complete) == (2, 6, False)
+    assert "the maps are of 2 of 6 UNet calls: the pipeline was stopped" in caplog.text
+    truth = recorder.maps(phrase_columns(tiny_sd.tokenizer, PROMPTS[:1], ["dog"], length=77), slice(1, 2))
+    assert all(relative(a, b) < 1e-5 for a, b in zip(maps.levels.values(), truth, strict=True))
+    caplog.clear()
+    with collect_maps(tiny_sd, ["dog"]) as maps:
+        draw(tiny_sd, PROMPTS[0])
+    assert maps.store.is_complete and "UNet calls" not in caplog.text
+
+
+def test_a_unet_of_another_kind_is_refused_by_name(tiny_sd):
+    motion = dict(block_out_channels=(32, 32, 64), motion_layers_per_block=1, motion_norm_num_groups=8)
+    adapter = diffusers.MotionAdapter(**motion, motion_num_attention_heads=2)
+    names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+    video = diffusers.AnimateDiffPipeline(**{n: getattr(tiny_sd, n) for n in names}, motion_adapter=adapter)
+    with pytest.raises(DiffuMaskError, match="the UNet of AnimateDiffPipeline is a UNetMotionModel"):
+        collect_maps(video, ["dog"])
+    tiny_sd.unet = torch.nn.DataParallel(tiny_sd.unet)
+    with pytest.raises(DiffuMaskError, match="the UNet of StableDiffusionPipeline is a DataParallel"):
+        collect_maps(tiny_sd, ["dog"])

@@ -4,7 +4,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import draw
-from diffusers import AutoencoderKL, ConsistencyDecoderVAE, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    ConsistencyDecoderVAE,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+)
 
 from diffumask_fast.models.decoding import decode, decodes_later, timed_decoding
 from diffumask_fast.results import Seconds
@@ -71,3 +77,35 @@ def test_a_vae_to_be_upcast_decodes_in_the_call_of_sdxl(tiny_sdxl, tiny_sd):
     assert not decodes_later(tiny_sdxl)
     tiny_sd.vae = tiny_sdxl.vae  # Stable Diffusion's call does not upcast
     assert decodes_later(tiny_sd)
+
+
+@pytest.fixture
+def stored_as_fp8(pipe):
+    """A VAE whose weights are fp8, computing in fp32."""
+    wide = dict(block_out_channels=(8,) * 4, norm_num_groups=4)
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    pipe.vae = AutoencoderKL(**wide, **blocks).eval()
+    pipe.vae.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert pipe.vae.decoder.conv_out.weight.dtype == torch.float8_e4m3fn
+    return pipe
+
+
+@torch.no_grad()
+def test_a_vae_stored_as_fp8_decodes_as_its_call_does(stored_as_fp8):
+    pipe, size = stored_as_fp8, dict(height=64, width=64)
+    plain = draw(pipe, "a red dog", output_type="pt", **size)
+    found = decode(pipe, draw(pipe, "a red dog", output_type="latent", **size), Seconds())
+    assert torch.equal(found, plain) and plain.std() > 0.01
+    with timed_decoding(pipe, Seconds()):
+        assert torch.equal(draw(pipe, "a red dog", output_type="pt", **size), plain)
+
+
+@torch.no_grad()
+def test_a_vae_stored_as_fp8_encodes_as_its_call_does(stored_as_fp8):
+    kind = {"StableDiffusionPipeline": StableDiffusionImg2ImgPipeline}
+    kind = kind.get(type(stored_as_fp8).__name__, StableDiffusionXLImg2ImgPipeline)
+    pipe = kind.from_pipe(stored_as_fp8)
+    given = dict(image=torch.rand(1, 3, 64, 64), strength=0.9, output_type="pt")
+    plain = draw(pipe, "a red dog", **given)
+    with timed_decoding(pipe, Seconds()):
+        assert torch.equal(draw(pipe, "a red dog", **given), plain)

@@ -1,12 +1,19 @@
 import copy
 import json
 import pickle
+import threading
 
 import numpy as np
 import pytest
 import torch
-from conftest import footprint, relative
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from conftest import footprint, make_unet, relative
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    StableDiffusionPipeline,
+)
 
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.engines.compiled import CompiledDenoiser, compile_pipe
@@ -286,3 +293,38 @@ def counting(method, calls, kind):
         return method(self, *args, **kwargs)
 
     return call
+
+
+def test_a_composed_pipeline_keeps_its_own_steps_and_guidance(sd_parts):
+    parts = sd_parts | {"unet": make_unet(time_cond_proj_dim=32), "scheduler": LCMScheduler()}
+    lcm = LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
+    lcm.set_progress_bar_config(disable=True)
+    plain = lcm("a red dog", generator=[torch.Generator().manual_seed(1)], output_type="np").images
+    out = DiffuMaskPipeline.from_pipe(lcm)("a red dog", [["dog"]], seeds=[1], output_type="np")
+    assert np.array_equal(out.images, plain) and out.provenance["unet_calls"] == 4
+    assert out.provenance["num_inference_steps"] == 4 and out.provenance["guidance_scale"] == 8.5
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_two_threads_draw_what_one_after_the_other_draws(pipe, streamed):
+    pipe.pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.pipe.scheduler.config)
+
+    def work(i):
+        if not streamed:
+            out = pipe(PROMPTS[i], CLASSES[i : i + 1], seeds=[i], output_type="np", num_inference_steps=8)
+            return [(out.images[0], out.masks[0])]
+        return [(one.image, one.mask) for one in pipe.stream(requests(6)[3 * i : 3 * i + 3], 1, num_inference_steps=4)]
+
+    def keep(i):
+        start.wait()
+        found[i] = work(i)
+
+    expected, found, start = [work(i) for i in range(2)], {}, threading.Barrier(2)
+    threads = [threading.Thread(target=keep, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, wanted in enumerate(expected):
+        for one, other in zip(found[i], wanted, strict=True):
+            assert np.array_equal(one[0], other[0]) and np.array_equal(one[1], other[1])

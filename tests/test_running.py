@@ -156,3 +156,32 @@ def test_steps_between_calls_with_gradients_have_maps_without_a_graph(tiny_sd, r
     assert maps.store.calls == 3
     for found, expected in zip(maps.levels.values(), truth, strict=True):
         assert relative(found, expected) < 1e-5 and not found.requires_grad
+
+
+class Previewing(StableDiffusionPipeline):
+    """Draws a preview by another pipeline on its UNet in each step, in its own call."""
+
+    is_shown = True
+
+    def __call__(self, prompt, **kwargs):
+        embeds = self.encode_prompt(prompt, "cpu", 1, False)[0]
+        latents = torch.randn(1, 4, 8, 8, generator=kwargs["generator"])
+        self.scheduler.set_timesteps(kwargs["num_inference_steps"])
+        for t in self.scheduler.timesteps:
+            noise = self.unet(latents, t, encoder_hidden_states=embeds).sample
+            latents = self.scheduler.step(noise, t, latents).prev_sample
+            if self.is_shown:
+                draw(sharing(StableDiffusionPipeline, self), prompt, steps=1, guidance_scale=1.0)
+        return ImagePipelineOutput(latents)
+
+
+@torch.no_grad()
+def test_another_pipeline_inside_the_pipelines_own_call_is_not_counted(tiny_sd):
+    pipe = sharing(Previewing, tiny_sd)
+    with collect_maps(pipe, ["dog"]) as maps:
+        draw(pipe, PROMPT)
+    pipe.is_shown = False
+    with collect_maps(pipe, ["dog"]) as alone:
+        draw(pipe, PROMPT)
+    assert maps.store.calls == alone.store.calls == 3
+    assert all(torch.equal(maps.levels[key], alone.levels[key]) for key in alone.levels)
