@@ -213,6 +213,15 @@ def test_the_pipeline_is_restored_after_an_exception(tiny_sd, error, where):
     assert footprint(tiny_sd) == before and np.array_equal(draw(tiny_sd, PROMPTS[0]), plain)
 
 
+def test_a_call_that_fails_at_once_leaves_no_warning(tiny_sd, caplog):
+    def fail(call):
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError), collect_maps(tiny_sd, ["dog"], denoiser=fail):
+        draw(tiny_sd, PROMPTS[0])
+    assert "UNet calls" not in caplog.text
+
+
 def test_a_missing_phrase_is_an_error_before_anything_is_drawn(tiny_sd):
     before, calls = footprint(tiny_sd), []
     hook = tiny_sd.unet.register_forward_pre_hook(lambda *_: calls.append(1))

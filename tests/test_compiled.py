@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw, make_unet, relative
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from fake_cuda import WAITS, fake_cuda
 from test_optimized_unet import inputs, same
 from torch import nn
@@ -46,6 +47,31 @@ def test_a_machine_without_a_compiler_is_told_before_anything_is_drawn(tiny_sd, 
     native.library.cache_clear()
     with pytest.raises(DiffuMaskError, match="needs a C\\+\\+ compiler.*`engine=torch`"):
         compile_pipe(tiny_sd)
+
+
+class Mine(AttnProcessor2_0):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Mine, AttnProcessor])
+@pytest.mark.parametrize("name", ["attn1", "attn2"])
+def test_a_foreign_processor_is_refused_by_name_before_anything_is_compiled(tiny_sd, kind, name):
+    unet = copy.deepcopy(tiny_sd.unet)
+    getattr(unet.up_blocks[1].attentions[1].transformer_blocks[0], name).set_processor(kind())
+    tiny_sd.unet = unet
+    counters.clear()
+    with pytest.raises(DiffuMaskError, match=f"`engine=compile` .* has {kind.__name__}: use `engine=torch`"):
+        with collect_maps(tiny_sd, ["dog"], denoiser=CompiledDenoiser(unet)):
+            draw(tiny_sd, "a dog")
+    assert not counters["stats"]
+
+
+@torch.no_grad()
+def test_a_change_that_cannot_be_compiled_is_one_sentence():
+    unet = make_unet()
+    unet.time_proj.forward = torch._dynamo.disable(unet.time_proj.forward)
+    with pytest.raises(DiffuMaskError, match="cannot compile this UNet as it was changed .*: use `engine=torch`$"):
+        CompiledDenoiser(unet)(UNetCall(**inputs(unet)))
 
 
 def test_an_engine_path_is_for_other_engines(tmp_path):

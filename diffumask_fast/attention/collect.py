@@ -226,7 +226,7 @@ class Collector:
         if self._call is None:
             return
         self._store, self._seen, self._call = self._call.store, self._call.seen, None
-        if self._store is not None and not self._store.is_complete:
+        if self._store is not None and self._store.calls and not self._store.is_complete:
             logger.warning(
                 "the maps are of %d of %d UNet calls: the pipeline was stopped, or drew other prompts in the rest",
                 self._store.calls, self._store.num_calls,

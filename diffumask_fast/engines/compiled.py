@@ -16,6 +16,7 @@ from diffumask_fast.engines.cuda_graphs import Answer, Graphs, captured_state, r
 from diffumask_fast.engines.decoder import CompiledDecoder
 from diffumask_fast.engines.inductor import inductor
 from diffumask_fast.engines.optimized_unet import KeysValues, OptimizedUNet
+from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels import native
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 
@@ -85,7 +86,11 @@ class CompiledDenoiser:
         self._captured: list[Any] = []
 
     def __call__(self, call: UNetCall) -> Results:
-        """Predict the noise with maps, as UNetWithMaps."""
+        """Predict the noise with maps, as UNetWithMaps.
+
+        Raises:
+            DiffuMaskError: a layer has a foreign processor, or another change that cannot be compiled.
+        """
         latents, by_halves = call.latents, call.is_guided
         self.rows = max(self.rows, latents.shape[0])
         self.rows += by_halves * self.rows % 2  # halves need an even number
@@ -120,13 +125,20 @@ class CompiledDenoiser:
         version = None if states.is_inference() else states._version
         seen = (padded.shape[0], graphs is not None, version, self._transformed.version())
         if not self._seen or self._seen[0] is not states or self._seen[1:] != seen:
+            self.model.check()
             text, self._weights = self.model.text(padded), self._transformed.current()
             self._text = text if graphs is None else graphs.keep(text)
             self._seen = (states, *seen[:3], self._transformed.version())
 
     def _run(self, inputs: UNetCall, **kept: Any) -> Results:
-        with many_shapes():
-            return self.model(inputs, **kept)
+        try:
+            with many_shapes():
+                return self.model(inputs, **kept)
+        except torch._dynamo.exc.Unsupported as error:
+            cause = str(error).strip().splitlines()[0]
+            raise DiffuMaskError(
+                f"`engine=compile` cannot compile this UNet as it was changed ({cause}): use `engine=torch`"
+            ) from error
 
     def _replay(self, graphs: Graphs, inputs: UNetCall, kept: dict[str, Any], equal: Tensor | None) -> Results:
         if equal is None:

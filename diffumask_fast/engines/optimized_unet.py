@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, XFormersAttnProcessor
 from torch import Tensor, nn
 
 from diffumask_fast.attention.call import Results, UNetCall
@@ -14,6 +14,7 @@ from diffumask_fast.attention.tap import Place, Tap
 from diffumask_fast.attention.unet import UNetWithMaps, latent_shape
 from diffumask_fast.borrow import patched
 from diffumask_fast.engines.cpu_forwards import cheaper_forwards, has_amx
+from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels.attend import cpp_takes
 
 KeysValues = Sequence[tuple[Tensor, Tensor]]
@@ -74,6 +75,19 @@ class OptimizedUNet(UNetWithMaps):
             forwards |= {module: _once(module, tap) for module in _before_text(self.unet)}
         with patched("forward", forwards):
             return self.run(call, tap)
+
+    def check(self) -> None:
+        """Check that a compiler can look into all attention layers.
+
+        Raises:
+            DiffuMaskError: a layer has a foreign processor.
+        """
+        for attn in cast(list[Attention], list(self.places)):
+            if not draws_like(attn) and not draws_like(attn, XFormersAttnProcessor):
+                raise DiffuMaskError(
+                    f"`engine=compile` compiles diffusers' own attention alone, and a layer of this UNet has "
+                    f"{type(attn.processor).__name__}: use `engine=torch`, or call unet.set_default_attn_processor()"
+                )
 
     def _cross(self) -> list[Attention]:
         return [cast(Attention, attn) for attn, place in self.places.items() if place.cross]
