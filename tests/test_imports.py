@@ -11,7 +11,7 @@ import diffumask_fast
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("errors",),
-    ("options", "borrow", "kernels", "flags", "console"),
+    ("options", "borrow", "kernels", "flags", "console", "pictures"),
     ("masks", "attention", "prompts"),
     ("mini",),
     ("results",),
@@ -35,7 +35,7 @@ JUDGES = ("learning", "bench")
 # Against the order, and inside a function only.
 EXCEPTIONS = {("mini", "dataset"): "the world writes its scenes as an ordinary dataset"}
 # The embedded model is trained without the product; of it, it shares the names of VOC's classes.
-MINI_MAY_IMPORT = ("errors", "prompts")
+MINI_MAY_IMPORT = ("errors", "pictures", "prompts")
 
 
 def sources() -> list[Path]:
