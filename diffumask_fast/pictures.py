@@ -8,10 +8,9 @@ from pathlib import Path
 from PIL import Image
 
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.options import MAX_PIXELS, MOST_PIXELS
 
-MAX_PIXELS = 4096 * 4096
 FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow's other decoders see no untrusted bytes
-MOST_PIXELS = 2 * 89_478_485  # Pillow itself refuses more
 
 
 def decode_picture(source: bytes | Path, name: object = None, *, max_pixels: int = MAX_PIXELS) -> Image.Image:

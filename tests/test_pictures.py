@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.pictures import MAX_PIXELS, decode_picture
+from diffumask_fast.options import MAX_PIXELS
+from diffumask_fast.pictures import decode_picture
 
 
 def png(height, width, rows=None):

@@ -16,8 +16,7 @@ from diffumask_fast.dataset.reader import Row, read_manifest, read_rows, read_sh
 from diffumask_fast.dataset.shard_check import Names, done_shards, finished_shards, mark_of, read_content
 from diffumask_fast.dataset.writer import write_shard
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.options import Options
-from diffumask_fast.pictures import MAX_PIXELS
+from diffumask_fast.options import MAX_PIXELS, Options
 
 PREVIEW = 24
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from diffumask_fast.dataset.reader import Row, read_rows
-from diffumask_fast.dataset.schema import PNG_LEVEL
+from diffumask_fast.dataset.schema import PNG_LEVEL, PREVIEW
 from diffumask_fast.dataset.writer import write_file
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.pictures import MAX_PIXELS
+from diffumask_fast.options import MAX_PIXELS
+from diffumask_fast.own_files import SIGN, check_own
 from diffumask_fast.prompts.vocabulary import voc_palette
 
 RED = "#b00020"
@@ -44,7 +46,7 @@ def write_preview(
     tiles = [_tile(row, side) for row in islice(rows, limit)]
     if not tiles:
         raise DiffuMaskError(f"{folder} holds no sample to show: draw some first")
-    path = Path(folder) / "preview.png"
+    path = Path(folder) / PREVIEW
     write_png(path, sheet(tiles, columns))
     return path
 
@@ -63,10 +65,12 @@ def write_png(path: Path, picture: Image.Image) -> None:
     """Write a picture, whole or not at all.
 
     Raises:
-        DiffuMaskError: it cannot be written.
+        DiffuMaskError: it cannot be written, or there is a file that we did not write.
     """
-    stream = io.BytesIO()
-    picture.save(stream, "PNG", compress_level=PNG_LEVEL)
+    check_own(path)
+    stream, note = io.BytesIO(), PngInfo()
+    note.add_text("Software", SIGN)
+    picture.save(stream, "PNG", compress_level=PNG_LEVEL, pnginfo=note)
     write_file(path, stream.getvalue())
 
 

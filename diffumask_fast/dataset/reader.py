@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from diffumask_fast.dataset.schema import MANIFEST, SCHEMA, SCHEMA_VERSION, decode_maps, decode_png
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.pictures import MAX_PIXELS
+from diffumask_fast.options import MAX_PIXELS
 
 BATCH = 64  # rows that are read at once
 

@@ -19,7 +19,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.make import make_masks
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.masks.rejection import NOT_FINITE, rejections
-from diffumask_fast.pictures import MAX_PIXELS
+from diffumask_fast.options import MAX_PIXELS
 
 BATCH = 8
 BATCH_PIXELS = 8 * 1024 * 1024  # larger images come fewer at a time

@@ -8,14 +8,11 @@ from typing import Any
 from diffumask_fast.dataset.folder import DatasetFolder, differences
 from diffumask_fast.dataset.reader import Row, read_rows
 from diffumask_fast.dataset.schema import SCHEMA_VERSION, Sample, make_row
-from diffumask_fast.dataset.shard_check import Names, done_shards, mark_of, plan_digest
+from diffumask_fast.dataset.shard_check import UNRECORDED, Names, done_shards, mark_of, plan_digest
 from diffumask_fast.dataset.writer import dump_manifest, write_shard
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import Vocabulary
-
-# Options that older runs did not record, with the values that they used.
-UNRECORDED = {"attention": "sdpa"}
 
 
 def open_run(

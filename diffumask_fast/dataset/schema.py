@@ -10,11 +10,13 @@ import pyarrow as pa
 from PIL import Image
 
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.pictures import MAX_PIXELS, decode_picture
+from diffumask_fast.options import MAX_PIXELS
+from diffumask_fast.pictures import decode_picture
 from diffumask_fast.prompts.request import Request
 
 SCHEMA_VERSION = 1
 MANIFEST = "dataset.json"
+PREVIEW = "preview.png"
 PNG_LEVEL = 6
 
 _PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -20,8 +20,10 @@ from diffumask_fast.prompts.request import Request
 logger = logging.getLogger("diffumask_fast")
 
 READ_WHOLE = 2**30  # bytes of shards of which every page is read; of the others, footer, keys and seeds
-BOUND = ("model", "options", "classes", "plan")  # of a manifest: what the bytes of its shards depend on
+BOUND = ("model", "classes", "plan")  # of a manifest: what, with its options, the bytes of its shards depend on
 PARQUET = b"PAR1"
+# Options that older runs did not record, with the values that they used.
+UNRECORDED = {"attention": "sdpa"}
 
 Names = Sequence[tuple[str, int]]  # key and seed of each row
 
@@ -43,7 +45,8 @@ def mark_of(manifest: dict[str, Any], index: int, names: Iterable[tuple[str, int
         index: of the shard.
         names: key and seed of each row.
     """
-    bound = [{name: manifest.get(name) for name in BOUND}, index, [list(name) for name in names]]
+    options = {**UNRECORDED, **manifest["options"]}
+    bound = [{name: manifest[name] for name in BOUND}, options, index, [list(name) for name in names]]
     return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
 
