@@ -51,8 +51,8 @@ def remask(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Dataset with stored maps.")],
     out: Annotated[Path, typer.Argument(help="Folder of the new dataset; run again to finish it.")],
     options: MaskOptions,
+    reading: ReadOptions,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    reading: ReadOptions = ReadOptions(),
     as_json: JsonFlag = False,
 ) -> None:
     """Make new masks of a dataset's stored maps, without drawing."""

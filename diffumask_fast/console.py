@@ -54,7 +54,8 @@ def run_program(program: typer.Typer, arguments: Sequence[str] | None = None, *,
         arguments: those of the process when None.
         dash: what joins the words of a flag.
     """
-    logger.addHandler(_Terminal(logging.WARNING))
+    terminal = _Terminal(logging.WARNING)
+    logger.addHandler(terminal)
     warnings.filterwarnings("ignore", "Image size .* decompression bomb")
     flags = _flags_of(program, sys.argv[1:] if arguments is None else arguments)
     try:
@@ -69,6 +70,8 @@ def run_program(program: typer.Typer, arguments: Sequence[str] | None = None, *,
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         _fail(_sentence(error, flags, dash), code=getattr(error, "exit_code", 1))
+    finally:
+        logger.removeHandler(terminal)
     sys.exit(code if isinstance(code, int) else 0)
 
 
