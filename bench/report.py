@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from diffumask_fast.bench.options import BenchOptions
+from diffumask_fast.bench.regressions import read_rows
 from diffumask_fast.bench.rows import append_rows, describe, environment, results_file
 from diffumask_fast.console import say
 from diffumask_fast.errors import DiffuMaskError
@@ -47,6 +48,8 @@ def measure(options: BenchOptions, *, as_json: bool = False) -> int:
         from diffumask_fast.bench.plots import needs_matplotlib
 
         needs_matplotlib()
+    if options.output is not None and options.output.is_file():
+        read_rows(options.output)  # what is no file of rows is not appended to
     device = resolve_device(options.device)
     path = options.output or results_file(device)
     rows, code = [], 0

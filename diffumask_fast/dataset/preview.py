@@ -13,7 +13,7 @@ from diffumask_fast.dataset.reader import Row, read_rows
 from diffumask_fast.dataset.schema import PNG_LEVEL, PREVIEW
 from diffumask_fast.dataset.writer import write_file
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.options import MAX_PIXELS
+from diffumask_fast.options import MAX_PIXELS, checked, whole
 from diffumask_fast.own_files import SIGN, check_own
 from diffumask_fast.prompts.vocabulary import voc_palette
 
@@ -41,6 +41,8 @@ def write_preview(
     Raises:
         DiffuMaskError: there are no rows, or the sheet cannot be written.
     """
+    for name, value in (("limit", limit), ("side", side), ("columns", columns)):
+        checked(name, value, whole(1))
     wanted = ["key", "image", "mask", "reason"]
     rows = read_rows(folder, accepted_only=False, columns=wanted, max_pixels=max_pixels)
     tiles = [_tile(row, side) for row in islice(rows, limit)]

@@ -111,6 +111,8 @@ def read_rows(
         raise DiffuMaskError(f"{folder} holds no data/shard-*.parquet: name the folder that generate wrote")
     wanted = None
     if columns is not None:
+        if unknown := set(columns) - set(SCHEMA.names):
+            raise DiffuMaskError(f"rows have no column {min(unknown)}: name some of {', '.join(SCHEMA.names)}")
         wanted = list(dict.fromkeys([*columns, "accepted", *(["map_sizes"] if "maps" in columns else [])]))
     for path in paths:
         for row in read_shard(path, wanted, max_pixels):

@@ -11,6 +11,7 @@ from diffumask_fast.dataset.schema import SCHEMA_VERSION, Sample, make_row
 from diffumask_fast.dataset.shard_check import UNRECORDED, Names, done_shards, mark_of, plan_digest
 from diffumask_fast.dataset.writer import dump_manifest, write_shard
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.options import checked, whole
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import Vocabulary
 
@@ -51,8 +52,7 @@ def open_run(
         DiffuMaskError: the folder cannot be written or is in use, holds a run with another model, option, plan or
             environment (the message names each difference), or holds shards of another run.
     """
-    if shard_size < 1:
-        raise DiffuMaskError(f"`shard_size` is {shard_size}: give at least 1")
+    shard_size = checked("shard_size", shard_size, whole(1))
     if not requests:
         raise DiffuMaskError("a run needs at least one request")
     manifest = {

@@ -71,9 +71,9 @@ def done_shards(folder: Path, manifest: dict[str, Any], planned: Callable[[int],
             continue
         try:
             content = read_content(path, whole=left > 0)
-        except DamagedShard as error:
+        except DamagedShard:
             _check_parquet(path)
-            logger.warning("%s is damaged: it is made anew (%s)", path, error)
+            logger.warning("%s is damaged: it is made anew", path)
             continue
         left -= content.bytes
         _check_content(path, content, manifest, index, planned(index))
