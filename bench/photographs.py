@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from diffumask_fast.bench.baselines import dense_crf, missing
 from diffumask_fast.bench.rows import environment, row
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.learning.evaluation import boundary, overlap
+from diffumask_fast.learning.evaluation import binary_iou, boundary
 from diffumask_fast.masks.crf import PRESETS, SIDE, crf
 from diffumask_fast.masks.make import make_masks, refine_maps
 from diffumask_fast.masks.options import MaskOptions
@@ -92,7 +92,7 @@ def _level(cells: int, image: Tensor, mask: np.ndarray, generator: torch.Generat
             if name != "threshold":
                 ours = crf(labels[None, None], 2, image, preset)[0, 0, 1].numpy() > 0.5
             masks["pydensecrf"] = dense_crf(image[0].numpy(), labels.numpy(), 2, preset, scale).argmax(0) == 1
-            figures[f"pydensecrf_{name}"] = overlap(ours, masks["pydensecrf"])
+            figures[f"pydensecrf_{name}"] = binary_iou(ours, masks["pydensecrf"])
     true, known = boundary((mask > 0) & (mask < 255)), mask != 255
     plain = figures["plain"] = _boundary_iou(_made(maps, image, BASELINE), true, known)
     return figures | {f"{name}_gain": _boundary_iou(made, true, known) - plain for name, made in masks.items()}

@@ -13,7 +13,7 @@ from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.bench.rows import environment, row
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.learning.evaluation import boundary, overlap, predict
+from diffumask_fast.learning.evaluation import binary_iou, boundary, predict
 from diffumask_fast.masks.make import make_masks, quantise_maps
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.mini.oracle import load_oracle
@@ -122,8 +122,8 @@ def _judge(
         seconds += time.process_time() - began
         quality += numbers[:, 0].tolist()
         for mask, true in zip(masks > 0, truth[part], strict=True):
-            ious.append(overlap(mask, true > 0))
-            edges.append(overlap(boundary(mask), boundary(true > 0)))
+            ious.append(binary_iou(mask, true > 0))
+            edges.append(binary_iou(boundary(mask), boundary(true > 0)))
     return {
         "foreground_iou": float(np.mean(ious)),
         "boundary_iou": round(float(np.mean(edges)), 4),

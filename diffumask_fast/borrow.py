@@ -6,8 +6,14 @@ uses.
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+
+import torch
+
+# what nn.Module's __call__ consults first, so that the module's hooks and its compiled form stay behind it
+MODULE_CALL = "_compiled_call_impl"
+VARIANTS = 128  # of one compiled function
 
 
 @contextmanager
@@ -50,3 +56,8 @@ def patched_environment(name: str, value: str) -> Iterator[None]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = kept
+
+
+def many_shapes() -> AbstractContextManager[None]:
+    """Let compiled code have more variants: each set of shapes is one, and past torch's limit a call would fail."""
+    return torch._dynamo.config.patch(recompile_limit=max(torch._dynamo.config.recompile_limit, VARIANTS))

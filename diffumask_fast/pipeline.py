@@ -22,17 +22,19 @@ from diffumask_fast.attention.choice import check_attention, set_attention
 from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.engines.compiled import CompiledEngine, compile_pipe
-from diffumask_fast.engines.worker import IN_FLIGHT, StreamWorker, to_host
+from diffumask_fast.engines.worker import IN_FLIGHT, StreamWorker, Turn, to_host
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.make import make_masks, quantise_maps
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.masks.rejection import NOT_FINITE, rejections
-from diffumask_fast.models.decoding import decode, decodes_later, timed_decoding
-from diffumask_fast.models.device import resolve_device, resolve_dtype
+from diffumask_fast.models.arguments import SCHEDULES, steps_and_guidance
+from diffumask_fast.models.decoding import decode, decodes_later, finished, timed_decoding
+from diffumask_fast.models.device import fitting_batch, resolve_device, resolve_dtype
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 from diffumask_fast.models.find import ModelInfo, find_model
 from diffumask_fast.models.generators import Generators, generators_of
-from diffumask_fast.models.loading import check_size, load_pipe, says_force_upcast, without_bars
+from diffumask_fast.models.loading import check_size, check_whole, load_pipe, says_force_upcast, without_bars
+from diffumask_fast.models.scheduler import try_scheduler
 from diffumask_fast.options import checked, whole
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import names_of, phrases_and_ids
@@ -69,6 +71,7 @@ class DiffuMaskPipeline:
         self.engine = engine
         self.compiled = compiled
         self.seconds = Seconds()
+        self._drawing, self._decoding = Turn(), Turn()
 
     @classmethod
     def from_pretrained(
@@ -213,8 +216,9 @@ class DiffuMaskPipeline:
         provenance = Provenance.of(
             self, maps, mask,
             seeds=[int(seed) for seed in seeds] if seeds is not None else None,
-            num_inference_steps=kwargs.get("num_inference_steps", self.info.num_inference_steps),
-            guidance_scale=kwargs.get("guidance_scale", self.info.guidance_scale),
+            unet_calls=denoised.store.calls,
+            planned_unet_calls=denoised.store.num_calls,
+            **steps_and_guidance(self.pipe, self.info.defaults | kwargs),
         )  # fmt: skip
         class_maps = drawn.class_maps.cpu().numpy()
         return Output(images, masks, drawn.qualities(), denoised.store.levels, class_maps, class_ids, provenance)
@@ -271,6 +275,8 @@ class DiffuMaskPipeline:
         """
         if taken := kwargs.keys() & TAKEN:
             raise DiffuMaskError(f"stream takes {', '.join(sorted(taken))} from its requests: leave it out.")
+        if not any(kwargs.get(name) is not None for name in SCHEDULES):
+            try_scheduler(self.pipe, steps_and_guidance(self.pipe, self.info.defaults | kwargs)["num_inference_steps"])
         options = self.map_options(maps), mask or MaskOptions()
         return self._draw_batches(batches, *options, num_phrases, use_negative_prompts, kwargs)
 
@@ -284,7 +290,7 @@ class DiffuMaskPipeline:
                 negative: dict[str, Any] = {}
                 if use_negative_prompts:
                     negative["negative_prompt"] = [request.negative_prompt for request in batch]
-                with without_bars(self.pipe):
+                with self._drawing, without_bars(self.pipe):
                     denoised = self._denoise(
                         [request.prompt for request in batch], [request.phrases for request in batch],
                         [request.class_ids for request in batch], maps, num_phrases=num_phrases,
@@ -310,9 +316,9 @@ class DiffuMaskPipeline:
         **kwargs: Any,
     ) -> Denoised:
         """The first half of the flow: the diffusers pipeline denoises while the store fills."""
-        kwargs.setdefault("num_inference_steps", self.info.num_inference_steps)
-        kwargs.setdefault("guidance_scale", self.info.guidance_scale)
+        kwargs = self.info.defaults | kwargs
         check_size(self.pipe, kwargs.get("height"), kwargs.get("width"))
+        check_whole(kwargs)
         width = num_phrases or max(map(len, ids))
         if self.engine is not None:
             size = self.size(kwargs.get("height"), kwargs.get("width"))
@@ -323,14 +329,12 @@ class DiffuMaskPipeline:
             self.pipe, phrases, denoiser=self.denoiser, token_indices=token_indices, propagate=maps.propagate,
             aggregation=maps.aggregation, pad_to=width,
         )  # fmt: skip
-        with torch.no_grad(), collecting, ExitStack() as borrowed:
+        with self._drawing, torch.no_grad(), collecting, ExitStack() as borrowed:
             if not later:
                 borrowed.enter_context(self._decoder())
                 borrowed.enter_context(timed_decoding(self.pipe, self.seconds))
             output_type = "latent" if later else "pt"
-            output = self.pipe(prompts, output_type=output_type, return_dict=False, **kwargs)[0]
-        if output.is_cuda:
-            torch.cuda.current_stream(output.device).synchronize()
+            output = finished(self.pipe(prompts, output_type=output_type, return_dict=False, **kwargs)[0], self.pipe)
         in_call = 0 if later else self.seconds.decode - before
         self.seconds.denoise += time.perf_counter() - start - in_call
         padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids])
@@ -344,7 +348,7 @@ class DiffuMaskPipeline:
         """The second half: decode, class maps, masks."""
         pixels = denoised.output
         if denoised.is_latent:
-            with self._decoder():
+            with self._decoding, self._decoder():
                 pixels = decode(self.pipe, denoised.output, self.seconds)
         start = time.perf_counter()
         finite = pixels.isfinite().flatten(1).all(1)
@@ -385,10 +389,7 @@ class DiffuMaskPipeline:
         if self.device.type != "cuda":
             return min(8, most)
         pixels = math.prod(self.size(height, width))
-        weights = sum(p.nbytes for p in self.pipe.unet.parameters())
-        free = torch.cuda.get_device_properties(self.device).total_memory * 0.8 - 2 * weights
-        fitting = int(free / (pixels * 7000))  # an estimate of UNet and VAE side by side; no GPU has confirmed it
-        return max(1, min(most, 1 << max(fitting, 1).bit_length() - 1))
+        return min(most, fitting_batch(self.pipe.unet, pixels, self.device))
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Return height and width, the model's own where they are None."""

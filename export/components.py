@@ -95,7 +95,7 @@ class EngineUNet(EngineComponent, UNet2DConditionModel):
         if attention:
             given["cross_attention_kwargs"] = attention
         if tap is None or tap.select is None:
-            tap = Tap({}, torch.zeros(len(sample), encoder_hidden_states.shape[1], 1, device=sample.device), {}, 0)
+            tap = Tap(torch.zeros(len(sample), encoder_hidden_states.shape[1], 1, device=sample.device), {}, 0)
         noise_pred, maps, propagated = self.denoiser(
             UNetCall(
                 sample, timestep, encoder_hidden_states, tap.select, tap.prior, added_cond_kwargs, tap.first, given

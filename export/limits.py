@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from diffumask_fast.attention.options import Propagate
 from diffumask_fast.attention.store import MAX_PROPAGATED_PIXELS, propagation_times
 from diffumask_fast.errors import DiffuMaskError
 
@@ -48,7 +49,7 @@ class Limits:
         h, w = latent_size
         return {key: (h // divisor) * (w // divisor) for key, divisor in self.divisors.items()}
 
-    def check(self, batch: int, height: int, width: int, phrases: int = 1, propagate: str | int = "auto") -> None:
+    def check(self, batch: int, height: int, width: int, phrases: int = 1, propagate: Propagate = "auto") -> None:
         """Refuse what the engine cannot draw, before it begins.
 
         Args:

@@ -18,6 +18,7 @@ import pytest  # noqa: E402
 from diffusers import (  # noqa: E402
     AutoencoderTiny,
     DDIMScheduler,
+    DiffusionPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -110,6 +111,13 @@ def sharpen(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return unet
 
 
+def new_pipe(kind: type[DiffusionPipeline], parts: dict, **kwargs) -> DiffusionPipeline:
+    """Make a pipeline of parts that may be shared, with a scheduler of its own and no progress bar."""
+    pipe = kind(**parts, scheduler=DDIMScheduler(**NOISE), **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def draw(pipe, prompt, steps=3, seed=0, output_type="np", **kwargs):
     """Draw as an array, in a few steps."""
     generator = torch.Generator().manual_seed(seed)
@@ -150,9 +158,7 @@ def sd_parts(tokenizer) -> dict:
 @pytest.fixture
 def tiny_sd(sd_parts) -> StableDiffusionPipeline:
     """An SD-shaped pipeline, 64x64 pixels; parts are shared, pipeline and scheduler are new for each test."""
-    pipe = StableDiffusionPipeline(**sd_parts, scheduler=DDIMScheduler(**NOISE), requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return new_pipe(StableDiffusionPipeline, sd_parts, requires_safety_checker=False)
 
 
 @pytest.fixture(scope="session")
@@ -182,16 +188,14 @@ def sdxl_parts(tokenizer) -> dict:
 @pytest.fixture
 def tiny_sdxl(sdxl_parts) -> StableDiffusionXLPipeline:
     """An SDXL-shaped pipeline: two text encoders, no attention at the finest level."""
-    pipe = StableDiffusionXLPipeline(**sdxl_parts, scheduler=DDIMScheduler(**NOISE), add_watermarker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return new_pipe(StableDiffusionXLPipeline, sdxl_parts, add_watermarker=False)
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(sd_parts, tmp_path_factory) -> Path:
     """A diffusers folder with the parts of tiny_sd, safetensors; treat it as read-only."""
     folder = tmp_path_factory.mktemp("tiny") / "sd"
-    pipe = StableDiffusionPipeline(**sd_parts, scheduler=DDIMScheduler(**NOISE), requires_safety_checker=False)
+    pipe = new_pipe(StableDiffusionPipeline, sd_parts, requires_safety_checker=False)
     pipe.save_pretrained(folder, safe_serialization=True)
     for path in (folder / "tokenizer").iterdir():
         path.unlink()

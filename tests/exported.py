@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
+
+from diffumask_fast.export.options import ShapeOptions
 
 PROGRAM = str(Path(sys.executable).with_name("diffumask-fast"))
 
@@ -18,6 +20,16 @@ def read_back(folder, manifest):
     found = json.loads((folder / "engine.json").read_text())
     assert found == json.loads(json.dumps(manifest))
     return found
+
+
+def exported(folder, out, **options):
+    """Export a model folder to ONNX, and return the folder of the engine."""
+    from diffumask_fast.export.onnx_export import export_onnx
+
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    read_back(out, export_onnx(folder, out, **options).as_json())
+    return out
 
 
 @pytest.fixture(scope="session")
@@ -37,11 +49,10 @@ def mini_engine(tmp_path_factory):
 @pytest.fixture(scope="session")
 def sdxl_folder(sdxl_parts, tiny_folder, tmp_path_factory):
     """A diffusers folder with the parts of tiny_sdxl."""
-    from conftest import NOISE
+    from conftest import new_pipe
 
     folder = tmp_path_factory.mktemp("tiny") / "sdxl"
-    pipe = StableDiffusionXLPipeline(**sdxl_parts, scheduler=DDIMScheduler(**NOISE), add_watermarker=False)
-    pipe.save_pretrained(folder, safe_serialization=True)
+    new_pipe(StableDiffusionXLPipeline, sdxl_parts, add_watermarker=False).save_pretrained(folder)
     for name in ("tokenizer", "tokenizer_2"):
         shutil.rmtree(folder / name)
         shutil.copytree(tiny_folder / "tokenizer", folder / name)
@@ -51,25 +62,11 @@ def sdxl_folder(sdxl_parts, tiny_folder, tmp_path_factory):
 @pytest.fixture(scope="session")
 def sdxl_engine(sdxl_folder, tmp_path_factory):
     """A tiny SDXL: two text encoders, added conditions, dynamic rows and size."""
-    from diffumask_fast.export.onnx_export import export_onnx
-    from diffumask_fast.export.options import ShapeOptions
-
-    pytest.importorskip("onnxruntime")
-    out = tmp_path_factory.mktemp("engine") / "sdxl"
-    torch.manual_seed(0)
-    read_back(out, export_onnx(sdxl_folder, out, shapes=ShapeOptions(max_batch=4)).as_json())
-    return out
+    return exported(sdxl_folder, tmp_path_factory.mktemp("engine") / "sdxl", shapes=ShapeOptions(max_batch=4))
 
 
 @pytest.fixture(scope="session")
 def static_engine(tiny_folder, tmp_path_factory):
     """A tiny SD of exactly 2 images of 64x96, two phrases, no propagation, weights in files of their own."""
-    from diffumask_fast.export.onnx_export import export_onnx
-    from diffumask_fast.export.options import ShapeOptions
-
-    pytest.importorskip("onnxruntime")
-    out = tmp_path_factory.mktemp("engine") / "static"
-    torch.manual_seed(0)
     shapes = ShapeOptions(max_batch=2, min_size=(64, 96), static=True, max_phrases=2, propagate=False)
-    read_back(out, export_onnx(tiny_folder, out, shapes=shapes, external_bytes=0).as_json())
-    return out
+    return exported(tiny_folder, tmp_path_factory.mktemp("engine") / "static", shapes=shapes, external_bytes=0)

@@ -1,6 +1,7 @@
 """Samples as a run makes them, without a model: colour noise that is a function of the seed."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -32,3 +33,8 @@ def draw(request: Request, height: int = 24, width: int = 40) -> Drawn:
     quality = rng.random(len(request.class_ids)).tolist()
     accepted = request.seed % 3 > 0
     return Drawn(request, image, mask, quality, maps, accepted, "" if accepted else "too small")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return path in the folder -> bytes, of all its files."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

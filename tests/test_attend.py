@@ -4,6 +4,7 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import relative
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels import attend, cross_attention_maps, reference
@@ -30,10 +31,6 @@ def make(shape, dtype=torch.float32):
     q, k, v = (torch.randn(batch, n, heads * head_dim, generator=rng) for n in (pixels, tokens, tokens))
     columns = torch.rand(conditional, tokens, num, generator=rng) / tokens
     return (3 * q).to(dtype), k.to(dtype), v.to(dtype), columns, dict(heads=heads, first_conditional=first)
-
-
-def relative(value, truth):
-    return ((value - truth).abs().max() / truth.abs().max()).item()
 
 
 @pytest.mark.parametrize("impl", ["sdpa", "cpp"])

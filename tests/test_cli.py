@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from samples import contents
 
 PROGRAM = str(Path(sys.executable).with_name("diffumask-fast"))
 QUICK = ["--steps", "2", "--device", "cpu"]
@@ -27,10 +28,6 @@ def refused(*arguments):
     text = call(*arguments, code=1).stderr.strip()
     assert text and "\n" not in text and len(text) < 600, text
     return text
-
-
-def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def rows_of(folder):

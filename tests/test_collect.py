@@ -230,12 +230,20 @@ def test_nothing_captured_says_what_was_seen(tiny_sd):
         collect_maps(tiny_sd, ["dog"]),
     ):
         pass
-    with pytest.raises(DiffuMaskError, match="but the UNet was not called"), collect_maps(tiny_sd, ["dog"]):
-        tiny_sd.encode_prompt("a dog", "cpu", 1, False)
-    with pytest.raises(DiffuMaskError, match=r"encoder_hidden_states of \(1, 77, 32\) that do not contain them"):
-        with collect_maps(tiny_sd, ["dog"]):
-            tiny_sd.encode_prompt("a dog", "cpu", 1, False)
-            tiny_sd.unet(torch.randn(1, 4, 8, 8), 1, torch.randn(1, 77, 32))
+    with (
+        pytest.raises(DiffuMaskError, match="encoded, but not by a call of the pipeline"),
+        collect_maps(tiny_sd, ["dog"]),
+    ):
+        embeds = tiny_sd.encode_prompt("a dog", "cpu", 1, False)[0]
+        tiny_sd.unet(torch.randn(1, 4, 8, 8), 1, embeds)
+
+    def other_states(pipe, step, timestep, tensors):
+        return {"prompt_embeds": torch.randn(2, 77, 32)}
+
+    changing = dict(callback_on_step_end=other_states, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    with collect_maps(tiny_sd, ["dog"]) as maps:
+        draw(tiny_sd, "a dog", **changing)
+    assert maps.store.calls == 1 and not maps.store.is_complete
     with pytest.raises(DiffuMaskError, match="has no UNet"):
         collect_maps(SimpleNamespace(transformer=1), ["dog"])
 

@@ -149,9 +149,9 @@ def test_halves_are_twins_by_their_bits():
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         one = half.to(dtype).to(memory_format=torch.channels_last)
         other = one.clone()
-        assert compiled._same_halves(torch.cat([one, other]))
+        assert compiled._equal_halves(torch.cat([one, other]))
         other[1, 3, 7, 7] += 0.5
-        assert not compiled._same_halves(torch.cat([one, other]))
+        assert not compiled._equal_halves(torch.cat([one, other]))
 
 
 def test_no_map_is_made_where_nothing_is_selected(graphed):

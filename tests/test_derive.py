@@ -1,14 +1,11 @@
 """dataset/derive.py: a dataset made of another one is bound to its folder and finished as a run is."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
-from samples import draw, requests
+from killed import kill_at
+from samples import contents, draw, requests
 
 from diffumask_fast.dataset.derive import derive
 from diffumask_fast.dataset.folder import DatasetFolder
@@ -40,10 +37,6 @@ def derived(source, out, cut=0.5):
     return derive(source, out, cut_off(Cut(cut)), Cut(cut))
 
 
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def test_shards_options_and_summary(tmp_path):
     summary = derived(dataset(tmp_path / "a"), tmp_path / "b", cut=0.4)
     manifests = [json.loads((tmp_path / name / "dataset.json").read_text()) for name in "ab"]
@@ -70,30 +63,12 @@ def test_run_again_it_makes_what_is_missing_alone(tmp_path):
     assert seen == [request.key for request in requests(7)[3:6]]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[3])
-from test_derive import derived
-calls = 0
-def die(*paths, real=os.replace):
-    global calls
-    calls += 1
-    if calls == int(sys.argv[4]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(*paths)
-os.replace = die
-derived(Path(sys.argv[1]), Path(sys.argv[2]))
-"""
-
-
 def test_killed_it_ends_with_the_same_bytes(tmp_path):
     source = dataset(tmp_path / "a")
     derived(source, tmp_path / "whole")
     # before the manifest is there, in the first shard, in the second, before the preview
     for call in (1, 2, 2, 3):
-        command = [sys.executable, "-c", KILLED, source, tmp_path / "b", os.path.dirname(__file__), str(call)]
-        assert subprocess.run(command).returncode == -signal.SIGKILL
+        kill_at(call, derived, source, tmp_path / "b")
         assert any(name.endswith(".tmp") for name in contents(tmp_path / "b"))
     derived(source, tmp_path / "b")
     assert contents(tmp_path / "b") == contents(tmp_path / "whole")

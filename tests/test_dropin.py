@@ -11,6 +11,7 @@ import next_scripts
 import numpy as np
 import pytest
 from PIL import Image
+from samples import contents
 
 from diffumask_fast.dropin.class_folder import ClassFolder
 from diffumask_fast.dropin.command import main
@@ -29,10 +30,6 @@ def call(*arguments):
 
 def folder_of(out, name, number):
     return out / f"VOC_Multi_Attention_{name}_sub_{number}_NoClipRetrieval_sample"
-
-
-def contents(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def times(folder):

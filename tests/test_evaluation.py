@@ -14,7 +14,14 @@ from typer.testing import CliRunner
 from diffumask_fast.cli import app
 from diffumask_fast.dataset.run import open_run
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.learning.evaluation import Metrics, best_threshold_iou, boundary, evaluate, official_width, overlap
+from diffumask_fast.learning.evaluation import (
+    Metrics,
+    best_threshold_iou,
+    binary_iou,
+    boundary,
+    evaluate,
+    official_width,
+)
 from diffumask_fast.learning.options import EvaluateOptions
 from diffumask_fast.masks.make import refine_maps
 from diffumask_fast.masks.options import MaskOptions
@@ -86,7 +93,7 @@ def test_figures_do_not_depend_on_what_is_ignored():
         figures.append({name: metrics.compute()[name] for name in ("miou", "foreground_iou", "per_class_iou")})
     assert figures[0] == figures[1] == figures[2]
     kept = ~band
-    assert figures[0]["foreground_iou"] == overlap((mask > 0)[kept], (truth > 0)[kept])
+    assert figures[0]["foreground_iou"] == binary_iou((mask > 0)[kept], (truth > 0)[kept])
 
 
 def test_nothing_seen_is_no_agreement():
@@ -116,8 +123,8 @@ def test_the_official_boundary(shape):
     metrics = Metrics()
     metrics.update(row(made * np.uint8(DOG), "dog"), true * np.uint8(DOG), IDS, PLAIN)
     figures = metrics.compute()
-    assert figures["boundary_iou_ratio_0.02"] == pytest.approx(overlap(by_erosion(made), by_erosion(true)))
-    assert figures["boundary_iou"] == figures["boundary_iou_3px_at_128"] == overlap(boundary(made), boundary(true))
+    assert figures["boundary_iou_ratio_0.02"] == pytest.approx(binary_iou(by_erosion(made), by_erosion(true)))
+    assert figures["boundary_iou"] == figures["boundary_iou_3px_at_128"] == binary_iou(boundary(made), boundary(true))
 
 
 def test_two_classes_are_seen_where_both_see_both():
@@ -136,7 +143,7 @@ def test_the_boundary_is_three_pixels_at_128_and_grows_with_the_side():
         inner = np.zeros_like(mask)
         inner[distance:-distance, distance:-distance] = True
         assert np.array_equal(boundary(mask), ~inner)
-    assert overlap(np.zeros((4, 4), bool), np.zeros((4, 4), bool)) == 1
+    assert binary_iou(np.zeros((4, 4), bool), np.zeros((4, 4), bool)) == 1
 
 
 def test_the_best_threshold_is_the_best_of_all():
@@ -146,7 +153,7 @@ def test_the_best_threshold_is_the_best_of_all():
     image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
     found = best_threshold_iou(row(truth, "dog", maps=maps, image=image), truth, MaskOptions())
     refined = refine_maps(torch.from_numpy(maps)[None].float(), torch.from_numpy(image)[None], MaskOptions())[0, 0]
-    assert found == pytest.approx(max(overlap(refined.numpy() > t, truth) for t in np.arange(0.02, 1, 0.02)))
+    assert found == pytest.approx(max(binary_iou(refined.numpy() > t, truth) for t in np.arange(0.02, 1, 0.02)))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from diffumask_fast.engines.inductor import CODE_FOLDER, VARIANTS, inductor, many_shapes
+from diffumask_fast.borrow import VARIANTS, many_shapes
+from diffumask_fast.engines.inductor import CODE_FOLDER, inductor
 from diffumask_fast.kernels import source_hash
 from diffumask_fast.models.cache import cache_folder
 

@@ -65,13 +65,14 @@ def flops(denoiser, call, **kept):
 @torch.no_grad()
 @pytest.mark.parametrize("size", [8, 10, 7])
 @pytest.mark.parametrize("twins", [True, False])
-def test_what_is_found_is_the_plain_units(size, twins):
+def test_results_are_those_of_the_plain_unet(size, twins):
     unet = make_unet()
-    call, lean, weights = inputs(unet, twins=twins, size=8), OptimizedUNet(unet), TransformedWeights(unet).now()
+    call, optimized = inputs(unet, twins=twins, size=8), OptimizedUNet(unet)
+    weights = TransformedWeights(unet).current()
     if size != 8:
         call |= {"latents": F.interpolate(call["latents"], (size, size)), "prior": {}}
-    kept = dict(text=lean.text(call["encoder_hidden_states"]), weights=weights)
-    same(lean(UNetCall(**call), **kept, twins=twins), UNetWithMaps(unet)(UNetCall(**call)))
+    kept = dict(text=optimized.text(call["encoder_hidden_states"]), weights=weights)
+    same(optimized(UNetCall(**call), **kept, twins=twins), UNetWithMaps(unet)(UNetCall(**call)))
     assert len(weights) == 24  # all but the first, the last and two that halve the image
     assert not any("forward" in vars(module) for module in unet.modules())
 
@@ -79,25 +80,25 @@ def test_what_is_found_is_the_plain_units(size, twins):
 @torch.no_grad()
 def test_nothing_selected_makes_no_maps():
     unet = make_unet()
-    call, lean = inputs(unet) | {"select": None, "prior": {}}, OptimizedUNet(unet)
+    call, optimized = inputs(unet) | {"select": None, "prior": {}}, OptimizedUNet(unet)
     truth = unet(call["latents"], call["timestep"], call["encoder_hidden_states"]).sample
-    for denoise in (lean, UNetWithMaps(unet)):
+    for denoise in (optimized, UNetWithMaps(unet)):
         noise, *levels = denoise(UNetCall(**call))
         assert relative(noise, truth) < 1e-5 and levels == [{}, {}]
     given = UNetCall(**call, first_conditional=2)
-    twins = lean(given, twins=True, text=lean.text(call["encoder_hidden_states"]))
+    twins = optimized(given, twins=True, text=optimized.text(call["encoder_hidden_states"]))
     assert relative(twins[0], truth) < 1e-5 and twins[1:] == ({}, {})
 
 
 def test_each_saving_takes_products_away():
     unet = make_unet()
-    call, lean = UNetCall(**inputs(unet)), OptimizedUNet(unet)
+    call, optimized = UNetCall(**inputs(unet)), OptimizedUNet(unet)
     with torch.no_grad():
-        text = lean.text(call.encoder_hidden_states)
+        text = optimized.text(call.encoder_hidden_states)
     plain = flops(UNetWithMaps(unet), call)
-    assert flops(lean, call) == plain
-    assert flops(lean, call, text=text) < plain
-    assert flops(lean, call, text=text, twins=True) < flops(lean, call, text=text)
+    assert flops(optimized, call) == plain
+    assert flops(optimized, call, text=text) < plain
+    assert flops(optimized, call, text=text, twins=True) < flops(optimized, call, text=text)
 
 
 def test_a_feed_forward_in_pieces_is_the_whole(monkeypatch):
@@ -118,7 +119,7 @@ def test_a_feed_forward_in_pieces_is_the_whole(monkeypatch):
 def test_a_decoder_is_the_same(convolved):
     decoder = make_vae(32).decoder
     latents = torch.randn(2, 4, 5, 7)
-    truth, weights = decoder(latents), TransformedWeights(decoder).now()
+    truth, weights = decoder(latents), TransformedWeights(decoder).current()
     assert len(weights) == 4 * 3 + 3  # all but the first and the last
     with patched("forward", cheaper_forwards(decoder, weights)):
         assert relative(decoder(latents), truth) < 1e-5
@@ -128,7 +129,7 @@ def test_a_decoder_is_the_same(convolved):
 @torch.no_grad()
 def test_an_upsampler_convolves_what_it_doubles(convolved):
     layer = Upsample2D(32, use_conv=True, out_channels=48)
-    image, weights = torch.randn(2, 32, 3, 4), TransformedWeights(layer).now()
+    image, weights = torch.randn(2, 32, 3, 4), TransformedWeights(layer).current()
     truth = layer(image)
     with patched("forward", cheaper_forwards(layer, weights)):
         for size in (None, (6, 8), [6, 8]):
@@ -136,29 +137,29 @@ def test_an_upsampler_convolves_what_it_doubles(convolved):
         assert convolved == [(6, 8)] * 3
         assert layer(image, (5, 8)).shape == (2, 48, 5, 8) and convolved[3:] == [(5, 8)]
     layer = Upsample2D(32, use_conv=True, norm_type="ln_norm")
-    assert layer not in cheaper_forwards(layer, TransformedWeights(layer).now())
+    assert layer not in cheaper_forwards(layer, TransformedWeights(layer).current())
 
 
 @torch.no_grad()
 def test_transformed_weights_follow_the_models():
     conv = nn.Sequential(nn.Conv2d(32, 48, 3, padding=1))
     weights, image = TransformedWeights(conv), torch.randn(2, 32, 8, 8)
-    (first,) = weights.now().values()
-    assert weights.now()["0"] is first
+    (first,) = weights.current().values()
+    assert weights.current()["0"] is first
     others = nn.Sequential(nn.Conv2d(32, 48, 3, padding=1)).state_dict()
     for change in (lambda: conv[0].weight.data.mul_(2), conv.bfloat16, lambda: conv.load_state_dict(others)):
         change()
         truth = conv(image.to(conv[0].weight.dtype))
-        with patched("forward", cheaper_forwards(conv, weights.now())):
+        with patched("forward", cheaper_forwards(conv, weights.current())):
             assert relative(conv(image.to(truth.dtype)), truth) < (1e-5 if truth.dtype == torch.float32 else 2e-2)
     conv[0].register_forward_hook(lambda *_: None)
-    assert weights.now() == {}
+    assert weights.current() == {}
 
 
 @torch.no_grad()
 def test_an_image_of_another_dtype_or_too_small_keeps_the_layers_forward(convolved):
     conv = nn.Conv2d(32, 32, 3, padding=1)
-    with patched("forward", cheaper_forwards(conv, TransformedWeights(conv).now())):
+    with patched("forward", cheaper_forwards(conv, TransformedWeights(conv).current())):
         assert conv(torch.randn(32, 8, 8)).shape == (32, 8, 8)
         with torch.autocast("cpu", torch.bfloat16):
             assert conv(torch.randn(2, 32, 8, 8).bfloat16()).dtype == torch.bfloat16
@@ -170,7 +171,7 @@ def test_an_image_of_another_dtype_or_too_small_keeps_the_layers_forward(convolv
 
 def test_which_convolutions_are_transformed(monkeypatch):
     def taken(*args, dtype=torch.float32, **kwargs):
-        return bool(TransformedWeights(nn.Conv2d(*args, **{"padding": 1, **kwargs}).to(dtype)).now())
+        return bool(TransformedWeights(nn.Conv2d(*args, **{"padding": 1, **kwargs}).to(dtype)).current())
 
     monkeypatch.setattr(cpu_forwards, "has_amx", lambda: False)
     assert taken(32, 64, 3) and taken(32, 48, 3, bias=False) and taken(32, 32, 3, dtype=torch.bfloat16)
@@ -186,7 +187,7 @@ def test_which_convolutions_are_transformed(monkeypatch):
 def test_a_doubling_sequence_under_autocast_and_with_shared_or_hooked_layers(convolved):
     def relative_of(sequence, calls):
         image = torch.randn(2, 32, 8, 8)
-        truth, weights = sequence(image), TransformedWeights(sequence).now()
+        truth, weights = sequence(image), TransformedWeights(sequence).current()
         with patched("forward", cheaper_forwards(sequence, weights)):
             convolved.clear()
             assert relative(sequence(image), truth) < 1e-5 and len(convolved) == calls
@@ -215,9 +216,9 @@ def test_what_changes_after_the_weights_were_made_keeps_its_own_forward(convolve
             return self.base_layer(image) + 1
 
     model, image = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1)), torch.randn(2, 32, 8, 8)
-    weights, truth = TransformedWeights(model).now(), model(image)
+    weights, truth = TransformedWeights(model).current(), model(image)
     conv, model[0] = model[0], Adapter(model[0])
-    adapted = TransformedWeights(model).now()
+    adapted = TransformedWeights(model).current()
     for given in (weights, adapted):
         with patched("forward", cheaper_forwards(model, given)):
             assert relative(model(image), truth + 1) < 1e-5
@@ -242,13 +243,13 @@ def test_what_changes_after_the_weights_were_made_keeps_its_own_forward(convolve
 def test_any_layout_of_weights_is_compared():
     model = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1)).to(memory_format=torch.channels_last)
     weights = TransformedWeights(model)
-    (first,) = weights.now().values()
+    (first,) = weights.current().values()
     model[0].weight.data.mul_(2)
-    (second,) = weights.now().values()
+    (second,) = weights.current().values()
     assert relative(second, 2 * first) < 1e-6
     flat = torch.randn(32 * 32 * 9 + 1)
     model[0].weight.data = flat[1:].view(32, 3, 3, 32).permute(0, 3, 1, 2)
-    assert not torch.equal(weights.now()["0"], second)
+    assert not torch.equal(weights.current()["0"], second)
     version = weights.version()
     model[0].weight.mul_(2)
     assert weights.version() > version
@@ -283,10 +284,10 @@ def test_forwards_are_back_after_an_exception():
 
 def test_text_is_left_to_layers_with_a_processor_of_their_own():
     unet = make_unet()
-    lean, states = OptimizedUNet(unet), torch.randn(2, 77, unet.config.cross_attention_dim)
-    assert lean.text(states)[0][0].shape[1] == 77
+    optimized, states = OptimizedUNet(unet), torch.randn(2, 77, unet.config.cross_attention_dim)
+    assert optimized.text(states)[0][0].shape[1] == 77
     unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(AttnProcessor())
-    assert lean.text(states) is None
+    assert optimized.text(states) is None
 
 
 def uncompiled(monkeypatch):

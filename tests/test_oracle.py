@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 from diffumask_fast.dataset.reader import read_rows
-from diffumask_fast.learning.evaluation import overlap
+from diffumask_fast.learning.evaluation import binary_iou
 from diffumask_fast.mini import folder
 from diffumask_fast.mini.oracle import WEIGHTS, Oracle, augment, load_oracle, take_weights
 from diffumask_fast.mini.world import VOC, World, load_sprites
@@ -52,8 +52,8 @@ def scenes(num, seed, objects="kept"):
 def figures(found, truth):
     """Return foreground IoU, mean over images, and mean IoU over classes without background."""
     values = [value for value in np.unique(truth) if value]
-    per_class = [overlap(found == value, truth == value) for value in values]
-    each = [overlap(a > 0, b > 0) for a, b in zip(found, truth, strict=True)]
+    per_class = [binary_iou(found == value, truth == value) for value in values]
+    each = [binary_iou(a > 0, b > 0) for a, b in zip(found, truth, strict=True)]
     return {"foreground": round(float(np.mean(each)), 4), "classes": round(float(np.mean(per_class)), 4)}
 
 

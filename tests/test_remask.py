@@ -34,10 +34,6 @@ def rows(folder):
     return list(read_rows(folder, accepted_only=False))
 
 
-def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
 def test_masks_of_generation_come_back(tiny_folder, tmp_path):
     run_generate(generate_options(tmp_path / "a", tiny_folder, classes_per_image=2), silent)
     summary = remask(tmp_path / "a", tmp_path / "b")

@@ -2,14 +2,10 @@
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from samples import draw, requests
+from killed import kill_at
+from samples import contents, draw, requests
 
 from diffumask_fast.dataset.run import open_run
 from diffumask_fast.errors import DiffuMaskError
@@ -32,13 +28,7 @@ def finish(folder, shards=99, **keywords):
     with begin(folder, **keywords) as run:
         for index in run.missing_shards()[:shards]:
             run.write(index, [draw(request) for request in run.requests_of(index)])
-    return tree(folder)
-
-
-def tree(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()
-    }
+    return contents(folder)
 
 
 def test_a_whole_run(tmp_path):
@@ -57,30 +47,13 @@ def test_a_whole_run(tmp_path):
     assert finish(tmp_path / "a" / "deep") == files == finish(tmp_path / "b")
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[2])
-from test_run import finish
-calls = 0
-def die(*paths, real=os.replace):
-    global calls
-    calls += 1
-    if calls == int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(*paths)
-os.replace = die
-finish(sys.argv[1])
-"""
-
-
 def test_killed_four_times_ends_with_the_same_bytes(tmp_path):
     out = tmp_path / "out"
     leftovers = []
     # before the manifest is there, in the first shard, in the second, in the last (the manifest of a begun run stays)
     for call in (1, 2, 3, 2):
-        command = [sys.executable, "-c", KILLED, out, os.path.dirname(__file__), str(call)]
-        assert subprocess.run(command).returncode == -signal.SIGKILL
-        leftovers.append([name for name in tree(out) if name.endswith(".tmp")])
+        kill_at(call, finish, out)
+        leftovers.append([name for name in contents(out) if name.endswith(".tmp")])
     shards = [[f"data/.shard-0000{index}.parquet.tmp"] for index in range(3)]
     assert leftovers == [[".dataset.json.tmp"], *shards]
     with begin(out) as run:
@@ -129,7 +102,7 @@ def test_a_change_is_refused_by_name(tmp_path, changes, words):
     with pytest.raises(DiffuMaskError, match=words) as caught:
         begin(tmp_path, **changes)
     assert "\n" not in str(caught.value)
-    assert tree(tmp_path) == before
+    assert contents(tmp_path) == before
 
 
 def test_an_option_that_older_runs_have_not_recorded_is_the_default_there(tmp_path):
@@ -163,7 +136,7 @@ def test_two_runs_in_one_folder(tmp_path):
         with pytest.raises(DiffuMaskError, match="another run is writing"):
             begin(tmp_path)
     begin(tmp_path).close()
-    assert list(tree(tmp_path)) == ["dataset.json"]
+    assert list(contents(tmp_path)) == ["dataset.json"]
 
 
 def test_a_run_that_raised_lets_go_of_the_folder(tmp_path):
@@ -237,7 +210,7 @@ def test_a_planted_link_is_not_followed(tmp_path, name):
     elsewhere = tmp_path / "elsewhere"
     finish(elsewhere)
     (elsewhere / "preview.png").write_bytes(b"theirs")
-    before, out = tree(elsewhere), tmp_path / "out"
+    before, out = contents(elsewhere), tmp_path / "out"
     (out / "data").mkdir(parents=True)
     if name == "data":
         (out / "data").rmdir()
@@ -246,11 +219,11 @@ def test_a_planted_link_is_not_followed(tmp_path, name):
     (out / name).symlink_to(elsewhere / name)
     with pytest.raises(DiffuMaskError, match=f"{name} is (a link|there and was not written)"):
         finish(out)
-    assert tree(elsewhere) == before
+    assert contents(elsewhere) == before
 
 
 def test_a_preview_that_is_not_ours_stops_a_run_before_it_draws(tmp_path):
     (tmp_path / "preview.png").write_bytes(b"a photograph")
     with pytest.raises(DiffuMaskError, match="preview.png is there and was not written by this program"):
         begin(tmp_path)
-    assert list(tree(tmp_path)) == ["preview.png"]
+    assert list(contents(tmp_path)) == ["preview.png"]

@@ -7,8 +7,8 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from samples import draw, requests
-from test_run import OPTIONS, begin, finish, tree
+from samples import contents, draw, requests
+from test_run import OPTIONS, begin, finish
 
 from diffumask_fast.dataset.reader import open_shard, read_manifest, read_rows, shard_paths
 from diffumask_fast.dataset.schema import SCHEMA
@@ -76,12 +76,12 @@ FOREIGN = [
 @pytest.mark.parametrize("change", FOREIGN)
 def test_what_is_not_of_this_run_is_named_and_stays(run, tmp_path, change):
     change(run, tmp_path)
-    before = tree(run)
+    before = contents(run)
     for use in (lambda: begin(run), lambda: finished_shards(run, read_manifest(run))):
         with pytest.raises(DiffuMaskError, match="data.*move it away|the files as they were written") as caught:
             use()
         assert "\n" not in str(caught.value)
-    assert tree(run) == before
+    assert contents(run) == before
 
 
 def cut_off(data):
@@ -102,7 +102,7 @@ def half_full(data):
 
 @pytest.mark.parametrize("damage", [cut_off, empty, without_magic, half_full])
 def test_a_damaged_shard_is_drawn_again_and_named(run, caplog, damage):
-    files = tree(run)
+    files = contents(run)
     shard_path(run, 1).write_bytes(damage(shard_path(run, 1).read_bytes()))
     with pytest.raises(DiffuMaskError, match="shard-00001.parquet"):
         finished_shards(run, read_manifest(run))
@@ -113,7 +113,7 @@ def test_a_damaged_shard_is_drawn_again_and_named(run, caplog, damage):
 
 
 def test_a_flipped_byte_of_any_page_is_noticed(run):
-    path, files = shard_path(run, 1), tree(run)
+    path, files = shard_path(run, 1), contents(run)
     whole = path.read_bytes()
     with open_shard(path) as file:
         column = [file.metadata.row_group(0).column(index) for index in range(file.metadata.num_columns)]
@@ -126,7 +126,7 @@ def test_a_flipped_byte_of_any_page_is_noticed(run):
         with begin(run) as again:
             assert again.missing_shards() == [1]
         path.write_bytes(whole)
-    assert tree(run) == files
+    assert contents(run) == files
 
 
 @pytest.mark.parametrize("data", [b"my notes", b"x", np.random.default_rng(0).bytes(5000)])

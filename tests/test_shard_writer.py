@@ -4,8 +4,8 @@ import threading
 import time
 
 import pytest
-from samples import draw, requests
-from test_run import begin, finish, tree
+from samples import contents, draw, requests
+from test_run import begin, finish
 
 from diffumask_fast.dataset import writer
 from diffumask_fast.dataset.schema import make_row
@@ -29,7 +29,7 @@ def write(run, before=lambda: None):
 def test_the_bytes_are_those_of_a_run_without_a_thread(tmp_path):
     with begin(tmp_path / "a") as run:
         assert write(run).waited > 0
-    assert tree(tmp_path / "a") == finish(tmp_path / "b")
+    assert contents(tmp_path / "a") == finish(tmp_path / "b")
 
 
 def test_a_slow_disk_holds_up_the_drawing(tmp_path, monkeypatch):
@@ -55,7 +55,7 @@ def test_a_failing_write_is_told_and_leaves_nothing(tmp_path, monkeypatch):
         monkeypatch.setattr(writer.os, "fsync", full)
         with pytest.raises(DiffuMaskError, match="no space left"):
             write(run)
-    assert list(tree(tmp_path)) == ["dataset.json"]
+    assert list(contents(tmp_path)) == ["dataset.json"]
 
 
 def test_a_failed_write_is_told_before_the_next_shard(tmp_path, monkeypatch):
@@ -83,5 +83,5 @@ def test_an_interruption_drops_what_is_not_being_written(tmp_path):
             shards.add(0, rows_of(run, 0))
             raise KeyboardInterrupt
         assert len(run.missing_shards()) in (2, 3)
-    assert tree(tmp_path).keys() <= {"dataset.json", "data/shard-00000.parquet"}
+    assert contents(tmp_path).keys() <= {"dataset.json", "data/shard-00000.parquet"}
     assert finish(tmp_path) == finish(tmp_path.parent / "whole")

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import make_unet, sharpen
+from conftest import make_unet, relative, sharpen
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from diffumask_fast.attention.call import UNetCall
@@ -30,10 +30,6 @@ def inputs(unet, rows=4, conditional=2, size=(8, 8), num=2):
 def plain(unet, call):
     rest = dict(encoder_hidden_states=call["encoder_hidden_states"], added_cond_kwargs=call["added"])
     return unet(call["latents"], call["timestep"], **rest, return_dict=False)[0]
-
-
-def relative(value, truth):
-    return ((value - truth).abs().max() / truth.abs().max()).item()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,17 +1,22 @@
 """Collect maps from any diffusers pipeline with a UNet2DConditionModel while it runs its own loop."""
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self
 
+import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from diffumask_fast.attention.call import Denoiser, UNetCall
-from diffumask_fast.attention.intercept import encoding_method, intercepted
+from diffumask_fast.attention.encoded import encoded_positions
+from diffumask_fast.attention.intercept import Encoded, encoding_method, intercepted
 from diffumask_fast.attention.options import MapOptions
-from diffumask_fast.attention.phrases import per_prompt, phrase_columns, token_columns
-from diffumask_fast.attention.pipeline_call import PipelineCall, calls_left
+from diffumask_fast.attention.phrases import per_prompt, token_columns
+from diffumask_fast.attention.pipeline_call import PipelineCall
+from diffumask_fast.attention.running import running_call
 from diffumask_fast.attention.store import MapStore, PhraseMaps
 from diffumask_fast.attention.tap import Levels
 from diffumask_fast.attention.unet import UNetWithMaps
@@ -19,6 +24,7 @@ from diffumask_fast.errors import DiffuMaskError
 
 Phrases = str | Sequence[str] | Sequence[Sequence[str]]
 TokenIndices = Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]]]
+logger = logging.getLogger("diffumask_fast")
 NOT_CALLED = "the pipeline was not called in the context"
 
 
@@ -72,11 +78,7 @@ class Collector:
         token_indices: TokenIndices | None,
         pad_to: int | None,
     ) -> None:
-        unet = getattr(pipe, "unet", None)
-        if unet is None:
-            raise DiffuMaskError(
-                f"{type(pipe).__name__} has no UNet: maps come from pipelines with a UNet2DConditionModel"
-            )
+        unet = checked_unet(pipe)
         encoding_method(pipe)
         self.pipe = pipe
         self.phrases = phrases
@@ -124,48 +126,69 @@ class Collector:
         """Return the maps of one phrase."""
         return self.store[phrase]
 
-    def take_prompts(self, arguments: dict[str, Any], result: Any) -> None:
+    def take_prompts(self, encoded: Encoded) -> None:
         """Learn what the pipeline encoded: a call of the pipeline begins.
 
-        Args:
-            arguments: those of encode_prompt.
-            result: what it returned; the first item, or the first rows, are the embeddings of the prompts.
+        What is encoded outside of one, or later in the same one, is not what it draws.
         """
-        embeds = result if isinstance(result, Tensor) else result[0]
-        prompt, copies = arguments.get("prompt"), arguments.get("num_images_per_prompt") or 1
-        given = arguments.get("prompt_embeds")
+        frame = running_call(self.pipe)
+        if frame is None:
+            self._seen = "prompts were encoded, but not by a call of the pipeline"
+            return
+        if self._call is not None and self._call.frame is frame:
+            return
+        prompt = encoded.arguments.get("prompt")
+        asked = frame.f_locals.get("prompt")
+        if asked is not None and _as_list(asked) != _as_list(prompt):
+            return
+        self._end_call()
+        self._store, self._seen = None, "the pipeline's last call failed before it drew"
+        if frame.f_locals.get("padding_mask_crop") is not None:
+            raise DiffuMaskError(
+                "with padding_mask_crop only a crop of the image is drawn, and maps of it would not fit the image: "
+                "leave it out"
+            )
+        self._call = self._begin(frame, encoded)
+
+    def _begin(self, frame: FrameType, encoded: Encoded) -> PipelineCall:
+        arguments, embeds = encoded.arguments, encoded.embeds
+        copies, given = arguments.get("num_images_per_prompt") or 1, arguments.get("prompt_embeds")
         if given is not None and self.token_indices is None:
             raise DiffuMaskError(
                 "with prompt_embeds the words are unknown: give token_indices=, the token positions of each phrase"
             )
-        num = len(given) if given is not None else 1 if isinstance(prompt, str) else len(prompt)
+        prompts = [] if given is not None else _as_list(arguments["prompt"])
+        num = len(given) if given is not None else len(prompts)
+        if embeds.shape[0] != num * copies:
+            raise DiffuMaskError(
+                f"{type(self.pipe).__name__} encoded {num} prompts, {copies} images of each, to {embeds.shape[0]} "
+                "rows, and which of them are of the prompts is not known: use another pipeline"
+            )
         phrases = per_prompt(self.phrases, num)
+        length = embeds.shape[1]
         if self.token_indices is not None:
             indices = _indices_per_prompt(self.token_indices, phrases)
-            select = token_columns(indices, length=embeds.shape[1], pad_to=self.pad_to)
         else:
-            select = self._columns([prompt] if isinstance(prompt, str) else list(prompt), phrases, embeds.shape[1])
+            second = _as_list(arguments.get("prompt_2"))
+            indices = encoded_positions(self.pipe, encoded.ids, prompts, phrases, length, second)
+        select = token_columns(indices, length=length, pad_to=self.pad_to)
         select = select.repeat_interleave(copies, 0).to(embeds.device)
         phrases = [row for row in phrases for _ in range(copies)]
-        self._call = PipelineCall(phrases, select, embeds[: num * copies])
-
-    def _columns(self, prompts: list[str], rows: list[list[str]], length: int) -> Tensor:
-        """Find the phrases as the pipeline's own tokenizer sees them, textual inversion included."""
-        tokenizer = self.pipe.tokenizer or self.pipe.tokenizer_2
-        convert = getattr(self.pipe, "maybe_convert_prompt", None)
-        if convert is not None:
-            prompts = convert(prompts, tokenizer)
-            rows = [convert(row, tokenizer) for row in rows]
-        return phrase_columns(tokenizer, prompts, rows, length=length, pad_to=self.pad_to)
+        return PipelineCall(frame, phrases, select, embeds.detach(), encoded.negative)
 
     def belongs(self, arguments: dict[str, Any]) -> bool:
-        """Tell whether a UNet call draws the prompts that were encoded last.
+        """Tell whether a UNet call makes a step of the prompts that the pipeline's call encoded.
 
         Args:
             arguments: the UNet's, by name.
         """
-        states = arguments.get("encoder_hidden_states")
-        return self._call is not None and states is not None and self._call.first_row(states) is not None
+        call, states = self._call, arguments.get("encoder_hidden_states")
+        if call is None or states is None or running_call(self.pipe) is not call.frame:
+            return False
+        if torch.is_grad_enabled():
+            call.seen = "the UNet was called with gradients on: draw under torch.no_grad()"
+            return False
+        return bool(call.blocks(states))
 
     def denoise(self, arguments: dict[str, Any]) -> Tensor:
         """Run one UNet call with maps, and add them to the store.
@@ -180,25 +203,54 @@ class Collector:
         latents, timestep = rest.pop("sample"), rest.pop("timestep")
         states, added = rest.pop("encoder_hidden_states"), rest.pop("added_cond_kwargs", None)
         call = self._call
-        if call.store is None:
-            call.store = MapStore(
-                call.phrases,
-                tuple(latents.shape[-2:]),
-                propagate=self.options.propagate,
-                aggregation=self.options.aggregation,
-                num_calls=calls_left(self.pipe, timestep),
-            )
-        prior, first = call.store.prior(), call.first_row(states)
+        assert call is not None
+        store = call.store or call.begin(
+            self.pipe, latents, states, timestep, propagate=self.options.propagate, aggregation=self.options.aggregation
+        )
+        call.step(latents, timestep)
+        prior, first = store.prior(), call.first_row(states)
         noise_pred, maps, propagated = self.denoiser(
             UNetCall(latents, timestep, states, call.select, prior, added, first, rest)
         )
-        call.store.add(maps, propagated)
+        store.add(maps, propagated)
+        if store.calls == 1 and (missing := store.propagated_levels() & getattr(self.denoiser, "unpropagated", set())):
+            raise DiffuMaskError(
+                f"the self-attention of level {', '.join(sorted(missing))} does not run on all of its pixels (token "
+                "merging), so maps cannot be propagated there: use `propagate=none`"
+            )
         return noise_pred
 
     def _end_call(self) -> None:
         """Keep the maps of the pipeline's last call, and let its tensors go."""
-        if self._call is not None:
-            self._store, self._seen, self._call = self._call.store, self._call.seen, None
+        if self._call is None:
+            return
+        self._store, self._seen, self._call = self._call.store, self._call.seen, None
+        if self._store is not None and not self._store.is_complete:
+            logger.warning(
+                "the maps are of %d of %d UNet calls: the pipeline was stopped, or drew other prompts in the rest",
+                self._store.calls, self._store.num_calls,
+            )  # fmt: skip
+
+
+def checked_unet(pipe: Any) -> torch.nn.Module:
+    """Return the UNet of a pipeline.
+
+    Raises:
+        DiffuMaskError: the pipeline has none, or one of another kind.
+    """
+    unet = getattr(pipe, "unet", None)
+    if unet is None:
+        raise DiffuMaskError(f"{type(pipe).__name__} has no UNet: maps come from pipelines with a UNet2DConditionModel")
+    if not isinstance(getattr(unet, "_orig_mod", unet), UNet2DConditionModel):
+        raise DiffuMaskError(
+            f"the UNet of {type(pipe).__name__} is a {type(unet).__name__}: maps come from a UNet2DConditionModel, "
+            "which draws one image for each prompt, and not from a wrapper around one"
+        )
+    return unet
+
+
+def _as_list(prompt: Any) -> list[str]:
+    return [prompt] if isinstance(prompt, str) else list(prompt or [])
 
 
 def _indices_per_prompt(indices: TokenIndices, rows: list[list[str]]) -> list[list[list[int]]]:

@@ -1,28 +1,45 @@
-"""Stand between a pipeline and two of its parts while its maps are collected, and leave no trace."""
+"""Stand between a pipeline and its parts while its maps are collected, and leave no trace."""
 
 import functools
 import inspect
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from diffumask_fast.borrow import patched
+from diffumask_fast.borrow import MODULE_CALL, patched
 from diffumask_fast.errors import DiffuMaskError
 
-# what nn.Module's __call__ consults first, so that the module's hooks and its compiled form stay behind it
-UNET_CALL = "_compiled_call_impl"
 UNET_ARGUMENTS = tuple(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]
+GUIDANCE = "do_classifier_free_guidance"
+TEXT_ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+class Encoded(NamedTuple):
+    """What a pipeline encoded.
+
+    Args:
+        arguments: of encode_prompt.
+        embeds: [n, T, E], of the prompts alone.
+        negative: [n, T, E], of the negative prompts, where the pipeline gives them apart.
+        ids: name of a tokenizer -> the ids that its text encoder was given, call by call.
+    """
+
+    arguments: dict[str, Any]
+    embeds: Tensor
+    negative: Tensor | None
+    ids: dict[str, list[Tensor]]
 
 
 class Listener(Protocol):
     """Who learns what a pipeline does."""
 
-    def take_prompts(self, arguments: dict[str, Any], result: Any) -> None:
-        """Learn what was encoded, and to what: a call of the pipeline begins."""
+    def take_prompts(self, encoded: Encoded) -> None:
+        """Learn what was encoded, and to what."""
 
     def belongs(self, arguments: dict[str, Any]) -> bool:
         """Tell whether a UNet call draws what was encoded."""
@@ -38,15 +55,15 @@ def intercepted(pipe: Any, unet: nn.Module, listener: Listener) -> Iterator[None
     Raises:
         DiffuMaskError: the pipeline has no encode_prompt, or somebody listens to this UNet already.
     """
-    if isinstance(vars(unet).get(UNET_CALL), _UNetCalls):
+    if isinstance(vars(unet).get(MODULE_CALL), _UNetCalls):
         raise DiffuMaskError(
             "the maps of this UNet are being collected already: leave the other collect_maps first, or give the second "
             "pipeline a UNet of its own"
         )
     name = encoding_method(pipe)
     with (
-        patched(name, {pipe: _telling(getattr(pipe, name), listener)}),
-        patched(UNET_CALL, {unet: _UNetCalls(unet, listener)}),
+        patched(name, {pipe: _Telling(pipe, name, listener)}),
+        patched(MODULE_CALL, {unet: _UNetCalls(unet, listener)}),
     ):
         yield
 
@@ -55,34 +72,91 @@ def encoding_method(pipe: Any) -> str:
     """Name the method by which a pipeline encodes its prompts; the oldest pipelines have only `_encode_prompt`.
 
     Raises:
-        DiffuMaskError: it has none.
+        DiffuMaskError: it has none, or one that takes no prompt.
     """
     for name in ("encode_prompt", "_encode_prompt"):
         if hasattr(pipe, name):
-            return name
+            if "prompt" in _signature(pipe, name).parameters:
+                return name
+            raise DiffuMaskError(
+                f"{type(pipe).__name__} draws no prompt (its {name} takes none), so there are no words to make maps of"
+            )
     raise DiffuMaskError(f"{type(pipe).__name__} has no encode_prompt, so its prompts cannot be learnt")
 
 
-def _telling(encode: Callable[..., Any], listener: Listener) -> Callable[..., Any]:
-    """Return an encode_prompt that tells the listener its arguments and its result."""
-    signature = inspect.signature(encode)
+def _signature(pipe: Any, name: str) -> inspect.Signature:
+    """Return the signature of a method; where it hands on what it is given, of the one that it stands for."""
+    found = [inspect.signature(getattr(pipe, name))]
+    for kind in type(pipe).__mro__:
+        if name in vars(kind):
+            found.append(inspect.signature(vars(kind)[name].__get__(pipe)))
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    whole = (one for one in found if not any(p.kind in variadic for p in one.parameters.values()))
+    return next(whole, found[0])
 
-    @functools.wraps(encode)
-    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-        result = encode(*args, **kwargs)
-        bound = signature.bind(*args, **kwargs)
+
+class _Telling:
+    """Stands as a pipeline's encode_prompt, and tells the listener what was encoded."""
+
+    def __init__(self, pipe: Any, name: str, listener: Listener) -> None:
+        self.pipe = pipe
+        self.name = name
+        self.listener = listener
+        self.encode: Callable[..., Any] = getattr(pipe, name)
+        self.signature = _signature(pipe, name)
+        functools.update_wrapper(self, self.encode, updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _observed(self.pipe) as ids:
+            result = self.encode(*args, **kwargs)
+        bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        listener.take_prompts(bound.arguments, result)
+        embeds, negative = (result, None) if isinstance(result, Tensor) else (result[0], result[1])
+        if isinstance(result, Tensor) and bound.arguments.get(GUIDANCE):
+            # prompts and negative prompts come joined, in an order that is the pipeline's own
+            bound.arguments[GUIDANCE] = False
+            embeds = self.encode(*bound.args, **bound.kwargs)
+        negative = negative if isinstance(negative, Tensor) and negative.shape == embeds.shape else None
+        self.listener.take_prompts(Encoded(dict(bound.arguments), embeds, negative, ids))
         return result
 
-    return encode_prompt
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Leave a copy of the pipeline an encode_prompt of its own."""
+        twin = memo.get(id(self.pipe))
+        return self.encode if twin is None else types.MethodType(getattr(type(twin), self.name), twin)
+
+
+@contextmanager
+def _observed(pipe: Any) -> Iterator[dict[str, list[Tensor]]]:
+    """Note the ids that a pipeline's text encoders are given."""
+    ids: dict[str, list[Tensor]] = {}
+    calls: dict[Any, Any] = {}
+
+    def noting(encoder: nn.Module, seen: list[Tensor]) -> Callable[..., Any]:
+        plain = vars(encoder).get(MODULE_CALL) or encoder._call_impl
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = args[0] if args else kwargs.get("input_ids")
+            if isinstance(given, Tensor) and given.ndim == 2 and not given.is_floating_point():
+                seen.append(given)
+            return plain(*args, **kwargs)
+
+        return call
+
+    for name, tokenizer in TEXT_ENCODERS.items():
+        encoder = getattr(pipe, name, None)
+        if isinstance(encoder, nn.Module) and getattr(pipe, tokenizer, None) is not None:
+            ids[tokenizer] = []
+            calls[encoder] = noting(encoder, ids[tokenizer])
+    with patched(MODULE_CALL, calls):
+        yield ids
 
 
 class _UNetCalls:
     """Stands as a UNet's call; what is not the listener's, or comes from its denoiser, passes through."""
 
     def __init__(self, unet: nn.Module, listener: Listener) -> None:
-        self.plain: Callable[..., Any] = vars(unet).get(UNET_CALL) or unet._call_impl
+        self.plain: Callable[..., Any] = vars(unet).get(MODULE_CALL) or unet._call_impl
         self.listener = listener
         self.inside = False
 

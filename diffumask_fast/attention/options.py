@@ -5,6 +5,9 @@ from typing import Literal
 
 from diffumask_fast.options import Options, one_of, option, whole
 
+Aggregation = Literal["auto", "paper", "reference", "finest"]
+Propagate = Literal["auto", "none"] | int
+
 
 @dataclass(frozen=True)
 class MapOptions(Options):
@@ -25,9 +28,7 @@ class MapOptions(Options):
         MapOptions(aggregation='auto', propagate=2)
     """
 
-    aggregation: Literal["auto", "paper", "reference", "finest"] = option(
+    aggregation: Aggregation = option(
         "auto", "auto, paper, reference or finest.", one_of("auto", "paper", "reference", "finest")
     )
-    propagate: Literal["auto", "none"] | int = option(
-        "auto", "auto, none, or 1 to 4 times.", whole(1, 4, "auto", "none")
-    )
+    propagate: Propagate = option("auto", "auto, none, or 1 to 4 times.", whole(1, 4, "auto", "none"))

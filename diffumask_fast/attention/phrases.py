@@ -1,14 +1,20 @@
-"""From a phrase to its token columns, exact for byte-pair tokens, repeats and several words."""
+"""From a phrase to its token columns: whole words among the token ids that were encoded."""
 
-from collections.abc import Sequence
-from typing import Any
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffumask_fast.errors import DiffuMaskError
 
-END_OF_WORD = "</w>"
+END_OF_WORD = "</w>"  # CLIP's
+BYTES = "Ġ"  # before a word of byte-level BPE
+STARTS_OF_WORD = ("▁", BYTES)  # the first is SentencePiece's
+WITHIN_WORD = "##"  # WordPiece's
+IDEOGRAPHS = "\u2e80"  # from here on scripts whose words are not parted by spaces
 
 
 class PhraseNotFound(DiffuMaskError):
@@ -21,6 +27,13 @@ class PhraseNotFound(DiffuMaskError):
         why = f"only past token {length}, where the prompt is cut off" if truncated else "not there as whole words"
         super().__init__(f"the phrase {phrase!r} is {why}, in the prompt {prompt!r}: reword or shorten the prompt")
         self.phrase, self.prompt, self.truncated = phrase, prompt, truncated
+
+
+class Word(NamedTuple):
+    """A word among tokens; its text is None where a token of it is unknown, or where it only parts other words."""
+
+    text: str | None
+    positions: list[int]
 
 
 def per_prompt(phrases: str | Sequence[str] | Sequence[Sequence[str]], num: int) -> list[list[str]]:
@@ -57,7 +70,7 @@ def phrase_columns(
     """Find the tokens of each phrase in each prompt, whole words only, in all places where it occurs.
 
     Args:
-        tokenizer: of the pipeline that encodes the prompts.
+        tokenizer: of a pipeline that encodes a prompt as it is, padded and cut off to the tokenizer's own length.
         prompts: B prompts.
         phrases: one list of phrases for all prompts, or one list for each of them.
         length: T, the number of token positions that the UNet sees.
@@ -70,21 +83,40 @@ def phrase_columns(
         PhraseNotFound: a phrase is not among the first `length` tokens of its prompt.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    phrases = per_prompt(phrases, len(prompts))
+    rows = per_prompt(phrases, len(prompts))
     limit = min(length, tokenizer.model_max_length)
-    encoded = tokenizer(prompts, verbose=False)["input_ids"]
-    wanted = {p: tokenizer(p, add_special_tokens=False)["input_ids"] for p in {p for row in phrases for p in row}}
-    indices = []
+    padding = "max_length" if tokenizer.pad_token is not None else False
+    encoded = tokenizer(prompts, padding=padding, max_length=limit, truncation=True)["input_ids"]
+    indices = phrase_positions(tokenizer, encoded, prompts, rows)
+    return token_columns(indices, length=length, pad_to=pad_to)
+
+
+def phrase_positions(
+    tokenizer: Any, encoded: Sequence[Sequence[int]], prompts: Sequence[str], phrases: Sequence[Sequence[str]]
+) -> list[list[list[int]]]:
+    """Find the positions of each phrase among the ids that were encoded.
+
+    Args:
+        tokenizer: that made the ids.
+        encoded: the ids of each prompt, with all special ones.
+        prompts: what they were made of.
+        phrases: of each prompt.
+
+    Raises:
+        PhraseNotFound: a phrase is not among the ids.
+    """
+    wanted = {phrase: [w.text for w in _words(tokenizer, _ids(tokenizer, phrase))] for p in phrases for phrase in p}
+    indices: list[list[list[int]]] = []
     for prompt, ids, row in zip(prompts, encoded, phrases, strict=True):
-        starts_word = _word_starts(tokenizer, ids)
+        words = list(_words(tokenizer, ids))
         indices.append([])
         for phrase in row:
-            found = _occurrences(ids, wanted[phrase], starts_word)
-            seen = [span for span in found if span.stop < limit]
-            if not seen:
-                raise PhraseNotFound(phrase, prompt, limit, truncated=bool(found))
-            indices[-1].append([position for span in seen for position in span])
-    return token_columns(indices, length=length, pad_to=pad_to)
+            found = _occurrences(words, wanted[phrase])
+            if not found:
+                whole = list(_words(tokenizer, _ids(tokenizer, prompt)))
+                raise PhraseNotFound(phrase, prompt, len(ids), truncated=bool(_occurrences(whole, wanted[phrase])))
+            indices[-1].append(found)
+    return indices
 
 
 def token_columns(indices: Sequence[Sequence[Sequence[int]]], *, length: int, pad_to: int | None = None) -> Tensor:
@@ -116,23 +148,84 @@ def token_columns(indices: Sequence[Sequence[Sequence[int]]], *, length: int, pa
     return select
 
 
-def _word_starts(tokenizer: Any, ids: list[int]) -> list[bool]:
-    """Tell for each token whether a word begins there: after a token that ends in </w>, a special or an added one."""
-    tokens = tokenizer.convert_ids_to_tokens(ids)
-    if not any(t.endswith(END_OF_WORD) for t in tokens):
-        return [True] * len(ids)
-    whole = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    ends = [i in whole or t.endswith(END_OF_WORD) for i, t in zip(ids, tokens, strict=True)]
-    return [True, *ends[:-1]]
+def spelling(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return the plain letters and digits of tokens, in small letters; those that stand for bytes have none."""
+    special, mark = set(tokenizer.all_special_ids), _word_mark(tokenizer)
+    pieces = [
+        _piece(token, mark)[1] for one, token in zip(ids, _tokens(tokenizer, ids), strict=True) if one not in special
+    ]
+    plain = "".join(piece for piece in pieces if not re.fullmatch("<0x[0-9A-F]{2}>", piece))
+    return "".join(c for c in plain.lower() if c.isascii() and c.isalnum())
 
 
-def _occurrences(ids: list[int], wanted: list[int], starts_word: list[bool]) -> list[range]:
-    """Return the positions of the wanted ids in a row, each time from the beginning of a word, without overlaps."""
-    found, at = [], 0
-    while wanted and at + len(wanted) <= len(ids):
-        if starts_word[at] and ids[at : at + len(wanted)] == wanted:
-            found.append(range(at, at + len(wanted)))
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _words(tokenizer: Any, ids: Sequence[int]) -> Iterator[Word]:
+    """Join tokens to words, by the marks of the tokenizer's kind, and where letters and other characters meet."""
+    added, special = set(tokenizer.get_added_vocab().values()), set(tokenizer.all_special_ids)
+    unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    mark = _word_mark(tokenizer)
+    word = Word("", [])
+    ended = True
+    for position, (one, token) in enumerate(zip(ids, _tokens(tokenizer, ids), strict=True)):
+        if one in unknown:
+            starts, piece, ends = mark == WITHIN_WORD, None, mark == WITHIN_WORD
+        elif one in special or one in added:
+            starts, piece, ends = True, None if one in special else token, True
+        else:
+            starts, piece, ends = _piece(token, mark)
+        if word.positions and (ended or starts or not _joined(word.text, piece, mark)):
+            yield word
+            word = Word("", [])
+        text = None if word.text is None or piece is None else word.text + piece.casefold()
+        word, ended = Word(text, [*word.positions, position]), ends
+    if word.positions:
+        yield word
+
+
+def _tokens(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    tokens = tokenizer.convert_ids_to_tokens(list(ids))
+    return [token.decode("utf-8", "replace") if isinstance(token, bytes) else token for token in tokens]
+
+
+def _piece(token: str, mark: str) -> tuple[bool, str, bool]:
+    """Return whether a word starts with a token, the token's own characters, and whether a word ends with it."""
+    if mark == END_OF_WORD:
+        return False, token.removesuffix(mark), token.endswith(mark)
+    if mark == WITHIN_WORD:
+        return not token.startswith(mark), token.removeprefix(mark), False
+    return token.startswith(mark), token.removeprefix(mark), False
+
+
+def _word_mark(tokenizer: Any) -> str:
+    """Return what marks words in a tokenizer's tokens, found on its tokens for two short words."""
+    last = (_tokens(tokenizer, _ids(tokenizer, "a a")) or [""])[-1]
+    if last.endswith(END_OF_WORD):
+        return END_OF_WORD
+    return next((mark for mark in STARTS_OF_WORD if last.startswith(mark)), WITHIN_WORD)
+
+
+def _joined(text: str | None, piece: str | None, mark: str) -> bool:
+    """Tell whether two neighbours are of one word as far as their characters say."""
+    if not text or not piece or mark not in STARTS_OF_WORD:  # other tokenizers part such words themselves
+        return True
+    pair = text[-1], piece[0]
+    if mark == BYTES:  # whose other characters stand for bytes
+        return all(c.isalnum() or not c.isascii() for c in pair)
+    return all(unicodedata.category(c)[0] in "LMN" and c < IDEOGRAPHS for c in pair)
+
+
+def _occurrences(words: Sequence[Word], wanted: Sequence[str | None]) -> list[int]:
+    """Return the positions of all tokens of the wanted words in a row, without overlaps; an unknown word is none."""
+    positions: list[int] = []
+    at = 0
+    while wanted and None not in wanted and at + len(wanted) <= len(words):
+        here = words[at : at + len(wanted)]
+        if [word.text for word in here] == list(wanted):
+            positions += [position for word in here for position in word.positions]
             at += len(wanted)
         else:
             at += 1
-    return found
+    return positions

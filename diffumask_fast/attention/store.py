@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from diffumask_fast.attention.options import MapOptions
+from diffumask_fast.attention.options import Aggregation, MapOptions, Propagate
 from diffumask_fast.attention.overlay import overlay
 from diffumask_fast.attention.tap import Levels
 from diffumask_fast.errors import DiffuMaskError
@@ -38,7 +38,9 @@ class Mean:
 
     def mean(self, each_over_maximum: bool = False) -> Tensor:
         """Return the mean [Bc, K, N], or the mean of each over its own maximum (the paper's equation 2)."""
-        return (self._peak_sum if each_over_maximum else self._sum) / self.weight
+        total = self._peak_sum if each_over_maximum else self._sum
+        assert total is not None
+        return total / self.weight
 
     @property
     def num_bytes(self) -> int:
@@ -61,8 +63,8 @@ class MapStore:
         phrases: Sequence[Sequence[str]],
         latent_size: tuple[int, int],
         *,
-        propagate: str | int = "auto",
-        aggregation: str = "auto",
+        propagate: Propagate = "auto",
+        aggregation: Aggregation = "auto",
         num_calls: int | None = None,
     ) -> None:
         """Begin with nothing.
@@ -84,16 +86,27 @@ class MapStore:
         self._maps: dict[str, Mean] = {}
         self._propagated: dict[str, list[Mean]] = {}
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all UNet calls that were planned have given their maps."""
+        return self.num_calls is None or self.calls >= self.num_calls
+
+    def propagated_levels(self) -> set[str]:
+        """Return the levels that calls propagate."""
+        if not self.times:
+            return set()
+        keys = self._read(self.aggregation)
+        return {key for key in keys if self._maps[key].mean().shape[-1] <= MAX_PROPAGATED_PIXELS}
+
     def prior(self) -> Levels:
         """Return what the next UNet call propagates: level -> [Bc, n*K, N], empty when it propagates nothing."""
         if not self.calls or not self.times or self.calls < self._first_propagated():
             return {}
         prior = {}
-        for key in self._read(self.aggregation):
+        for key in sorted(self.propagated_levels(), key=int):
             mean = self._maps[key].mean()
-            if mean.shape[-1] <= MAX_PROPAGATED_PIXELS:
-                earlier = [m.mean() if m.weight else torch.zeros_like(mean) for m in self._orders(key)[:-1]]
-                prior[key] = torch.cat([mean, *earlier], dim=1) if earlier else mean
+            earlier = [m.mean() if m.weight else torch.zeros_like(mean) for m in self._orders(key)[:-1]]
+            prior[key] = torch.cat([mean, *earlier], dim=1) if earlier else mean
         return prior
 
     def add(self, maps: Levels, propagated: Levels | None = None, weight: float = 1.0) -> None:
@@ -118,6 +131,12 @@ class MapStore:
     def levels(self) -> Levels:
         """Mean over heads, layers and calls: level -> [Bc, K, N] fp32."""
         return {key: kept.mean() for key, kept in self._maps.items()}
+
+    @property
+    def propagated(self) -> Levels:
+        """Mean of the maps that were propagated most often: level -> [Bc, K, N] fp32, without levels that were not."""
+        ready = {key: _ready(orders) for key, orders in self._propagated.items()}
+        return {key: means[-1].mean() for key, means in ready.items() if means}
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -149,15 +168,10 @@ class MapStore:
             raise DiffuMaskError("no UNet call gave maps yet: run the pipeline first")
         options = options or MapOptions()
         aggregation = self._resolved(options.aggregation)
-        chosen = self._read(aggregation)
-        sizes, total = self.sizes, 0
-        for key in chosen:
-            kept = self._kept(key, options.propagate)
-            maps = kept.mean(each_over_maximum=aggregation == "paper").unflatten(-1, sizes[key])
-            if key != chosen[0]:
-                maps = F.interpolate(maps, sizes[chosen[0]], mode="bicubic", align_corners=False).clamp_min(0)
-            total = total + (maps.clamp(max=1) if aggregation == "paper" else _over_maximum_2d(maps))
-        return total / len(chosen)
+        keys = self._read(aggregation)
+        size = self.sizes[keys[0]]
+        maps = (self._level_maps(key, aggregation, options.propagate, size) for key in keys)
+        return sum(maps, start=torch.zeros(())) / len(keys)
 
     def __getitem__(self, phrase: str) -> "PhraseMaps":
         """Return the maps of one phrase, for all images that have it."""
@@ -167,6 +181,14 @@ class MapStore:
             raise DiffuMaskError(f"no maps of {phrase!r} were asked for, there are: {', '.join(known)}")
         rows, columns = (list(x) for x in zip(*at, strict=True))
         return PhraseMaps(phrase, self.class_maps()[rows, columns], rows)
+
+    def _level_maps(self, key: str, aggregation: str, propagate: Propagate, size: tuple[int, int]) -> Tensor:
+        """Return one level's maps [Bc, K, h, w] in 0..1, at the size of the finest one."""
+        paper = aggregation == "paper"
+        maps = self._kept(key, propagate).mean(each_over_maximum=paper).unflatten(-1, self.sizes[key])
+        if maps.shape[-2:] != size:
+            maps = F.interpolate(maps, size, mode="bicubic", align_corners=False).clamp_min(0)
+        return maps.clamp(max=1) if paper else _over_maximum_2d(maps)
 
     def _resolved(self, aggregation: str) -> str:
         kept = self.aggregation
@@ -194,7 +216,7 @@ class MapStore:
             return 1
         return self.num_calls - max(self.times, math.ceil(self.num_calls / 3))
 
-    def _kept(self, key: str, propagate: str | int) -> Mean:
+    def _kept(self, key: str, propagate: Propagate) -> Mean:
         """Choose a level's plain maps or the propagated ones."""
         times = propagation_times(propagate)
         ready = _ready(self._propagated.get(key, []))
@@ -228,10 +250,10 @@ class PhraseMaps:
         return overlay(image, self.maps[index])
 
 
-def propagation_times(propagate: str | int) -> int:
+def propagation_times(propagate: Propagate) -> int:
     """Return how often maps are propagated: "auto" once, "none" never, 1 to 4 as often as it says."""
-    propagate = MapOptions(propagate=propagate).propagate
-    return {"auto": 1, "none": 0}.get(propagate, propagate)
+    times = MapOptions(propagate=propagate).propagate
+    return times if isinstance(times, int) else int(times == "auto")
 
 
 def over_maximum(maps: Tensor) -> Tensor:

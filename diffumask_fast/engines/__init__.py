@@ -1,1 +1,1 @@
-"""What may denoise in the place of the plain UNet, and the worker that finishes a batch beside the next one."""
+"""Compiled replacements of the UNet and the decoder, and the worker that finishes a batch during the next one."""

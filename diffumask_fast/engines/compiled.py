@@ -1,4 +1,4 @@
-"""The compiled engine: OptimizedUNet and the VAE's decoder through torch.compile, on CUDA one graph per UNet call."""
+"""The compiled engine: torch.compile for OptimizedUNet and the VAE's decoder, and on CUDA one graph per UNet call."""
 
 from __future__ import annotations
 
@@ -10,62 +10,63 @@ import torch
 from torch import Tensor
 
 from diffumask_fast.attention.call import Results, UNetCall
+from diffumask_fast.borrow import many_shapes
 from diffumask_fast.engines.cpu_forwards import TransformedWeights
 from diffumask_fast.engines.cuda_graphs import Answer, Graphs, captured_state, runs_as_graph
 from diffumask_fast.engines.decoder import CompiledDecoder
-from diffumask_fast.engines.inductor import inductor, many_shapes
+from diffumask_fast.engines.inductor import inductor
 from diffumask_fast.engines.optimized_unet import KeysValues, OptimizedUNet
 from diffumask_fast.kernels import native
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of numbers of so many bytes
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
 @dataclass(frozen=True)
 class CompiledEngine:
-    """What draws in the place of a pipeline's UNet and of its VAE's decoder (None: that stays as it is)."""
+    """Compiled replacements of a pipeline's UNet and of its VAE's decoder; None: the decoder is not replaced."""
 
     denoiser: CompiledDenoiser
     decoder: CompiledDecoder | None
 
     def decoding(self) -> AbstractContextManager[None]:
-        """Let the pipeline's VAE decode by the compiled decoder inside the context."""
+        """Replace the decoder of the pipeline's VAE by the compiled one inside the context."""
         return nullcontext() if self.decoder is None else self.decoder.in_place()
 
 
 def compile_pipe(pipe: DiffusersPipeline) -> CompiledEngine:
-    """Make what draws with compiled code in the place of a pipeline's UNet and decoder.
+    """Make compiled replacements of a pipeline's UNet and decoder.
 
-    Nothing is compiled yet: that happens at the first call of each set of shapes, twice where maps are propagated, and
-    takes a minute or more. The code is kept for later runs, see engines/inductor.py.
+    Compilation happens at the first call with each set of shapes (with propagation, calls have two sets) and takes a
+    minute or more. The code is cached on disk for later runs, see engines/inductor.py.
 
     Args:
         pipe: with a UNet2DConditionModel; its UNet and VAE become channels_last.
 
     Raises:
-        DiffuMaskError: on the CPU without a C++ compiler that works.
+        DiffuMaskError: there is no working C++ compiler, on the CPU.
     """
     if pipe.unet.device.type == "cpu":
         native.library()
     for part in (pipe.unet, pipe.vae):
         part.to(memory_format=torch.channels_last)
     decoder = getattr(pipe.vae, "decoder", None)
-    has_own = isinstance(decoder, torch.nn.Module)
     return CompiledEngine(
-        CompiledDenoiser(pipe.unet), CompiledDecoder(decoder, pipe.vae_scale_factor) if has_own else None
+        CompiledDenoiser(pipe.unet),
+        CompiledDecoder(decoder, pipe.vae_scale_factor) if isinstance(decoder, torch.nn.Module) else None,
     )
 
 
 class CompiledDenoiser:
-    """A compiled OptimizedUNet as a Denoiser; images are those of the eager one up to rounding.
+    """A compiled OptimizedUNet as a Denoiser; its images are those of the eager UNet up to rounding.
 
-    Calls of fewer rows than the first are padded with zeros, so that a run's last batch compiles nothing. What is kept
-    between steps, keys and values of the prompts and the transformed weights of convolutions, is made when a tensor of
-    encoder_hidden_states is first seen, and kept until the next one.
+    A call with fewer rows than an earlier one is padded with zeros, so that a run's last batch compiles nothing. The
+    prompts' keys and values and the convolutions' transformed weights are made at the first call with a new tensor of
+    encoder_hidden_states, and reused for the calls with the same tensor.
 
-    On CUDA a call without gradients or autocast is the replay of a graph. A UNet that has changed since, by LoRA, FreeU
-    or a move, is captured anew. Whether both halves of the latents are the same is not waited for before the replay: it
-    goes by the last call's answer, and where that was wrong, the results are thrown away.
+    On CUDA a call without gradients or autocast replays a graph. If the UNet was changed, by LoRA, FreeU or a move, it
+    is captured again. Each replay assumes the last call's answer to whether both halves of the latents are equal, so
+    that it starts without waiting for the GPU; if the assumption was wrong, the call is run again.
 
     Args:
         unet: a UNet2DConditionModel.
@@ -87,65 +88,65 @@ class CompiledDenoiser:
         """Predict the noise with maps, as UNetWithMaps."""
         latents, by_halves = call.latents, call.is_guided
         self.rows = max(self.rows, latents.shape[0])
-        self.rows += by_halves * self.rows % 2
+        self.rows += by_halves * self.rows % 2  # halves need an even number
         inputs = call.padded(self.rows, by_halves=by_halves)
         inputs = replace(
             inputs,
             latents=inputs.latents.contiguous(memory_format=torch.channels_last),
             timestep=_scalar(call.timestep, latents.device),
         )
-        as_graph = runs_as_graph(latents)
-        if as_graph:
-            self._see_to_graphs(latents.device)
-        self._look_at(call.encoder_hidden_states, inputs.encoder_hidden_states, as_graph)
+        graphs = self._current_graphs(latents.device) if runs_as_graph(latents) else None
+        self._refresh(call.encoder_hidden_states, inputs.encoder_hidden_states, graphs)
         kept = {"weights": self._weights, "text": None if call.unet_kwargs else self._text}
-        no_more = call.added is None and not call.unet_kwargs and self.model.unet.config.addition_embed_type is None
-        same = _same_halves(latents) if by_halves and no_more else None
-        results = (self._replay if as_graph else self._call)(inputs, kept, same)
+        config: Any = self.model.unet.config
+        only_text_differs = call.added is None and not call.unet_kwargs and config.addition_embed_type is None
+        equal = _equal_halves(latents) if by_halves and only_text_differs else None
+        if graphs is None:
+            results = self._run(inputs, **kept, twins=equal is not None and bool(equal))
+        else:
+            results = self._replay(graphs, inputs, kept, equal)
         return call.cut(results, by_halves=by_halves)
 
-    def _see_to_graphs(self, device: torch.device) -> None:
-        """Begin anew where the UNet is no longer what graphs have captured, or no call has as few rows any more."""
+    def _current_graphs(self, device: torch.device) -> Graphs:
+        """Return the graphs, new ones if the UNet is no longer the captured one or the number of rows has grown."""
         captured = [device, self.rows, *captured_state(self.model.unet)]
-        if captured != self._captured:
-            torch.cuda.synchronize(device)  # they may still run
+        if self._graphs is None or captured != self._captured:
+            torch.cuda.synchronize(device)  # the old graphs may still run
             self._graphs, self._captured, self._seen = Graphs(self._run, device), captured, ()
+        return self._graphs
 
-    def _look_at(self, states: Tensor, padded: Tensor, as_graph: bool) -> None:
-        """Make anew what is kept between steps, for other states or another number of rows."""
+    def _refresh(self, states: Tensor, padded: Tensor, graphs: Graphs | None) -> None:
+        """Make the keys, values and transformed weights again if the states, the rows or the weights are new."""
         version = None if states.is_inference() else states._version
-        seen = (padded.shape[0], as_graph, version, self._transformed.version())
+        seen = (padded.shape[0], graphs is not None, version, self._transformed.version())
         if not self._seen or self._seen[0] is not states or self._seen[1:] != seen:
-            text, self._weights = self.model.text(padded), self._transformed.now()
-            self._text = self._graphs.keep(text) if as_graph else text
+            text, self._weights = self.model.text(padded), self._transformed.current()
+            self._text = text if graphs is None else graphs.keep(text)
             self._seen = (states, *seen[:3], self._transformed.version())
-
-    def _call(self, inputs: UNetCall, kept: dict[str, Any], same: Tensor | None) -> Results:
-        return self._run(inputs, **kept, twins=same is not None and bool(same))
 
     def _run(self, inputs: UNetCall, **kept: Any) -> Results:
         with many_shapes():
             return self.model(inputs, **kept)
 
-    def _replay(self, inputs: UNetCall, kept: dict[str, Any], same: Tensor | None) -> Results:
-        if same is None:
-            return self._graphs(inputs, False, kept)
-        answer = Answer(same)
+    def _replay(self, graphs: Graphs, inputs: UNetCall, kept: dict[str, Any], equal: Tensor | None) -> Results:
+        if equal is None:
+            return graphs(inputs, False, kept)
+        answer = Answer(equal)
         guess = answer.wait() if self._twins is None else self._twins
-        results = self._graphs(inputs, guess, kept)
+        results = graphs(inputs, guess, kept)
         self._twins = answer.wait()
         if guess and not self._twins:
-            results = self._graphs(inputs, False, kept)
+            results = graphs(inputs, False, kept)
         return results
 
 
 def _scalar(timestep: Tensor | float, device: torch.device) -> Tensor:
-    """Bring a timestep to a device; a copy from the CPU would wait for all that the device has to do."""
+    """Make a timestep a scalar on a device; filled there, because a copy from the CPU waits for the device."""
     first = torch.as_tensor(timestep).flatten()[0]
     return first if first.device == device else torch.full((), first.item(), dtype=first.dtype, device=device)
 
 
-def _same_halves(latents: Tensor) -> Tensor:
-    """Tell whether both halves have the same bits, where the latents are."""
-    one, other = latents.detach().view(BITS[latents.element_size()]).chunk(2)
+def _equal_halves(latents: Tensor) -> Tensor:
+    """Tell whether both halves have the same bits: a bool on the device of the latents."""
+    one, other = latents.detach().view(INTEGERS[latents.element_size()]).chunk(2)
     return (one == other).all()

@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffumask_fast.borrow import patched
+from diffumask_fast.borrow import many_shapes, patched
 from diffumask_fast.engines.cpu_forwards import PIECE_BYTES, TransformedWeights, cheaper_forwards
-from diffumask_fast.engines.inductor import inductor, many_shapes
+from diffumask_fast.engines.inductor import inductor
 
 
 class CompiledDecoder:
-    """Decode by compiled code, on the CPU in pieces that its caches take; what fills no piece is padded.
+    """Decode with compiled code; on the CPU in pieces that fit into its caches, the last one padded.
 
     Args:
         decoder: of a VAE.
-        scale: pixels for a latent.
+        scale: pixels per latent along each side.
     """
 
     def __init__(self, decoder: nn.Module, scale: int) -> None:
@@ -31,12 +31,12 @@ class CompiledDecoder:
         self._compiled = torch.compile(self._optimized, dynamic=False, backend=inductor)
 
     def in_place(self) -> AbstractContextManager[None]:
-        """Let the decoder itself decode so inside the context."""
+        """Replace the decoder's forward by this one inside the context."""
         return patched("forward", {self.decoder: self})
 
     def __call__(self, latents: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Decode latents [B, C, h, w], as the decoder's forward."""
-        if any(isinstance(other, Tensor) for other in (*args, *kwargs.values())):  # an image or mask beside each row
+        if any(isinstance(other, Tensor) for other in (*args, *kwargs.values())):  # with a row for each image
             return self._forward(latents, *args, **kwargs)
         rows = latents.shape[0]
         piece = self._most = max(self._most, rows)
@@ -45,7 +45,7 @@ class CompiledDecoder:
             piece = min(self._most, max(1, PIECE_BYTES // image))
         padded = F.pad(latents, [0, 0] * (latents.ndim - 1) + [0, -rows % piece])
         parts = padded.contiguous(memory_format=torch.channels_last).split(piece)
-        transformed = self._weights.now()
+        transformed = self._weights.current()
         with many_shapes():
             return torch.cat([self._compiled(transformed, part, *args, **kwargs) for part in parts])[:rows]
 

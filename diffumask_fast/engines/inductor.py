@@ -1,10 +1,9 @@
-"""Compile with torch's inductor, and leave the process's own settings as they are."""
+"""Compile with torch's inductor without changing the process's settings."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,14 +14,14 @@ from diffumask_fast.kernels import source_hash
 from diffumask_fast.models.cache import cache_folder
 
 CODE_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
-VARIANTS = 128
 
 
 def inductor(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
-    """Compile a graph: a backend of torch.compile whose code is kept for later runs.
+    """Compile a graph: a backend of torch.compile that caches its code on disk for later runs.
 
-    In TORCHINDUCTOR_CACHE_DIR where that is set, else in `~/.cache/diffumask-fast/inductor`, in a folder for each state
-    of the kernels' sources, which torch's keys omit. Torch compiles one graph at a time, so that no other one sees it.
+    The cache is TORCHINDUCTOR_CACHE_DIR where that is set, else a folder in `~/.cache/diffumask-fast/inductor` named
+    after the hash of the kernels' sources, which torch's own cache keys leave out. Torch compiles one graph at a time,
+    so no other compilation sees the changed variable.
     """
     with patched_environment(CODE_FOLDER, _code_folder()):
         return torch._dynamo.lookup_backend("inductor")(graph, inputs, **options)
@@ -34,8 +33,3 @@ def _code_folder() -> str:
     if given and given != default_cache_dir():
         return given
     return str(cache_folder() / "inductor" / source_hash())
-
-
-def many_shapes() -> AbstractContextManager[None]:
-    """Let compiled code have more variants: each set of shapes is one, and past torch's limit a call would fail."""
-    return torch._dynamo.config.patch(recompile_limit=max(torch._dynamo.config.recompile_limit, VARIANTS))

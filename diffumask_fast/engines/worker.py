@@ -1,7 +1,8 @@
-"""What comes after the denoising of a batch, beside the denoising of the next."""
+"""Finish a batch while the next one is denoised."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -14,14 +15,14 @@ IN_FLIGHT = 2
 
 
 class StreamWorker:
-    """A thread with a CUDA stream of its own; where there is no CUDA, work is done at once by who hands it in.
+    """A thread with its own CUDA stream; without CUDA, `submit` runs the work at once in the caller's thread.
 
-    Two busy OpenMP programs on the same cores are slower than one after the other, so that the CPU gains nothing here.
-    The first piece of work is always done at once, for it may compile or tune what the others use.
+    On the CPU a thread would gain nothing: two busy OpenMP programs on the same cores are slower than one after the
+    other. The first piece of work always runs at once, because it may compile or tune what the others use.
 
     Args:
-        device: where the work's tensors are.
-        threaded: whether there is a thread; None is what suits the device.
+        device: of the work's tensors.
+        threaded: whether to use a thread; None uses one on CUDA.
     """
 
     def __init__(self, device: torch.device, threaded: bool | None = None) -> None:
@@ -33,12 +34,16 @@ class StreamWorker:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._begun = False
 
-    def submit(self, work: Callable[[], Any]) -> Future:
-        """Begin a piece of work; all that it reads must be finished, and its result be finished when it returns."""
-        later, self._begun = self._begun and self._pool is not None, True
-        if later:
+    def submit(self, work: Callable[[], Any]) -> Future[Any]:
+        """Start a piece of work.
+
+        Args:
+            work: may read only tensors that are already computed, and returns when its result is computed.
+        """
+        if self._pool is not None and self._begun:
             return self._pool.submit(self._run, work)
-        done: Future = Future()
+        self._begun = True
+        done: Future[Any] = Future()
         done.set_result(self._run(work))
         return done
 
@@ -56,6 +61,22 @@ class StreamWorker:
             self._pool.shutdown(cancel_futures=True)
 
 
+class Turn:
+    """Let one thread after the other do what changes a pipeline; a copy of it is of another pipeline, and new."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
+        return Turn, ()
+
+
 def to_host(*tensors: Tensor) -> list[np.ndarray]:
     """Copy tensors of one device to the CPU, on CUDA through pinned memory with one wait for all of them."""
     if not tensors[0].is_cuda:
@@ -64,4 +85,4 @@ def to_host(*tensors: Tensor) -> list[np.ndarray]:
     for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor, non_blocking=True)
     torch.cuda.current_stream(tensors[0].device).synchronize()
-    return [copy.numpy().copy() for copy in copies]  # page-locked memory is scarce, and results may be kept for long
+    return [copy.numpy().copy() for copy in copies]  # frees the pinned memory, which is scarce

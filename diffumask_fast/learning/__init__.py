@@ -1,1 +1,1 @@
-"""What the datasets are for: judging masks, and training on them."""
+"""The use of datasets: judging masks, and training on them."""

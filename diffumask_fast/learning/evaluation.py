@@ -1,4 +1,4 @@
-"""How good masks are: IoU with the masks that a segmenter predicts of the images."""
+"""Judge masks by their IoU with the masks that a segmenter predicts from the images."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.own_files import check_own
 
 MODELS = ("mini-oracle",)
-VISIBLE = 0.01  # an object that covers a larger share of the image counts as seen
+VISIBLE = 0.01  # the share of the image above which an object counts as seen
 WORST = 20
 BATCH_PIXELS = 3 * 8 * 1024 * 1024  # and channels; larger images come fewer at a time
 THRESHOLDS = np.arange(0.02, 1, 0.02, dtype=np.float32)
 
 
 class Segmenter(Protocol):
-    """What judges: it predicts masks whose values are those of `class_ids`."""
+    """A model that predicts masks from images; the values of its masks are those of `class_ids`."""
 
     @property
     def class_ids(self) -> Mapping[str, int]:
@@ -42,7 +42,7 @@ class Segmenter(Protocol):
 
 
 class Judged(NamedTuple):
-    """An image beside its two masks, and their IoU of any class against background."""
+    """An image, its mask and the predicted one (`truth`), and their IoU of any class against background."""
 
     iou: float
     key: str
@@ -75,9 +75,9 @@ class Metrics:
         """Add one row.
 
         Args:
-            row: of a dataset, which may number its classes in its own way.
-            truth: [H, W] uint8, what the segmenter predicts of the row's image.
-            class_ids: name -> value in truth, of the classes that the segmenter knows.
+            row: of a dataset; its class ids may differ from the segmenter's.
+            truth: [H, W] uint8, the mask that the segmenter predicts from the row's image.
+            class_ids: name -> value in truth, of all classes that the segmenter knows.
             options: how the row's mask was refined.
 
         Raises:
@@ -99,11 +99,11 @@ class Metrics:
             same, either = (mask == value) & (truth == value), (mask == value) | (truth == value)
             self.counts[value] += ((same & known).sum(), (either & known).sum())
         self.class_ids |= dict(zip(row.classes, ids, strict=True))
-        iou = overlap((mask > 0) & known, (truth > 0) & known)
+        iou = binary_iou((mask > 0) & known, (truth > 0) & known)
         self.foreground.append(iou)
         for values, width in ((self.boundary, boundary_width), (self.official_boundary, official_width)):
             edges = (boundary(part > 0, width(part.shape)) & known for part in (mask, truth))
-            values.append(overlap(*edges))
+            values.append(binary_iou(*edges))
         self.seen.append(all((part == value).mean() > VISIBLE for value in ids for part in (mask, truth)))
         if len(ids) == 1:
             largest = np.bincount(truth[truth > 0], minlength=1).argmax()
@@ -114,7 +114,7 @@ class Metrics:
         del self.worst[WORST:]
 
     def compute(self) -> dict[str, Any]:
-        """Return the figures that `evaluate` describes."""
+        """Return the figures, as `evaluate` describes them."""
         per_class = {
             name: float(self.counts[i, 0] / max(self.counts[i, 1], 1)) for name, i in sorted(self.class_ids.items())
         }
@@ -185,7 +185,7 @@ def evaluate(
     if not metrics.foreground:
         raise DiffuMaskError(f"{options.data} holds no row to judge: let rejected rows count too, or draw more.")
     if options.sheet is not None:
-        write_png(options.sheet, sheet([_worst_tile(one) for one in metrics.worst], columns=3))
+        write_png(options.sheet, sheet([_worst_tile(judged) for judged in metrics.worst], columns=3))
     return metrics.compute()
 
 
@@ -207,18 +207,18 @@ def predict(segmenter: Segmenter, images: list[np.ndarray]) -> list[np.ndarray]:
     """Return the segmenter's masks, uint8 [H, W], of images uint8 [H, W, 3] of any sizes."""
     masks: dict[int, np.ndarray] = {}
     for shape in {image.shape for image in images}:
-        places = [place for place, image in enumerate(images) if image.shape == shape]
+        indices = [index for index, image in enumerate(images) if image.shape == shape]
         height, width = shape[:2]
         edges = ((0, 0), (0, -height % 16), (0, -width % 16), (0, 0))
-        predicted = segmenter.masks(np.pad(np.stack([images[place] for place in places]), edges, "edge"))
-        masks |= {place: mask[:height, :width] for place, mask in zip(places, predicted, strict=True)}
-    return [masks[place] for place in range(len(images))]
+        predicted = segmenter.masks(np.pad(np.stack([images[index] for index in indices]), edges, "edge"))
+        masks |= {index: mask[:height, :width] for index, mask in zip(indices, predicted, strict=True)}
+    return [masks[index] for index in range(len(images))]
 
 
-def overlap(mask: np.ndarray, truth: np.ndarray) -> float:
+def binary_iou(mask: np.ndarray, truth: np.ndarray) -> float:
     """Return the IoU of two bool arrays; 1 where both are empty."""
-    either = np.count_nonzero(mask | truth)
-    return np.count_nonzero(mask & truth) / either if either else 1.0
+    union = np.count_nonzero(mask | truth)
+    return np.count_nonzero(mask & truth) / union if union else 1.0
 
 
 def boundary_width(shape: Sequence[int]) -> int:

@@ -1,9 +1,9 @@
-"""Scenes of the composed world as a latent diffusion model is trained on them: encoded once, kept in a file.
+"""Compose and encode scenes of the world for training, and keep their latents in a file.
 
     python -m diffumask_fast.mini.latents FOLDER/0.safetensors --vae OUT/vae --num 8000 --first 0
 
-A folder of such files (2.5 KB a scene) serves all runs of `mini.train --latents FOLDER` on this VAE, on this machine or
-another; several processes may fill it.
+All runs of `mini.train --latents FOLDER` with this VAE can read a folder of such files (2.5 KB a scene), on any
+machine. Several processes can fill the folder at the same time.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from diffumask_fast.mini.world import World, load_sprites
 
 def compose(world: World, seed: int, first: int, num: int) -> tuple[Tensor, Tensor, list[str]]:
     """Compose scenes first .. first + num of a world: images uint8 [B, 3, H, W], masks uint8 [B, H, W], prompts."""
-    drawn = [world.scene(seed, index) for index in range(first, first + num)]
-    images = torch.stack([torch.from_numpy(scene.image) for scene in drawn]).permute(0, 3, 1, 2).contiguous()
-    masks = torch.stack([torch.from_numpy(scene.mask) for scene in drawn])
-    return images, masks, [scene.prompt for scene in drawn]
+    scenes = [world.scene(seed, index) for index in range(first, first + num)]
+    images = torch.stack([torch.from_numpy(scene.image) for scene in scenes]).permute(0, 3, 1, 2).contiguous()
+    masks = torch.stack([torch.from_numpy(scene.mask) for scene in scenes])
+    return images, masks, [scene.prompt for scene in scenes]
 
 
 def load_vae(file: Path) -> nn.Module:
-    """Return an AutoencoderTiny of diffusers' default form with the weights of a safetensors file, in fp32."""
+    """Return an AutoencoderTiny with diffusers' default configuration and a safetensors file's weights, in fp32."""
     from diffusers import AutoencoderTiny
     from safetensors.torch import load_file
 
@@ -68,7 +68,11 @@ def encode_scenes(
     num: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compose and encode scenes: scaled latents [P, 4, h, w], token ids [P, 77], share of object [P, 1, h, w]."""
+    """Compose and encode P scenes.
+
+    Returns:
+        latents [P, 4, h, w], scaled; token ids [P, 77]; [P, 1, h, w], the share of a latent's pixels on an object.
+    """
     latents, ids, shares = [], [], []
     for start in range(first, first + num, 500):
         images, masks, prompts = compose(world, seed, start, min(500, first + num - start))
@@ -89,7 +93,7 @@ def save_latents(file: Path, latents: Tensor, ids: Tensor, shares: Tensor) -> No
 
 
 def load_latents(folder: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """Read the encoded scenes of all files of a folder as one pool, as `encode_scenes` gives them."""
+    """Read the encoded scenes of all files in a folder, in the form that `encode_scenes` returns."""
     from safetensors.torch import load_file
 
     parts = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]

@@ -1,7 +1,7 @@
-"""The judge: a small segmenter trained on the composed world's exact masks.
+"""The oracle: a small segmenter trained on the composed world's exact masks.
 
-It says what the embedded model drew, so that masks can be measured on generated images. It takes no part in making
-masks: tests, bench and `diffumask-fast evaluate mini-oracle` read it, nothing else.
+It predicts the masks of images that the embedded model drew, so that generated masks can be compared with them. Only
+tests, the bench and `diffumask-fast evaluate mini-oracle` use it; no mask is made with it.
 
     python -m diffumask_fast.mini.oracle OUT --steps 7000 [--init-from FILE]      trains OUT/oracle.safetensors
 """
@@ -75,15 +75,15 @@ class Oracle(nn.Module):
         """Return the predicted masks, uint8 [B, H, W] of VOC's class ids, of images uint8 [B, H, W, 3]."""
         device = self.stem.weight.device
         ids = torch.tensor([0, *self.class_ids.values()], dtype=torch.uint8)
-        found = []
+        masks = []
         for start in range(0, len(images), batch):
             part = torch.from_numpy(np.ascontiguousarray(images[start : start + batch])).permute(0, 3, 1, 2)
-            found.append(ids[self(part.to(device).float() / 127.5 - 1).argmax(1).cpu()])
-        return torch.cat(found).numpy()
+            masks.append(ids[self(part.to(device).float() / 127.5 - 1).argmax(1).cpu()])
+        return torch.cat(masks).numpy()
 
 
 def load_oracle(file: Path | None = None) -> Oracle:
-    """Return the trained oracle in fp32, ready to judge; the packaged one when `file` is None."""
+    """Return a trained oracle in fp32, ready to predict; the packaged one if `file` is None."""
     from safetensors import safe_open
 
     with safe_open(file or WEIGHTS, "pt") as stored:
@@ -93,12 +93,12 @@ def load_oracle(file: Path | None = None) -> Oracle:
 
 
 def in_channels_last(module: Any) -> Any:
-    """Return a module with its weights in channels_last, which is faster on a CPU."""
+    """Return a module with its weights in channels_last, which is faster on CPUs."""
     return module.to(memory_format=torch.channels_last)
 
 
 def save_oracle(oracle: Any, file: Path) -> None:
-    """Write the oracle in fp16 under a temporary name, then put it in its place."""
+    """Write the oracle in fp16 under a temporary name, then rename the file."""
     from safetensors.torch import save_file
 
     halves = {
@@ -111,7 +111,7 @@ def save_oracle(oracle: Any, file: Path) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train on exact scenes and VAE round trips, some warped, some half hidden under a part of another scene."""
+    """Train on scenes and their VAE round trips; some are warped, some are partly covered by another scene."""
     from diffusers import AutoencoderTiny
 
     from diffumask_fast.mini.latents import compose
@@ -152,20 +152,20 @@ def train(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def take_weights(oracle: Any, trained: Any) -> None:
-    """Give an oracle the weights of a trained one; classes that the trained one does not know start anew."""
-    same = {name: tensor for name, tensor in trained.state_dict().items() if not name.startswith("head")}
-    oracle.load_state_dict(same, strict=False)
+    """Copy a trained oracle's weights; the head keeps its own for classes that the trained one does not know."""
+    body = {name: tensor for name, tensor in trained.state_dict().items() if not name.startswith("head")}
+    oracle.load_state_dict(body, strict=False)
     names, known = ["background", *oracle.classes], ["background", *trained.classes]
     for name in set(names) & set(known):
-        to, start = 4 * names.index(name), 4 * known.index(name)
-        oracle.head.weight[to : to + 4] = trained.head.weight[start : start + 4]
-        oracle.head.bias[to : to + 4] = trained.head.bias[start : start + 4]
+        target, source = 4 * names.index(name), 4 * known.index(name)
+        oracle.head.weight[target : target + 4] = trained.head.weight[source : source + 4]
+        oracle.head.bias[target : target + 4] = trained.head.bias[source : source + 4]
 
 
 @torch.no_grad()
 @torch.autocast("cpu", torch.bfloat16)
 def round_trips(vae: Any, images: Tensor, generator: torch.Generator, noise: float) -> Tensor:
-    """Return uint8 images after encoding, up to `noise` standard deviations of noise on the latents, and decoding."""
+    """Encode and decode uint8 images, with up to `noise` standard deviations of noise on the latents."""
     parts = []
     for part in images.split(32):
         latents = vae.encode((part.float() / 127.5 - 1).to(memory_format=torch.channels_last)).latents
@@ -176,7 +176,7 @@ def round_trips(vae: Any, images: Tensor, generator: torch.Generator, noise: flo
 
 
 def augment(x: Tensor, y: Tensor, generator: torch.Generator, chance: float = 1 / 3) -> tuple[Tensor, Tensor]:
-    """Warp images smoothly, and cover a part of them with the same part of their neighbour, each by chance."""
+    """Warp images smoothly, and cover parts of them by the previous image in the batch, each with this chance."""
     batch, size = len(x), x.shape[-1]
     share = torch.rand(2, batch, generator=generator) < chance
     wave = F.interpolate(torch.randn(batch, 2, 5, 5, generator=generator), (size, size), mode="bicubic")
@@ -198,7 +198,7 @@ def augment(x: Tensor, y: Tensor, generator: torch.Generator, chance: float = 1 
 
 
 def copy_buffers(module: nn.Module, average: nn.Module) -> None:
-    """Give the averaged weights the running statistics of the trained ones."""
+    """Copy the running statistics of a module's norms to its average."""
     for source, target in zip(module.buffers(), average.buffers(), strict=True):
         target.copy_(source)
 

@@ -9,7 +9,7 @@ from diffumask_fast.mini.world import SCENES, VOC
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 COLOURS = "red green blue yellow orange purple brown black white grey".split()
-# "aeroplane" stays out, so that one class name of a single word is several tokens, as rare words are for CLIP.
+# without "aeroplane": so one class name is a word of several tokens, as rare words are for CLIP
 LEXICON = sorted(
     {word for entry in VOC.values() for word in entry.phrase.split() if entry.name != "aeroplane"}
     | {word for phrase in SCENES.values() for word in phrase.split()}
@@ -25,7 +25,7 @@ def byte_alphabet() -> list[str]:
 
 
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Return the byte-pair merges that make each word one token: most frequent pair first, ties alphabetically."""
+    """Return byte-pair merges that make each word one token: the most frequent pair first, ties in sorted order."""
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges: list[tuple[str, str]] = []
     while True:

@@ -1,13 +1,13 @@
-"""Train the embedded model on the composed world: first the VAE, or a ready one, then UNet and text encoder.
+"""Train the embedded model on the composed world: a VAE (or take a trained one), then UNet and text encoder.
 
     python -m diffumask_fast.mini.train OUT --stage vae  --steps 3200
-    python -m diffumask_fast.mini.train OUT --stage ready --vae taesd.safetensors       (in place of it)
-    python -m diffumask_fast.mini.latents FOLDER/0.safetensors --vae OUT/vae --num 8000   (encodes once)
+    python -m diffumask_fast.mini.train OUT --stage ready --vae taesd.safetensors       (or take this one)
+    python -m diffumask_fast.mini.latents FOLDER/0.safetensors --vae OUT/vae --num 8000   (optional)
     python -m diffumask_fast.mini.train OUT --stage unet --steps 5000 [--latents FOLDER] [--init-from OUT]
     python -m diffumask_fast.mini.train OUT --stage decoder --steps 6000 --init-from OUT
 
-OUT becomes a diffusers folder of fp16 safetensors with averaged (EMA) weights, saved every few minutes, so that a
-killed run loses little: start it again with `--init-from OUT`. One CPU core suffices; with CUDA it runs in bf16 there.
+OUT becomes a diffusers folder of fp16 safetensors with averaged (EMA) weights. It is saved every few minutes: after a
+killed run, start again with `--init-from OUT`. One CPU core is enough; with CUDA, training runs there. Both use bf16.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from diffumask_fast.mini.tokenizer import write_tokenizer
 from diffumask_fast.mini.world import HOME, SCENES, World, load_sprites
 
 SAVE_SECONDS = 240
-READ_STEPS = 500  # then --latents is read again: files may have come
+READ_STEPS = 500  # steps after which --latents is read again, for new files
 DEFAULTS = {
     "num_inference_steps": 25, "guidance_scale": 4.0, "scheduler": "DPMSolverMultistepScheduler",
     "mask": {"aggregation": "finest", "propagate": 1},
@@ -69,10 +69,10 @@ def new_unet() -> Any:
 
 
 def new_text_encoder(tokenizer: Any) -> Any:
-    """Return an untrained CLIP text encoder without layers: a token's state depends on the token alone.
+    """Return an untrained CLIP text encoder without layers: a token's state depends on its id and position alone.
 
-    A causal encoder lets every later token know the class word, and the padding then draws most of the attention.
-    Without mixing the word's own token must carry the meaning, and its map is the object's.
+    In a causal encoder all later tokens carry the class word's meaning too, and the padding then gets most of the
+    attention. Without layers only the word's own token carries it, so the token's map shows the object.
     """
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -85,7 +85,7 @@ def new_text_encoder(tokenizer: Any) -> Any:
 
 
 def new_scheduler() -> Any:
-    """Return the scheduler that the folder names; training uses its noise schedule."""
+    """Return the scheduler of the folder; training uses its noise schedule."""
     from diffusers import DPMSolverMultistepScheduler
 
     return DPMSolverMultistepScheduler(
@@ -112,20 +112,20 @@ class Ema:
 def optimiser(
     modules: Sequence[nn.Module], lr: float, steps: int, warmup: int = 150
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, list[nn.Parameter]]:
-    """Return AdamW with a short warm-up and a cosine decay to zero."""
+    """Return AdamW, its schedule (a warm-up, then cosine decay to zero) and the trained parameters."""
     parameters = [p for module in modules for p in module.parameters()]
     adam = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.01)
-    shape = lambda s: min((s + 1) / warmup, 1) * (0.5 + 0.5 * math.cos(math.pi * min(s / steps, 1)))  # noqa: E731
-    return adam, torch.optim.lr_scheduler.LambdaLR(adam, shape), parameters
+    factor = lambda s: min((s + 1) / warmup, 1) * (0.5 + 0.5 * math.cos(math.pi * min(s / steps, 1)))  # noqa: E731
+    return adam, torch.optim.lr_scheduler.LambdaLR(adam, factor), parameters
 
 
 def save(folder: Path, module: Any, name: str) -> None:
-    """Write one component in fp16 under a temporary name, then put it in its place."""
+    """Write one component in fp16 under a temporary name, then rename its files."""
     temporary = folder / f".{name}.tmp"
     copy.deepcopy(module).half().save_pretrained(temporary, safe_serialization=True)
     config = json.loads((temporary / "config.json").read_text("utf-8"))
     config.pop("_name_or_path", None)
-    if "dtype" in config:  # transformers would otherwise load fp16 where diffusers' components are fp32
+    if "dtype" in config:  # else transformers would load it in fp16, and diffusers the others in fp32
         config["dtype"] = "float32"
     (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     final = folder / name
@@ -137,18 +137,19 @@ def save(folder: Path, module: Any, name: str) -> None:
 
 
 def train_vae(args: argparse.Namespace, world: World, device: torch.device) -> None:
-    """Train the VAE: L1 and squared error, weighted on the object, and gradients at three scales; noisy latents.
+    """Train the VAE with noise on its latents.
 
-    The stage "decoder" leaves the encoder, and so the latents that a UNet has learnt, as they are.
+    The loss is L1 and squared error, higher on objects, and the error's gradients at three scales. Stage "decoder"
+    trains the decoder alone: a trained UNet goes on working, because its latents stay the same.
     """
     from diffusers import AutoencoderTiny
 
     vae = AutoencoderTiny.from_pretrained(args.init_from, subfolder="vae").float() if args.init_from else new_vae()
     vae = vae.to(device, memory_format=torch.channels_last)
-    whole = args.stage == "vae"
-    vae.encoder.requires_grad_(whole)
+    trains_encoder = args.stage == "vae"
+    vae.encoder.requires_grad_(trains_encoder)
     ema = Ema([vae])
-    adam, schedule, parameters = optimiser([vae if whole else vae.decoder], args.lr or 1.5e-3, args.steps)
+    adam, schedule, parameters = optimiser([vae if trains_encoder else vae.decoder], args.lr or 1.5e-3, args.steps)
     generator = torch.Generator().manual_seed(args.seed)
     log, batch = Log(args, args.stage), args.batch_size or 8
     refresh = max(1, 5 * args.pool // batch)
@@ -159,7 +160,7 @@ def train_vae(args: argparse.Namespace, world: World, device: torch.device) -> N
         x = (images[rows].to(device).float() / 127.5 - 1).to(memory_format=torch.channels_last)
         weight = pixel_weights(masks[rows].to(device) > 0, args.outline_weight)
         with torch.autocast(device.type, torch.bfloat16):
-            with torch.set_grad_enabled(whole):
+            with torch.set_grad_enabled(trains_encoder):
                 latents = vae.encode(x).latents
             noisy = latents + args.latent_noise * latents.detach().float().std() * torch.randn_like(latents)
             decoded = vae.decode(noisy).sample
@@ -171,12 +172,12 @@ def train_vae(args: argparse.Namespace, world: World, device: torch.device) -> N
         if log.step(step, loss, error.detach().square().mean() / 4):
             finish_vae(args, ema.averages[0], images)
     finish_vae(args, ema.averages[0], images)
-    held = compose(world, args.seed, 10**6, 256)[0]
-    log.close(step, psnr_new_scenes_db=round(psnr(ema.averages[0], held), 2))
+    new_scenes = compose(world, args.seed, 10**6, 256)[0]
+    log.close(step, psnr_new_scenes_db=round(psnr(ema.averages[0], new_scenes), 2))
 
 
 def pixel_weights(inside: Tensor, outline: float) -> Tensor:
-    """Return [B, 1, H, W] for masks bool [B, H, W]: 1, 3 on and near the object, more on its outline."""
+    """Return weights [B, 1, H, W] for bool masks [B, H, W]: 1, near and on an object 3, on its outline more."""
     inside = inside.float()[:, None]
     near = F.max_pool2d(inside, 5, 1, 2)
     return 1 + 2 * near + outline * (F.max_pool2d(inside, 3, 1, 1) + F.max_pool2d(-inside, 3, 1, 1))
@@ -193,7 +194,7 @@ def gradient_loss(error: Tensor) -> Tensor:
 
 @torch.no_grad()
 def psnr(vae: Any, images: Tensor) -> float:
-    """Return the mean PSNR in dB of the round trip of uint8 images."""
+    """Return the mean PSNR in dB of uint8 images after encoding and decoding."""
     values = []
     for part in images.split(32):
         x = part.to(vae.device).float() / 255
@@ -209,13 +210,13 @@ def finish_vae(args: argparse.Namespace, vae: Any, images: Tensor) -> None:
 
 
 def take_vae(args: argparse.Namespace, world: World, device: torch.device) -> None:
-    """Take a ready VAE, of diffusers' default form, and scale its latents of the world to unit variance."""
+    """Take a trained AutoencoderTiny; set the scaling factor that gives the world's latents unit variance."""
     vae = load_vae(args.vae).to(device)
     finish_vae(args, vae, compose(world, args.seed, args.first, 512)[0])
 
 
 def load_text(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Return tokenizer and text encoder: new, or those of --init-from."""
+    """Return the tokenizer, and a new text encoder or the one of --init-from."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
     write_tokenizer(args.out / "tokenizer")
@@ -226,7 +227,7 @@ def load_text(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def train_unet(args: argparse.Namespace, world: World, device: torch.device) -> None:
-    """Train UNet and text encoder on v-prediction, squared error, weighted on the object; 10 % empty prompts."""
+    """Train UNet and text encoder: v-prediction, squared error, higher on objects; 10 % of the prompts are empty."""
     from diffusers import AutoencoderTiny, UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor
 
@@ -236,7 +237,7 @@ def train_unet(args: argparse.Namespace, world: World, device: torch.device) -> 
     unet = UNet2DConditionModel.from_pretrained(init, subfolder="unet").float() if init else new_unet()
     unet, text = unet.to(device), text.to(device)
     if device.type == "cpu":
-        unet.set_attn_processor(AttnProcessor())  # explicit products: SDPA's backward is slower on CPU
+        unet.set_attn_processor(AttnProcessor())  # SDPA's backward is slower on the CPU
     ema = Ema([unet, text])
     adam, schedule, parameters = optimiser([unet, text], args.lr or 8e-4, args.steps)
     scheduler = new_scheduler()
@@ -275,7 +276,7 @@ def train_unet(args: argparse.Namespace, world: World, device: torch.device) -> 
 
 
 def write_index(folder: Path, world: World) -> None:
-    """Write what makes the folder a diffusers pipeline, and its classes, scenes and defaults (`diffumask.json`)."""
+    """Write the scheduler and model_index.json of a pipeline, and `diffumask.json`: classes, scenes, defaults."""
     import diffusers
 
     scheduler = new_scheduler()
@@ -289,12 +290,12 @@ def write_index(folder: Path, world: World) -> None:
     }  # fmt: skip
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
     if not (folder / "diffumask.json").exists():
-        known = {"classes": world.classes, "scenes": suited(), **DEFAULTS}
-        (folder / "diffumask.json").write_text(json.dumps(known, indent=2) + "\n", "utf-8")
+        info = {"classes": world.classes, "scenes": classes_by_scene(), **DEFAULTS}
+        (folder / "diffumask.json").write_text(json.dumps(info, indent=2) + "\n", "utf-8")
 
 
-def suited() -> dict[str, list[str]]:
-    """Return each scene's words with the classes that are at home there."""
+def classes_by_scene() -> dict[str, list[str]]:
+    """Return phrase of a scene -> the classes that belong there."""
     return {words: [name for name, home in HOME.items() if scene in home] for scene, words in SCENES.items()}
 
 
@@ -312,7 +313,7 @@ def descend(
 
 
 class Log:
-    """Progress lines, and one JSON line per stage in OUT/training.jsonl when it ends."""
+    """Prints progress, and appends a JSON line to OUT/training.jsonl at the end of a stage."""
 
     def __init__(self, args: argparse.Namespace, stage: str) -> None:
         self.args, self.stage = args, stage
@@ -320,13 +321,13 @@ class Log:
         self.start = self.saved = time.monotonic()
 
     def step(self, step: int, *values: Tensor) -> bool:
-        """Note the losses; return True when it is time to save."""
-        now = torch.stack([value.detach().float() for value in values])
-        self.mean = now if self.mean is None else torch.lerp(self.mean, now, 0.02)
+        """Add the losses of a step to their moving mean; return True when it is time to save."""
+        losses = torch.stack([value.detach().float() for value in values])
+        self.mean = losses if self.mean is None else torch.lerp(self.mean, losses, 0.02)
         if step % 50 == 0:
             seconds = time.monotonic() - self.start
-            losses = " ".join(f"{value:.4f}" for value in self.mean.tolist())
-            print(f"{self.stage} {step}/{self.args.steps} loss {losses} {seconds:.0f} s", flush=True)
+            means = " ".join(f"{value:.4f}" for value in self.mean.tolist())
+            print(f"{self.stage} {step}/{self.args.steps} loss {means} {seconds:.0f} s", flush=True)
         due = time.monotonic() - self.saved > SAVE_SECONDS
         if due:
             self.saved = time.monotonic()

@@ -1,4 +1,4 @@
-"""Where compiled code and engines are kept between runs."""
+"""The folder that keeps compiled code and engines between runs."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Return where this user's caches are kept: $XDG_CACHE_HOME/diffumask-fast, or ~/.cache/diffumask-fast."""
+    """Return the folder of this user's caches: $XDG_CACHE_HOME/diffumask-fast, or ~/.cache/diffumask-fast."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffumask-fast"

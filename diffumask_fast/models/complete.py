@@ -1,4 +1,4 @@
-"""Load a folder's components one by one, and refuse those whose files do not hold what their configuration asks for."""
+"""Load a folder's components one by one, and refuse those whose weights do not match their configuration."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 
 SENTENCE = "a photo of a dog on the grass"
-NAMED = 3  # tensors of a kind that an error names
+MAX_NAMED = 3  # tensors that an error names, of each fault
 
 
 def load_models(folder: Path, dtype: torch.dtype, held: Collection[str] = ()) -> dict[str, torch.nn.Module]:
-    """Load each model that a diffusers folder names, and check that its weights are all there and no others.
+    """Load each model that a diffusers folder names, and check that no weights are missing or unexpected.
 
     Components of other libraries than diffusers and transformers are left to diffusers.
 
     Args:
         folder: a checked diffusers folder.
         dtype: of the weights.
-        held: components that come from elsewhere.
+        held: names of the components to leave out, because they come from elsewhere.
 
     Returns:
         name of the component -> model.
 
     Raises:
-        DiffuMaskError: naming tensors that a file lacks, that no layer takes, or that have another shape.
+        DiffuMaskError: tensors are missing, unexpected or of a wrong shape; names some of them.
     """
     index = json.loads((folder / "model_index.json").read_text("utf-8"))
     kinds = {name: _kind_of(value) for name, value in index.items() if name not in held}
@@ -46,15 +46,15 @@ def _kind_of(value: Any) -> type | None:
         return None
     library, name = value
     known = library in ("diffusers", "transformers")
-    home = importlib.import_module(library) if known else getattr(pipelines, library, None)
-    kind = getattr(home, name, None)
+    module = importlib.import_module(library) if known else getattr(pipelines, library, None)
+    kind = getattr(module, name, None)
     return kind if isinstance(kind, type) and issubclass(kind, ModelMixin | PreTrainedModel) else None
 
 
 def _load(kind: Any, part: Path, dtype: torch.dtype) -> torch.nn.Module:
     model, report = kind.from_pretrained(
         str(part), torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True,
-        # so that the report names them; they are refused below
+        # so that they are reported, and refused below
         ignore_mismatched_sizes=True, variant=_variant(part),
     )  # fmt: skip
     faults = [
@@ -62,9 +62,9 @@ def _load(kind: Any, part: Path, dtype: torch.dtype) -> torch.nn.Module:
         (report["unexpected_keys"], "holds, beyond what config.json asks for,"),
         ([key[0] for key in report["mismatched_keys"]], "has other shapes than config.json asks for in"),
     ]
-    told = [f"{words} {_some(keys)}" for keys, words in faults if keys]
-    if told:
-        raise DiffuMaskError(f"{part} {' and '.join(told)}: fetch the model again.")
+    clauses = [f"{words} {_first_names(keys)}" for keys, words in faults if keys]
+    if clauses:
+        raise DiffuMaskError(f"{part} {' and '.join(clauses)}: fetch the model again.")
     return model
 
 
@@ -74,17 +74,17 @@ def _variant(part: Path) -> str | None:
     return "fp16" if names and all(".fp16" in name for name in names) else None
 
 
-def _some(keys: Collection[str]) -> str:
+def _first_names(keys: Collection[str]) -> str:
     names = sorted(keys)
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{', '.join(names[:NAMED])}{more}"
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return f"{', '.join(names[:MAX_NAMED])}{more}"
 
 
 def try_tokenizers(pipe: DiffusersPipeline, folder: Path) -> None:
-    """Encode a sentence with each tokenizer of a pipeline, and compare what comes out with the text encoder beside it.
+    """Encode a sentence with each tokenizer of a pipeline, and check that its text encoder takes the result.
 
     Raises:
-        DiffuMaskError: no words are known, prompts have no length, or an id is none of the text encoder's.
+        DiffuMaskError: a tokenizer knows no word of it, has no maximum length, or has more tokens than its encoder.
     """
     for name in ("tokenizer", "tokenizer_2"):
         tokenizer, encoder = (getattr(pipe, part, None) for part in (name, name.replace("tokenizer", "text_encoder")))
@@ -94,15 +94,15 @@ def try_tokenizers(pipe: DiffusersPipeline, folder: Path) -> None:
         if not ids or all(i == tokenizer.unk_token_id for i in ids):
             raise DiffuMaskError(f"{folder / name} knows no word of {SENTENCE!r}: fetch the model again.")
         config = getattr(encoder, "config", None)
-        most = getattr(config, "max_position_embeddings", None)
-        if most is not None and tokenizer.model_max_length > most:
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and tokenizer.model_max_length > positions:
             raise DiffuMaskError(
-                f"{folder / name} has no model_max_length up to {most}, the positions of its text encoder: put it into "
-                "tokenizer_config.json, or fetch the model again."
+                f"{folder / name} has no model_max_length up to {positions}, the positions of its text encoder: put it "
+                "into tokenizer_config.json, or fetch the model again."
             )
-        size = getattr(config, "vocab_size", None)
-        if size is not None and max(*ids, len(tokenizer) - 1) >= size:
+        vocab_size = getattr(config, "vocab_size", None)
+        if vocab_size is not None and max(*ids, len(tokenizer) - 1) >= vocab_size:
             raise DiffuMaskError(
-                f"{folder / name} has {len(tokenizer)} tokens and its text encoder knows {size}: the two are of "
+                f"{folder / name} has {len(tokenizer)} tokens and its text encoder knows {vocab_size}: the two are of "
                 "different models, fetch the model again."
             )

@@ -1,4 +1,4 @@
-"""From latents to pixels: inside the diffusers pipeline's call, or after it where that is known to be the same."""
+"""Decode latents: inside the diffusers pipeline's call, or after it where the result is known to be the same."""
 
 from __future__ import annotations
 
@@ -11,33 +11,46 @@ import torch
 from torch import Tensor
 
 from diffumask_fast.borrow import patched
+from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 from diffumask_fast.results import Seconds
 
 
 def decodes_later(pipe: DiffusersPipeline) -> bool:
-    """Tell whether `decode` after a call for latents gives what the call itself would have given."""
+    """Tell whether a call for latents, followed by `decode`, gives the pixels that the call itself would give."""
     from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, StableDiffusionXLPipeline
 
     kind: Any = type(pipe)
     extras = ("safety_checker", "watermark")
     return (
-        # their call ends in VAE and image processor, and nothing else; these VAEs draw no noise of their own
+        # their calls end with the VAE and the image processor alone; these VAEs decode without noise
         kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)
         and type(pipe.vae) in (AutoencoderKL, AutoencoderTiny)
         and not (_is_xl(pipe) and pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast)
         and all(getattr(pipe, name, None) is None for name in extras)
-        and not hasattr(pipe.vae, "_hf_hook")  # offloaded models come and go with the call
+        and not hasattr(pipe.vae, "_hf_hook")  # an offloaded VAE is on the device during the call alone
     )
 
 
+def finished(output: Any, pipe: DiffusersPipeline) -> Tensor:
+    """Wait for what a pipeline's call gave.
+
+    Raises:
+        DiffuMaskError: it is no tensor, for a few pipelines do not know other output types than their own.
+    """
+    if not isinstance(output, Tensor):
+        raise DiffuMaskError(f"{type(pipe).__name__} gives its images not as tensors: use collect_maps with it.")
+    _wait(output)
+    return output
+
+
 def decode(pipe: DiffusersPipeline, latents: Tensor, seconds: Seconds) -> Tensor:
-    """Decode the latents of such a pipeline.
+    """Decode latents as the pipeline's own call would.
 
     Args:
-        pipe: one for which `decodes_later`.
+        pipe: one that `decodes_later`.
         latents: [B, C, h, w], as its call gives them.
-        seconds: where the time is added.
+        seconds: the time of decoding is added to it.
 
     Returns:
         [B, 3, H, W] in 0..1.
@@ -51,9 +64,9 @@ def decode(pipe: DiffusersPipeline, latents: Tensor, seconds: Seconds) -> Tensor
         latents = latents * std / config.scaling_factor + mean
     else:
         latents = latents / config.scaling_factor
-    weight = next(pipe.vae.parameters())
-    pixels = pipe.vae.decode(latents.to(weight.device, weight.dtype), return_dict=False)[0]
-    # whatever the image processor says, Stable Diffusion's own call maps -1..1 to 0..1
+    latents = latents.to(next(pipe.vae.parameters()).device, compute_dtype(pipe, latents))
+    pixels = pipe.vae.decode(latents, return_dict=False)[0]
+    # Stable Diffusion's call maps -1..1 to 0..1, whatever the image processor's configuration
     denormalize = None if _is_xl(pipe) else [True] * len(pixels)
     pixels = pipe.image_processor.postprocess(pixels, output_type="pt", do_denormalize=denormalize)
     _wait(latents)
@@ -61,15 +74,21 @@ def decode(pipe: DiffusersPipeline, latents: Tensor, seconds: Seconds) -> Tensor
     return pixels
 
 
+def compute_dtype(pipe: DiffusersPipeline, given: Tensor) -> torch.dtype:
+    """Return the dtype in which the VAE computes, which for weights stored as fp8 or quantised is not their own."""
+    dtype = pipe.vae.dtype  # of layerwise casting's hooks, where there are some
+    return dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else given.dtype
+
+
 @contextmanager
 def timed_decoding(pipe: DiffusersPipeline, seconds: Seconds) -> Iterator[None]:
-    """Time the VAE's decoder in a call, and hand the VAE its own dtype (an fp32 VAE beside an fp16 UNet)."""
+    """Time the VAE's decoder in a call, and hand it the dtype in which it computes (fp32 beside an fp16 UNet)."""
 
     def in_own_dtype(method: Any, stage: str) -> Any:
         def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             try:
-                return method(tensor.to(next(pipe.vae.parameters()).dtype), *args, **kwargs)
+                return method(tensor.to(compute_dtype(pipe, tensor)), *args, **kwargs)
             finally:
                 _wait(tensor)
                 if stage == "decode":

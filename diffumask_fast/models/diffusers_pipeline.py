@@ -1,4 +1,4 @@
-"""What we use of a diffusers pipeline; its base class does not declare the components that every pipeline has."""
+"""The type of a diffusers pipeline; diffusers' base class does not declare the components that all of them have."""
 
 from __future__ import annotations
 

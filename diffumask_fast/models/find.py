@@ -21,17 +21,17 @@ WEIGHTLESS = ("scheduler", "tokenizer", "feature_extractor")
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model folder says of itself beside its weights (`diffumask.json`); defaults for folders that say nothing.
+    """A model and its recommended settings, from its folder's `diffumask.json`; defaults where there is no such file.
 
     Args:
         name: as the user gave it.
-        folder: where it lies; None for a pipeline that was composed in Python.
-        classes: class names that it can draw; empty when anything can be asked for.
-        scenes: places that its prompts name, each with the classes that it suits; None for the general list.
-        num_inference_steps: steps that suit it best.
-        guidance_scale: guidance that suits it best.
-        mask: mask options that were measured best for it.
-        scheduler: class of the scheduler that suits it best; None is the one that the folder holds.
+        folder: of the model; None for a pipeline that was composed in Python.
+        classes: names of the classes that it can draw; empty means any.
+        scenes: phrase of a place -> the classes that belong there; None means the general list.
+        num_inference_steps: recommended number of steps.
+        guidance_scale: recommended guidance.
+        mask: mask and map options that were measured best for it.
+        scheduler: class name of the recommended scheduler; None means the folder's own.
     """
 
     name: str
@@ -43,21 +43,28 @@ class ModelInfo:
     mask: dict[str, Any] = field(default_factory=dict)
     scheduler: str | None = None
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The arguments of a call that suit the model best; none where its folder does not say, or has no say."""
+        if self.scenes is None:
+            return {}
+        return {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+
     @cached_property
     def weights(self) -> str | None:
-        """SHA-256 of the folder's weights and configuration, which are read when this is first asked for."""
+        """SHA-256 of the folder's weights and configuration; all are read at the first use."""
         return weight_hash(self.folder) if self.folder else None
 
     @property
     def local_folder(self) -> Path:
-        """The folder of a model that was found; a pipeline that was composed in Python has none."""
+        """The folder; raises DiffuMaskError for a pipeline that was composed in Python, which has none."""
         if self.folder is None:
             raise DiffuMaskError(f"{self.name} was composed in Python and has no folder: load it from one.")
         return self.folder
 
     @property
     def identity(self) -> str:
-        """The name that a dataset records: a folder's own name, wherever it lies; the hash of its weights decides."""
+        """The name that a dataset records: of a local folder the last part of its path, for `weights` identifies it."""
         return self.folder.name if self.folder and Path(self.name).expanduser().is_dir() else self.name
 
 
@@ -70,7 +77,7 @@ def find_model(model: str | Path, revision: str | None = None, held: Collection[
         held: components whose weights an exported engine holds, so that the folder need not.
 
     Raises:
-        DiffuMaskError: no such model, a half-written folder, or weights that exist only as pickles.
+        DiffuMaskError: there is no such model, its folder is incomplete, or its weights are pickles only.
     """
     if str(model) == "mini":
         from diffumask_fast import mini
@@ -100,10 +107,10 @@ def _download(model: str, revision: str | None) -> Path:
 
 
 def check_folder(folder: Path, held: Collection[str] = ()) -> None:
-    """Check that a diffusers folder is whole and holds safetensors.
+    """Check that a diffusers folder is complete and holds safetensors.
 
     Raises:
-        DiffuMaskError: naming the first file that is missing, cut off, or a pickle.
+        DiffuMaskError: a file is missing, cut off or a pickle; names the first one.
     """
     index = folder / "model_index.json"
     if not index.is_file():

@@ -1,4 +1,4 @@
-"""Where the noise of images comes from."""
+"""The random generators of images."""
 
 from collections.abc import Sequence
 
@@ -10,15 +10,15 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 
 def generators_of(seeds: Sequence[int] | None, generator: Generators, count: int) -> Generators:
-    """Make a generator for each image's seed, so that an image depends on nothing else in its batch.
+    """Make one generator per seed, so that an image does not depend on the others in its batch.
 
     Args:
         seeds: of the images.
-        generator: what stands in their place, returned as it is.
+        generator: given instead of seeds; returned unchanged.
         count: number of images.
 
     Raises:
-        DiffuMaskError: both are given, or not as many seeds as images.
+        DiffuMaskError: both are given, or the numbers of seeds and images differ.
     """
     if seeds is None:
         return generator

@@ -1,4 +1,4 @@
-"""The SHA-256 of a model folder, by which datasets and engines know a model again."""
+"""The SHA-256 of a model folder, by which datasets and engines identify a model."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def weight_hash(folder: Path) -> str:
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each weight and configuration file of a model folder, under its path in the folder."""
-    found = {}
+    hashes = {}
     for path in folder.rglob("*"):
         if path.suffix in (".safetensors", ".json", ".txt") and path.is_file():
             with path.open("rb") as file:
-                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+                hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def combined_hash(hashes: dict[str, str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **compo
     Args:
         info: of the folder.
         dtype: of the weights.
-        device: where the pipeline is to be.
-        components: what stands for those of the folder.
+        device: of the pipeline.
+        components: replacements of the folder's components, by name.
 
     Raises:
         DiffuMaskError: diffusers cannot load it, a component is incomplete, a tokenizer does not fit, or there is no
@@ -52,13 +52,13 @@ def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **compo
 
 
 def says_force_upcast(folder: Path) -> bool:
-    """Tell whether the folder's VAE says that it overflows in fp16; diffusers fills in True where it is silent."""
+    """Tell whether the VAE's config.json says that it overflows in fp16; diffusers takes a missing entry as True."""
     path = folder / "vae" / "config.json"
     return bool(path.is_file() and json.loads(path.read_text("utf-8")).get("force_upcast", False))
 
 
 def check_size(pipe: DiffusersPipeline, height: int | None, width: int | None) -> None:
-    """Refuse a size that the VAE cannot make.
+    """Refuse an image size that the VAE cannot decode to.
 
     Raises:
         DiffuMaskError: height or width is no positive multiple of the VAE's factor.
@@ -69,6 +69,19 @@ def check_size(pipe: DiffusersPipeline, height: int | None, width: int | None) -
             raise DiffuMaskError(
                 f"{name} {value} is not a multiple of {factor}: use {max(1, round(value / factor)) * factor}."
             )
+
+
+def check_whole(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments with which a pipeline draws a part of the image.
+
+    Raises:
+        DiffuMaskError: there is one.
+    """
+    if arguments.get("padding_mask_crop") is not None:
+        raise DiffuMaskError(
+            "With padding_mask_crop only a crop of the image is drawn, and maps of it would not fit the image: leave "
+            "it out."
+        )
 
 
 @contextmanager
@@ -84,7 +97,7 @@ def without_bars(pipe: DiffusersPipeline) -> Iterator[None]:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Hide loading bars and advice of diffusers and transformers; errors are raised all the same."""
+    """Hide progress bars and warnings of diffusers and transformers; errors are still raised."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -15,17 +15,17 @@ from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 
 
 def set_scheduler(pipe: DiffusersPipeline, name: str) -> None:
-    """Replace the pipeline's scheduler by the named one ("DDIMScheduler", or in short "ddim"), same noise schedule.
+    """Replace a pipeline's scheduler by the named one ("DDIMScheduler" or "ddim"), with the same noise schedule.
 
     Raises:
-        DiffuMaskError: there is no such scheduler for this model here; lists those there are.
+        DiffuMaskError: there is no such scheduler for this model here; lists the available ones.
     """
     compatible = {_short(cls): cls for cls in pipe.scheduler.compatibles}
     wanted = next((cls for cls in compatible.values() if cls.__name__ == name), compatible.get(name.lower()))
-    if wanted is None or not _serves(wanted):
-        served = ", ".join(sorted(short for short, cls in compatible.items() if _serves(cls)))
-        lacking = f" without {', '.join(lacks)}" if (lacks := _lacks(wanted)) else ""
-        raise DiffuMaskError(f"There is no scheduler {name} for this model{lacking}: use one of {served}.")
+    if wanted is None or not _is_usable(wanted):
+        usable = ", ".join(sorted(short for short, cls in compatible.items() if _is_usable(cls)))
+        without = f" without {', '.join(missing)}" if (missing := _missing_libraries(wanted)) else ""
+        raise DiffuMaskError(f"There is no scheduler {name} for this model{without}: use one of {usable}.")
     config = dict(pipe.scheduler.config)
     if "clip_sample" in inspect.signature(wanted.__init__).parameters:
         config.setdefault("clip_sample", False)  # latents are not pixels: DDIM's default would clip them to -1..1
@@ -33,10 +33,10 @@ def set_scheduler(pipe: DiffusersPipeline, name: str) -> None:
 
 
 def try_scheduler(pipe: DiffusersPipeline, steps: int) -> None:
-    """Step through the schedule of a pipeline on small latents, before anything is drawn.
+    """Try a pipeline's scheduler on small latents, before anything is drawn.
 
     Raises:
-        DiffuMaskError: the scheduler fails in so many steps, or its noise is not that of an image's own generator.
+        DiffuMaskError: it fails with this number of steps, or its noise does not come from the images' generators.
     """
     name = _short(type(pipe.scheduler))
     try:
@@ -56,26 +56,26 @@ def try_scheduler(pipe: DiffusersPipeline, steps: int) -> None:
 
 
 def _steps(scheduler: Any, steps: int, seeds: tuple[int, ...]) -> Tensor:
-    """Denoise the noise of each seed as a pipeline's loop does, with half of it in the UNet's place."""
+    """Denoise the noise of each seed as a pipeline's loop does; half of the latents stands for the UNet's output."""
     scheduler = type(scheduler).from_config(scheduler.config)
     scheduler.set_timesteps(steps)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    own = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    kwargs = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     latents = torch.cat([torch.randn(1, 4, 2, 2, generator=generator) for generator in generators])
     latents = latents * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         predicted = 0.5 * scheduler.scale_model_input(latents, timestep)
-        latents = scheduler.step(predicted, timestep, latents, **own).prev_sample
+        latents = scheduler.step(predicted, timestep, latents, **kwargs).prev_sample
     return latents
 
 
-def _serves(scheduler: Any) -> bool:
-    """Tell whether a scheduler is installed and takes the model's noise schedule; EDM's know no betas."""
-    return not _lacks(scheduler) and "beta_schedule" in inspect.signature(scheduler.__init__).parameters
+def _is_usable(scheduler: Any) -> bool:
+    """Tell whether a scheduler's libraries are installed and it takes a schedule of betas, unlike those of EDM."""
+    return not _missing_libraries(scheduler) and "beta_schedule" in inspect.signature(scheduler.__init__).parameters
 
 
-def _lacks(scheduler: type | None) -> list[str]:
-    """Name the libraries for want of which a class is one of diffusers' dummies."""
+def _missing_libraries(scheduler: type | None) -> list[str]:
+    """List the libraries that a scheduler needs and that are not installed; diffusers then has a dummy class."""
     return [name for name in getattr(scheduler, "_backends", []) if find_spec(name) is None]
 
 
