@@ -19,7 +19,7 @@ class BenchOptions(Options):
     geometry: str = option("mini", f"{', '.join(GEOMETRIES)}.", one_of(*GEOMETRIES))
     model: str | None = option(None, "A diffusers folder or hub id instead of a geometry's weights.")
     device: str = option("auto", "auto, cpu or cuda.")
-    steps: int | None = option(None, "Denoising steps; the suite's own when left out.", whole(1))
+    steps: int | None = option(None, "Denoising steps; the suite's own when left out.", whole(1, 1000))
     rows: str | None = option(None, "Only these rows, with commas.")
     pairs: int | None = option(None, "Rounds of a comparison; 14 on a CPU, 10 on CUDA.", whole(1))
     photos: Path | None = option(None, "Photographs with masks, for the suite quality.")

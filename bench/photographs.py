@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,6 +17,7 @@ from diffumask_fast.learning.evaluation import binary_iou, boundary
 from diffumask_fast.masks.crf import PRESETS, SIDE, crf
 from diffumask_fast.masks.make import make_masks, refine_maps
 from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.pictures import decode_picture
 
 CELLS = (16, 32, 64)
 NOISE = 0.1
@@ -110,8 +110,8 @@ def coarse_map(mask: Tensor, cells: int, generator: torch.Generator) -> Tensor:
 def _photographs(photos: Path, every: int) -> Iterator[tuple[Tensor, np.ndarray]]:
     for folder in sorted(path for path in Path(photos).iterdir() if path.is_dir()):
         for path in sorted(folder.glob("masks/*.png"))[::every]:
-            mask = np.array(Image.open(path))
-            image = np.array(Image.open(folder / "images" / f"{path.stem}.jpg").convert("RGB"))
+            mask = np.array(decode_picture(path))
+            image = np.array(decode_picture(folder / "images" / f"{path.stem}.jpg").convert("RGB"))
             share = ((mask > 0) & (mask < 255)).mean()
             if 0.005 < share < 0.95:
                 yield torch.from_numpy(image)[None], mask

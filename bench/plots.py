@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.own_files import SIGN, check_own
 
 
 def needs_matplotlib() -> None:
@@ -25,7 +26,7 @@ def draw(rows: Sequence[dict], folder: Path) -> list[Path]:
         The files written.
 
     Raises:
-        DiffuMaskError: matplotlib is not installed.
+        DiffuMaskError: matplotlib is not installed, or a file is there that we did not write.
     """
     needs_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +91,10 @@ def _figure() -> tuple[Any, Any]:
 
 
 def _save(figure: Any, stem: Path) -> list[Path]:
-    paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
+    notes = {".png": "Software", ".svg": "Creator"}
+    paths = [stem.with_suffix(suffix) for suffix in notes]
     for path in paths:
-        figure.savefig(path, dpi=120)
+        check_own(path)
+    for path in paths:
+        figure.savefig(path, dpi=120, metadata={notes[path.suffix]: SIGN})
     return paths

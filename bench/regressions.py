@@ -1,6 +1,7 @@
 """Two files of rows compared: what became worse by more than a threshold."""
 
 import json
+import math
 from pathlib import Path
 
 from diffumask_fast.errors import DiffuMaskError
@@ -27,8 +28,12 @@ def read_rows(path: str | Path) -> list[dict]:
             read = parsed["rows"] if "rows" in parsed else [parsed]
             if any(key not in one for one in read for key in ROW):
                 raise KeyError("row")
+            if not all(_is_number(one[key]) for one in read for key in ("value", "low", "high")):
+                raise ValueError("not a number")
         except (ValueError, KeyError, TypeError) as error:
-            raise DiffuMaskError(f"{path} line {number} is no row of the bench: give a file it wrote.") from error
+            raise DiffuMaskError(
+                f"{path} line {number} is no row of the bench with finite numbers: give a file it wrote."
+            ) from error
         rows += read
     return rows
 
@@ -73,6 +78,10 @@ def compare_rows(before: list[dict], after: list[dict], threshold: float) -> lis
             }
         )
     return result
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _key(one: dict) -> tuple:

@@ -7,7 +7,9 @@ import sys
 from typing import Any
 
 from diffumask_fast.bench.options import BenchOptions
+from diffumask_fast.bench.regressions import read_rows
 from diffumask_fast.bench.rows import append_rows, describe, environment, results_file
+from diffumask_fast.console import say
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.models.device import resolve_device
 
@@ -46,6 +48,8 @@ def measure(options: BenchOptions, *, as_json: bool = False) -> int:
         from diffumask_fast.bench.plots import needs_matplotlib
 
         needs_matplotlib()
+    if options.output is not None and options.output.is_file():
+        read_rows(options.output)  # what is no file of rows is not appended to
     device = resolve_device(options.device)
     path = options.output or results_file(device)
     rows, code = [], 0
@@ -55,16 +59,16 @@ def measure(options: BenchOptions, *, as_json: bool = False) -> int:
             if path is not None:
                 append_rows(path, [one])
             if not as_json:
-                print(describe(one), flush=True)
+                say(describe(one))
     except KeyboardInterrupt:
-        print(f"Stopped; {len(rows)} finished rows were kept.", file=sys.stderr)
+        say(f"Stopped; {len(rows)} finished rows were kept.", sys.stderr)
         code = STOPPED
     if options.plot is not None and rows:
         from diffumask_fast.bench.plots import draw
 
         draw(rows, options.plot)
     if as_json:
-        print(json.dumps({"environment": environment(device), "rows": rows}))
+        say(json.dumps({"environment": environment(device), "rows": rows}))
     elif path is not None and rows:
-        print(f"Rows appended to {path}.", file=sys.stderr)
+        say(f"Rows appended to {path}.", sys.stderr)
     return code

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shlex
 import sys
 from pathlib import Path
@@ -12,15 +11,15 @@ from typing import Annotated
 import typer
 
 from diffumask_fast.bench.options import BenchOptions, CompareOptions, TuneOptions
-from diffumask_fast.console import progress_bar, run_program, stoppable
+from diffumask_fast.console import log_to, progress_bar, run_program, say, stoppable
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.options import ExportOptions
 from diffumask_fast.flags import with_flags
 from diffumask_fast.generation.options import GenerateOptions
 from diffumask_fast.learning.options import EvaluateOptions
 from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.options import ReadOptions
 
-logger = logging.getLogger("diffumask_fast")
 app = typer.Typer(
     name="diffumask-fast", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Draw images with pixel-accurate semantic masks from text.",
@@ -34,16 +33,16 @@ LogFlag = Annotated[Path | None, typer.Option(help="Append a log to this file.")
 @with_flags
 def generate(options: GenerateOptions, log: LogFlag = None, as_json: JsonFlag = False) -> None:
     """Draw a dataset of images and masks."""
-    _log_to(log)
+    log_to(log)
     from diffumask_fast.generation.generate import run_generate
 
     with stoppable("Stopped; run the same command again to finish."):
         summary = run_generate(options, progress=progress_bar)
     if as_json:
-        print(json.dumps(summary))
+        say(json.dumps(summary))
     else:
         accepted = f"{summary['accepted']} of {summary['images']} images accepted"
-        print(f"{accepted}, {summary['images_per_s']:.2f} images/s. Look at {options.out / 'preview.png'}.")
+        say(f"{accepted}, {summary['images_per_s']:.2f} images/s. Look at {options.out / 'preview.png'}.")
 
 
 @app.command()
@@ -52,6 +51,7 @@ def remask(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Dataset with stored maps.")],
     out: Annotated[Path, typer.Argument(help="Folder of the new dataset; run again to finish it.")],
     options: MaskOptions,
+    reading: ReadOptions,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: JsonFlag = False,
 ) -> None:
@@ -59,11 +59,14 @@ def remask(
     from diffumask_fast.dataset import remask as remasking
     from diffumask_fast.models.device import resolve_device
 
-    summary = remasking.remask(source, out, options, device=resolve_device(device), progress=progress_bar)
+    with stoppable("Stopped; run the same command again to finish."):
+        summary = remasking.remask(
+            source, out, options, device=resolve_device(device), progress=progress_bar, max_pixels=reading.max_pixels
+        )
     if as_json:
-        print(json.dumps(summary))
+        say(json.dumps(summary))
     else:
-        print(f"{summary['accepted']} of {summary['images']} images accepted. Look at {out / 'preview.png'}.")
+        say(f"{summary['accepted']} of {summary['images']} images accepted. Look at {out / 'preview.png'}.")
 
 
 @app.command()
@@ -74,15 +77,19 @@ def evaluate(options: EvaluateOptions, as_json: JsonFlag = False) -> None:
 
     figures = evaluation.evaluate(options, progress=progress_bar)
     if as_json:
-        print(json.dumps(figures))
+        say(json.dumps(figures))
         return
-    agreement = figures.pop("per_class_agreement")
-    ious = figures.pop("per_class_iou")
+    agreement, ious, share = (figures.pop(name) for name in ("per_class_agreement", "per_class_iou", "ignored_share"))
+    del figures["boundary_iou"]  # the same figure as the one that has its width in its name
     for name, value in figures.items():
-        print(f"{name:18} {value if isinstance(value, int) else _number(value)}")
-    print(f"\n{'class':18} {'IoU':>5} {'agreement':>10}")
+        say(f"{name:24} {value if isinstance(value, int) else _number(value)}")
+    if share:
+        counted = "counted as background" if options.ignored_is_background else "left out"
+        say(f"{share:.2%} of the masks' pixels are 255, and {counted}.")
+    say()
+    say(f"{'class':24} {'IoU':>5} {'agreement':>10}")
     for name, iou in ious.items():
-        print(f"{name:18} {_number(iou)} {_number(agreement.get(name)):>10}")
+        say(f"{name:24} {_number(iou)} {_number(agreement.get(name)):>10}")
 
 
 @app.command()
@@ -92,16 +99,16 @@ def export(options: ExportOptions, as_json: JsonFlag = False) -> None:
     from diffumask_fast.export.export_model import export_model
 
     with stoppable("Stopped; nothing was written."):
-        manifest = export_model(options, progress=lambda sentence: print(sentence, file=sys.stderr))
+        manifest = export_model(options, progress=lambda sentence: say(sentence, sys.stderr))
     if as_json:
-        print(json.dumps({"folder": str(options.out), "sha256": manifest.sha256, **manifest.as_json()}))
+        say(json.dumps({"folder": str(options.out), "sha256": manifest.sha256, **manifest.as_json()}))
         return
     for part, errors in manifest.checked.items():
         figures = errors if isinstance(errors, str) else ", ".join(f"{k} {v:.1e}" for k, v in errors.items())
-        print(f"{part:16} {figures}")
+        say(f"{part:16} {figures}")
     if manifest.passed:
-        print("Largest errors against torch in fp32, relative to the largest value.")
-    print(f"Draw with --engine {manifest.engine.removesuffix('-rtx')} --engine-path {shlex.quote(str(options.out))}")
+        say("Largest errors against torch in fp32, relative to the largest value.")
+    say(f"Draw with --engine {manifest.engine.removesuffix('-rtx')} --engine-path {shlex.quote(str(options.out))}")
 
 
 bench_app = typer.Typer(help="Measure, side by side, and compare what was measured.", pretty_exceptions_enable=False)
@@ -130,12 +137,12 @@ def bench_compare(options: CompareOptions, as_json: JsonFlag = False) -> None:
     rows = compare_rows(read_rows(options.before), read_rows(options.after), threshold)
     worse = [row["name"] for row in rows if row["regression"]]
     if as_json:
-        print(json.dumps({"threshold": threshold, "rows": rows}))
+        say(json.dumps({"threshold": threshold, "rows": rows}))
     else:
         for row in rows:
             name = row["name"] + (f" {row['case']}" if row["case"] else "")
             mark = "  worse" if row["regression"] else ""
-            print(f"{name:36} {row['before']:10.4f} {row['after']:10.4f} {row['change']:+8.1%}{mark}")
+            say(f"{name:36} {row['before']:10.4f} {row['after']:10.4f} {row['change']:+8.1%}{mark}")
     if worse:
         raise DiffuMaskError(f"Worse by more than {threshold:.0%}: {', '.join(worse)}; measure again or look for why.")
 
@@ -148,12 +155,12 @@ def tune(options: TuneOptions, as_json: JsonFlag = False) -> None:
 
     entries = measure(
         options.out,
-        lambda sentence: print(sentence, file=sys.stderr),
+        lambda sentence: say(sentence, sys.stderr),
         quick=options.quick,
         only_this_device=options.only_this_device,
     )
     if as_json:
-        print(json.dumps(entries))
+        say(json.dumps(entries))
 
 
 @app.command()
@@ -163,12 +170,12 @@ def doctor(as_json: JsonFlag = False) -> None:
 
     report = examine()
     if as_json:
-        print(json.dumps(report))
+        say(json.dumps(report))
         return
     for section, entries in report.items():
-        print(section)
+        say(section)
         for name, value in entries.items():
-            print(f"  {name:18} {value}")
+            say(f"  {name:18} {value}")
 
 
 @app.callback(invoke_without_command=True)
@@ -176,7 +183,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         from diffumask_fast import __version__
 
-        print(__version__)
+        say(__version__)
         raise typer.Exit()
 
 
@@ -184,18 +191,6 @@ def _number(value: float | None) -> str:
     return "    -" if value is None else f"{value:5.3f}"
 
 
-def _log_to(path: Path | None) -> None:
-    if path is None:
-        return
-    try:
-        handler = logging.FileHandler(path, encoding="utf-8")
-    except OSError as error:
-        raise DiffuMaskError(f"Cannot write the log {path} ({error.strerror}): choose another file.") from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-
-
 def main() -> None:
     """Run the command line; errors become one sentence on stderr and an exit code."""
-    run_program(app, advice="Run again with --log FILE to keep the details.")
+    run_program(app)

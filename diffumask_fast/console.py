@@ -1,44 +1,104 @@
-"""What our command lines share: a progress bar, errors as one sentence, exit codes."""
+"""What our command lines share: where text goes out, errors as one sentence, exit codes, a progress bar, the log."""
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import re
 import sys
-import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import typer
 
-from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.errors import DiffuMaskError, is_out_of_memory
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 logger = logging.getLogger("diffumask_fast")
 
+LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ ")
+# C0 and C1 controls and DEL, marks that turn or part lines, and halves of letters, of which paths may be made
+_UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
-def run_program(
-    program: typer.Typer, arguments: Sequence[str] | None = None, *, dash: str = "-", advice: str = ""
-) -> None:
+
+def printable(text: object) -> str:
+    """Return text in which everything that a terminal would act on is written out: \\x1b, \\u202e, \\n."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def say(line: object = "", file: TextIO | None = None) -> None:
+    """Print a line of text; all text that may come from data goes out here, or through the logger.
+
+    Args:
+        line: what to print.
+        file: stdout when None.
+    """
+    file = file or sys.stdout
+    encoding = file.encoding or "utf-8"
+    print(printable(line).encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+
+
+def run_program(program: typer.Typer, arguments: Sequence[str] | None = None, *, dash: str = "-") -> None:
     """Run a command line, and end the process with its exit code; an error becomes one sentence on stderr.
+
+    The exit code is 0 when done, 1 after a failure or a bad value, 2 for wrong usage, 130 when stopped.
 
     Args:
         program: what to run.
         arguments: those of the process when None.
         dash: what joins the words of a flag.
-        advice: follows the sentence of an error that nobody expected.
     """
-    logger.addHandler(logging.NullHandler())
+    terminal = _Terminal(logging.WARNING)
+    logger.addHandler(terminal)
+    warnings.filterwarnings("ignore", "Image size .* decompression bomb")
+    flags = _flags_of(program, sys.argv[1:] if arguments is None else arguments)
     try:
-        program(arguments)
+        code = program(arguments, standalone_mode=False)
+        sys.stdout.flush()
     except DiffuMaskError as error:
         _fail(error.as_flags(dash))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
     except Exception as error:  # noqa: BLE001 - no traceback reaches a user; the log has it
-        logger.error("%s", traceback.format_exc())
-        detail = " ".join(str(error).split())[:300]
-        _fail(f"Unexpected {type(error).__name__}: {detail}. {advice}".strip())
+        if isinstance(error, OSError) and error.errno == errno.EPIPE:  # who reads our output has left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        _fail(_sentence(error, flags, dash), code=getattr(error, "exit_code", 1))
+    finally:
+        logger.removeHandler(terminal)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _flags_of(program: typer.Typer, arguments: Sequence[str]) -> set[str]:
+    """Return the flags of the command that is called."""
+    command: Any = typer.main.get_command(program)
+    for word in arguments:
+        command = getattr(command, "commands", {}).get(word, command)
+    return {flag for parameter in command.params for flag in parameter.opts}
+
+
+def _sentence(error: Exception, flags: set[str], dash: str) -> str:
+    """Say what an error means that is none of our own."""
+    if usage := getattr(error, "format_message", None):  # the command line was not understood
+        context: Any = getattr(error, "ctx", None)
+        return f"{usage()} See {context.command_path if context else 'the program'} --help."
+    logger.info("what happened", exc_info=error)
+    if is_out_of_memory(error):
+        batch = f"--batch{dash}size"
+        advice = f"give a smaller {batch} or --size" if batch in flags else "free some, or work on smaller images"
+        return f"There is not enough memory: {advice}."
+    detail = " ".join(str(error).split())[:300]
+    if isinstance(error, OSError) and error.strerror:
+        place = f" {error.filename}" if error.filename else ""
+        return f"Cannot read or write{place}: {error.strerror}."
+    advice = "Run again with --log FILE to keep the details." if "--log" in flags else ""
+    return f"Unexpected {type(error).__name__}: {detail}. {advice}".strip()
 
 
 @contextmanager
@@ -47,7 +107,7 @@ def stoppable(sentence: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(sentence, file=sys.stderr)
+        say(sentence, sys.stderr)
         raise typer.Exit(130) from None
 
 
@@ -63,7 +123,67 @@ def progress_bar(total: int | None) -> Progress:
     )  # fmt: skip
 
 
-def _fail(sentence: str) -> NoReturn:
-    logger.error("%s", sentence)
-    print(sentence, file=sys.stderr)
-    sys.exit(1)
+def log_to(path: Path | None) -> None:
+    """Append what the logger says to a file, if there is a path.
+
+    Raises:
+        DiffuMaskError: it cannot be written, or is a file that is no log of ours.
+    """
+    if path is not None:
+        logger.addHandler(_LogFile(path))
+        logger.setLevel(logging.INFO)
+
+
+class _OneLine(logging.Formatter):
+    """Each record, and each line of a traceback, is a printable line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.getMessage())
+        record.asctime = self.formatTime(record)
+        lines = [self.formatMessage(record)]
+        if record.exc_info:
+            lines += map(printable, self.formatException(record.exc_info).splitlines())
+        return "\n".join(lines)
+
+
+class _Terminal(logging.Handler):
+    """Warnings and errors go to stderr, a line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage(), sys.stderr)
+
+
+class _LogFile(logging.Handler):
+    """A log whose failing fails the command: nobody finds out otherwise what is missing in it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
+        try:
+            if path.is_file() and (head := path.open("rb").read(64)) and not LOG_LINE.match(head):
+                raise DiffuMaskError(f"{path} is there and no log of ours: choose another file.")
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        except (OSError, ValueError) as error:
+            raise DiffuMaskError(f"Cannot write the log {path} ({_why(error)}): choose another file.") from error
+
+    def emit(self, record: logging.LogRecord) -> None:
+        data = f"{self.format(record)}\n".encode()
+        try:
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+        except OSError as error:
+            logger.removeHandler(self)
+            raise DiffuMaskError(f"Cannot write the log {self.path} ({_why(error)}): choose another file.") from error
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _fail(sentence: str, code: int = 1) -> NoReturn:
+    try:
+        logger.error("%s", sentence)
+    except DiffuMaskError as error:  # the log cannot be written either
+        say(error, sys.stderr)
+    sys.exit(code)

@@ -1,4 +1,4 @@
-"""The one exception that users of diffumask-fast need to catch."""
+"""The one exception that users of diffumask-fast need to catch, and what tells one of others' errors."""
 
 import re
 
@@ -18,3 +18,10 @@ class DiffuMaskError(Exception):
             return f"--{name.replace('_', dash)}" + (f" {value}" if value else "")
 
         return re.sub(r"`([a-z][a-z_]*)(?:=([^`]*))?`", flag, str(self))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory is short: Python's, or torch's on a CPU or on CUDA."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(word in text for word in words)

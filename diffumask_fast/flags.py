@@ -53,22 +53,28 @@ def _flags_of(kind: type, dash: str) -> Iterator[inspect.Parameter]:
 
 
 def _flag(one: Field[Any], hint: Any, dash: str) -> inspect.Parameter:
-    kind, words, name = _kind(hint), one.metadata["help"], one.name.replace("_", dash)
+    words, name = one.metadata["help"], one.name.replace("_", dash)
+    kind, shown = _kind(hint, read=one.metadata.get("read") is not None)
     if "metavar" in one.metadata:
         info = typer.Argument(metavar=one.metadata["metavar"], help=words)
     else:
         flag = f"--{name}/--no{dash}{name}" if one.default is True else f"--{name}"
-        info = typer.Option(flag, *filter(None, [one.metadata.get("also")]), help=words)
+        info = typer.Option(flag, *filter(None, [one.metadata.get("also")]), help=words, metavar=shown)
     default = inspect.Parameter.empty if one.default is MISSING else one.default
     optional = Annotated[kind | None, info] if one.default is None else Annotated[kind, info]
     return inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=optional)
 
 
-def _kind(hint: Any) -> type:
-    """Return what the command line reads: a number, a path, a bool; text where words are allowed beside a number."""
+def _kind(hint: Any, read: bool) -> tuple[type, str | None]:
+    """Return what the command line reads, and what its help calls that where it is not the same.
+
+    What an option's own reader checks is read as text, so that a bad value is refused in one way everywhere.
+    """
     kinds = set(get_args(hint) if isinstance(hint, UnionType) else (hint,)) - {type(None)}
     kind = kinds.pop()
-    return str if kinds or get_origin(kind) else kind
+    if kinds or get_origin(kind):
+        return str, None
+    return (str, "NUMBER") if read and kind in (int, float) else (kind, None)
 
 
 def _made(kind: type, values: dict[str, Any]) -> Any:

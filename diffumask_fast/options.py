@@ -9,6 +9,8 @@ from typing import Any
 
 from diffumask_fast.errors import DiffuMaskError
 
+MAX_PIXELS = 4096 * 4096  # of a picture that is decoded
+MOST_PIXELS = 2 * 89_478_485  # Pillow itself refuses more
 Reader = Callable[[Any], Any]  # returns the value as it is kept; raises ValueError with what is allowed
 
 
@@ -124,3 +126,10 @@ def pixel_size() -> Reader:
         return int(sides[0]), int(sides[1])
 
     return read
+
+
+@dataclass(frozen=True)
+class ReadOptions(Options):
+    """What is read of a dataset; it makes no difference to what is made of it."""
+
+    max_pixels: int = option(MAX_PIXELS, "Refuse pictures with more pixels.", whole(1, MOST_PIXELS))

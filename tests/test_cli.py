@@ -129,7 +129,7 @@ def test_without_a_terminal_there_is_no_progress_bar(tmp_path):
         (["--dtype", "fp8"], ["fp8"]),
         (["--engine", "warp"], ["warp"]),
         (["--classes", "dog", "--classes-per-image", "2"], ["2", "classes"]),
-        (["--steps", "0"], ["--steps must be a whole number from 1 on"]),
+        (["--steps", "0"], ["--steps must be a whole number from 1 to 1000"]),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, arguments, words):

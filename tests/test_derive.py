@@ -28,7 +28,7 @@ def dataset(folder, shards=3, seed=0):
 
 def cut_off(options):
     def transform(rows):
-        return [{**row.values, "accepted": min(row.quality) >= options.cut} for row in rows]
+        return ({**row.values, "accepted": min(row.quality) >= options.cut} for row in rows)
 
     return transform
 
@@ -52,10 +52,15 @@ def test_run_again_it_makes_what_is_missing_alone(tmp_path):
     first, whole = derived(source, tmp_path / "b"), contents(tmp_path / "b")
     (tmp_path / "b" / "data" / "shard-00001.parquet").unlink()
     (tmp_path / "b" / "data" / ".shard-00001.parquet.tmp").write_text("half")
-    again = derive(
-        source, tmp_path / "b", lambda rows: seen.append(rows[0].key) or cut_off(Cut())(rows), Cut()
-    )  # fmt: skip
-    assert again == first and contents(tmp_path / "b") == whole and seen == [requests(7)[3].key]
+
+    def transform(rows):
+        for row in cut_off(Cut())(rows):
+            seen.append(row["key"])
+            yield row
+
+    again = derive(source, tmp_path / "b", transform, Cut())
+    assert again == first and contents(tmp_path / "b") == whole
+    assert seen == [request.key for request in requests(7)[3:6]]
 
 
 def test_killed_it_ends_with_the_same_bytes(tmp_path):

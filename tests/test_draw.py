@@ -11,7 +11,9 @@ import pytest
 from samples import draw, requests
 from test_generation import options, silent
 
+from diffumask_fast.dataset.reader import read_manifest
 from diffumask_fast.dataset.schema import make_row
+from diffumask_fast.dataset.shard_check import mark_of
 from diffumask_fast.dataset.writer import shard_path, write_shard
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation import draw as drawing
@@ -33,13 +35,17 @@ def shards_of(folder: Path) -> list[bytes]:
     return [shard_path(folder, index).read_bytes() for index in range(3)]
 
 
+def mark(folder, index, rows):
+    return mark_of(read_manifest(folder), index, [(row["key"], row["seed"]) for row in rows])
+
+
 @pytest.mark.parametrize("indices", [[2, 0], [1], [2, 1, 0]])
 def test_shards_in_any_order_are_those_of_the_run(run, tmp_path, indices):
     out, job, pipe = run
     (tmp_path / "data").mkdir()
     seen = []
     for index, rows in draw_shards(pipe, job, indices, seen.append):
-        write_shard(tmp_path, index, rows)
+        write_shard(tmp_path, index, rows, mark(out, index, rows))
         assert len(seen) == sum(map(job.num_rows, indices[: indices.index(index) + 1]))
     assert all(shard_path(tmp_path, index).read_bytes() == shards_of(out)[index] for index in indices)
     assert pipe.seconds.encode > 0
@@ -47,19 +53,22 @@ def test_shards_in_any_order_are_those_of_the_run(run, tmp_path, indices):
 
 OTHER_PROCESS = """
 import json, sys
+sys.path.insert(0, sys.argv[4])
+from test_draw import mark
 from diffumask_fast.dataset.writer import write_shard
 from diffumask_fast.generation.draw import draw_shards
 from diffumask_fast.generation.job import Job
 job = Job.from_json(json.loads(sys.argv[1]))
 for index, rows in draw_shards(job.open("cpu"), job, [2, 0]):
-    write_shard(sys.argv[2], index, rows)
+    write_shard(sys.argv[2], index, rows, mark(sys.argv[3], index, rows))
 """
 
 
 def test_another_process_draws_the_same_bytes(run, tmp_path):
     out, job, _ = run
     (tmp_path / "data").mkdir()
-    subprocess.run([sys.executable, "-c", OTHER_PROCESS, json.dumps(job.as_json()), tmp_path], check=True)
+    command = [sys.executable, "-c", OTHER_PROCESS, json.dumps(job.as_json()), tmp_path, out, Path(__file__).parent]
+    subprocess.run(command, check=True)
     assert [shard_path(tmp_path, index).read_bytes() for index in (2, 0)] == [shards_of(out)[i] for i in (2, 0)]
 
 

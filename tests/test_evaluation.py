@@ -1,6 +1,7 @@
 """learning/evaluation.py: the figures are what they say."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,14 @@ from typer.testing import CliRunner
 from diffumask_fast.cli import app
 from diffumask_fast.dataset.run import open_run
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.learning.evaluation import Metrics, best_threshold_iou, binary_iou, boundary, evaluate
+from diffumask_fast.learning.evaluation import (
+    Metrics,
+    best_threshold_iou,
+    binary_iou,
+    boundary,
+    evaluate,
+    official_width,
+)
 from diffumask_fast.learning.options import EvaluateOptions
 from diffumask_fast.masks.make import refine_maps
 from diffumask_fast.masks.options import MaskOptions
@@ -62,12 +70,61 @@ def test_a_dataset_may_have_ids_of_its_own():
     assert own.compute() == ours.compute() and own.compute()["miou"] == pytest.approx(50 / 150)
 
 
-def test_the_ignore_band_is_background_and_nothing_seen_is_no_agreement():
-    metrics, mask = Metrics(), square(DOG, 0, 0, 10)
-    mask[:, 5:] = 255
-    metrics.update(row(mask, "dog"), square(DOG, 0, 0, 10), IDS, PLAIN)
-    metrics.update(row(mask, "dog"), np.zeros_like(mask), IDS, PLAIN)
-    assert metrics.foreground == [0.5, 0.0] and metrics.agreed == {"dog": [True, False]}
+def test_what_is_ignored_is_left_out_or_background():
+    mask = square(DOG, 0, 0, 10)
+    mask[:, 5:] = 255  # half of the dog, and half of the image and more
+    truths = square(DOG, 0, 0, 10), square(DOG, 0, 0, 10) | square(DOG, 0, 2, 5)
+    for is_background, ious in ((False, [1.0, 1.0]), (True, [0.5, 0.5])):
+        metrics = Metrics(is_background)
+        for truth in truths:
+            metrics.update(row(mask, "dog"), truth, IDS, PLAIN)
+        assert metrics.foreground == ious and metrics.compute()["ignored_share"] == 0.75
+        assert metrics.compute()["miou"] == pytest.approx(ious[0])
+
+
+def test_figures_do_not_depend_on_what_is_ignored():
+    rng = np.random.default_rng(0)
+    truth, mask = square(DOG, 2, 3, 12, 40), square(DOG, 4, 1, 12, 40)
+    band = rng.random(mask.shape) < 0.2
+    figures = []
+    for value in (0, DOG, CAT):  # the truth at pixels that are left out
+        metrics = Metrics()
+        metrics.update(row(np.where(band, 255, mask), "dog"), np.where(band, value, truth).astype("u1"), IDS, PLAIN)
+        figures.append({name: metrics.compute()[name] for name in ("miou", "foreground_iou", "per_class_iou")})
+    assert figures[0] == figures[1] == figures[2]
+    kept = ~band
+    assert figures[0]["foreground_iou"] == binary_iou((mask > 0)[kept], (truth > 0)[kept])
+
+
+def test_nothing_seen_is_no_agreement():
+    metrics = Metrics()
+    for truth in (square(DOG, 0, 0, 10), np.zeros((20, 20), np.uint8)):
+        metrics.update(row(square(DOG, 0, 0, 10), "dog"), truth, IDS, PLAIN)
+    assert metrics.agreed == {"dog": [True, False]}
+
+
+def by_erosion(mask, ratio=0.02):
+    """Boundary IoU as its authors' program has it: the mask less what is left of it after so many erosions."""
+    steps = max(1, round(ratio * math.hypot(*mask.shape)))
+    left = np.pad(mask, 1)
+    for _ in range(steps):
+        shifts = [np.roll(left, (y, x), (0, 1)) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+        left = np.logical_and.reduce(shifts)
+    return mask & ~left[1:-1, 1:-1]
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (96, 200), (33, 7)])
+def test_the_official_boundary(shape):
+    rng = np.random.default_rng(1)
+    made, true = (rng.random((8, 8)).repeat(25, 0).repeat(25, 1)[: shape[0], : shape[1]] > 0.4 for _ in range(2))
+    assert made.shape == shape
+    for mask in (made, true):
+        assert np.array_equal(boundary(mask, official_width(shape)), by_erosion(mask))
+    metrics = Metrics()
+    metrics.update(row(made * np.uint8(DOG), "dog"), true * np.uint8(DOG), IDS, PLAIN)
+    figures = metrics.compute()
+    assert figures["boundary_iou_ratio_0.02"] == pytest.approx(binary_iou(by_erosion(made), by_erosion(true)))
+    assert figures["boundary_iou"] == figures["boundary_iou_3px_at_128"] == binary_iou(boundary(made), boundary(true))
 
 
 def test_two_classes_are_seen_where_both_see_both():
@@ -136,6 +193,22 @@ def test_the_command(scenes, tmp_path):
     assert width > 3 * 4 * 128 and height > 7 * 128  # twenty of 40, three in a row
     table = CliRunner().invoke(app, ["evaluate", "mini-oracle", str(scenes)])
     assert table.exit_code == 0 and "pottedplant" in table.stdout and "class_agreement" in table.stdout
+    assert "boundary_iou_3px_at_128 " in table.stdout and "boundary_iou_ratio_0.02 " in table.stdout
+    assert "boundary_iou " not in table.stdout and "255" not in table.stdout
+
+
+def test_a_sheet_is_written_over_our_own_alone(scenes, tmp_path):
+    sheet = tmp_path / "worst.png"
+    for _ in range(2):
+        evaluate(EvaluateOptions("mini-oracle", scenes, sheet=sheet))
+    with Image.open(sheet) as picture:
+        Image.fromarray(np.asarray(picture)).save(tmp_path / "theirs.png")
+    (tmp_path / "link.png").symlink_to(sheet)
+    for theirs in (tmp_path / "theirs.png", scenes / "dataset.json", tmp_path / "link.png", tmp_path):
+        before = theirs.read_bytes() if theirs.is_file() else None
+        with pytest.raises(DiffuMaskError, match=f"{theirs.name} is there and was not written by this program"):
+            evaluate(EvaluateOptions("mini-oracle", scenes, sheet=theirs))
+        assert before is None or theirs.read_bytes() == before
 
 
 def test_what_cannot_be_judged_is_one_sentence(tmp_path):

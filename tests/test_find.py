@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import pytest
@@ -69,3 +70,9 @@ def test_a_damaged_diffumask_json_is_one_sentence(copy):
     (copy / "diffumask.json").write_text(json.dumps({"classes": 3}))
     with pytest.raises(DiffuMaskError, match="diffumask.json is damaged"):
         find_model(copy)
+
+
+def test_a_path_that_safetensors_cannot_open_is_said(tiny_folder, tmp_path):
+    model = shutil.copytree(tiny_folder, os.fsdecode(os.fsencode(tmp_path) + b"/mod\xff"))
+    with pytest.raises(DiffuMaskError, match="is not in UTF-8, .*: rename the folder"):
+        find_model(model)

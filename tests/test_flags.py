@@ -31,7 +31,7 @@ KINDS = {
     "generate": GenerateOptions, "remask": MaskOptions, "evaluate": EvaluateOptions, "export": ExportOptions,
     "bench": BenchOptions, "compare": CompareOptions, "tune": TuneOptions,
 }  # fmt: skip
-OTHERS = {"generate": {"log", "as_json"}, "remask": {"source", "out", "device", "as_json"}}
+OTHERS = {"generate": {"log", "as_json"}, "remask": {"source", "out", "device", "max_pixels", "as_json"}}
 
 
 @pytest.mark.parametrize("command, kind", KINDS.items())
@@ -86,4 +86,6 @@ def test_a_command_gets_its_dataclasses():
     )
     assert got == [(Outer("here"), 0.5), (Outer("there", 3, Inner("red", 4), True, False), 1.0)]
     assert "Say what was given." in run(program, ["--help"]).stdout
-    assert run(program, []).exit_code == 2 and run(program, ["here", "--num-parts", "x"]).exit_code == 2
+    assert run(program, []).exit_code == 2 and run(program, ["here", "--nothing"]).exit_code == 2
+    bad = run(program, ["here", "--num-parts", "x"])
+    assert bad.exit_code == 1 and str(bad.exception) == "`num_parts` must be a whole number from 1 on, not 'x'"

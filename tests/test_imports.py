@@ -11,7 +11,8 @@ import diffumask_fast
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("errors",),
-    ("options", "borrow", "kernels", "flags", "console"),
+    ("options", "borrow", "kernels", "flags", "console", "own_files"),
+    ("pictures",),
     ("masks", "attention", "prompts"),
     ("mini",),
     ("results",),
@@ -23,6 +24,7 @@ LAYERS = (
     ("learning", "dropin", "doctor"),
     ("bench",),
     ("cli",),
+    ("__main__",),
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 # Allowed inside a function only: what the importing module must not load before it is needed.
@@ -30,12 +32,13 @@ LATE = {("pipeline", "export"): "an engine's libraries are optional"}
 LATE |= {
     ("cli", room): "`--help` is quick" for room in RANK if room not in ("cli", "errors", "options", "flags", "console")
 }
+LATE |= {("__main__", "cli"): "stopped while it loads, the program ends quietly"}
 # The judge takes no part in making masks: only these may read it.
 JUDGES = ("learning", "bench")
 # Against the order, and inside a function only.
 EXCEPTIONS = {("mini", "dataset"): "the world writes its scenes as an ordinary dataset"}
 # The embedded model is trained without the product; of it, it shares the names of VOC's classes.
-MINI_MAY_IMPORT = ("errors", "prompts")
+MINI_MAY_IMPORT = ("errors", "pictures", "prompts")
 
 
 def sources() -> list[Path]:

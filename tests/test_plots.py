@@ -29,3 +29,15 @@ def test_a_missing_library_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(DiffuMaskError, match=r"Plots need matplotlib: pip install \"diffumask-fast\[bench\]\""):
         plots.draw(ROWS, tmp_path)
+
+
+def test_what_others_drew_is_not_replaced(tmp_path):
+    for _ in range(2):
+        plots.draw(ROWS, tmp_path)
+    for name in ("stages.svg", "memory.png"):
+        ours, theirs = (tmp_path / name).read_bytes(), b"theirs"
+        (tmp_path / name).write_bytes(theirs)
+        with pytest.raises(DiffuMaskError, match=f"{name} is there and was not written by this program"):
+            plots.draw(ROWS, tmp_path)
+        assert (tmp_path / name).read_bytes() == theirs
+        (tmp_path / name).write_bytes(ours)

@@ -69,6 +69,23 @@ def test_rejected_rows_are_marked_and_any_key_is_drawn(tmp_path):
     assert red[red.size // 2 :].any() and not red[: red.size // 2].any()
 
 
+def test_a_picture_that_does_not_decode_is_a_red_field(folder):
+    rows = [make_row(sample) for sample in DRAWN]
+    rows[3]["image"]["bytes"] = rows[3]["image"]["bytes"][:100]
+    rows[4]["mask"] = make_row(draw(requests(1)[0], 30, 40))["mask"]
+    write_shard(folder, 0, rows)
+    sheet = np.asarray(Image.open(write_preview(folder)))
+    assert find(sheet, DRAWN[2].image) and find(sheet, np.full((160, 160, 3), (176, 0, 32), np.uint8))
+    assert not find(sheet, colour(DRAWN[3].mask))
+
+
+@pytest.mark.parametrize("number", [0, -1, 2.5])
+def test_numbers_that_show_nothing(folder, number):
+    for name in ("limit", "side", "columns"):
+        with pytest.raises(DiffuMaskError, match=f"`{name}` must be a whole number"):
+            write_preview(folder, **{name: number})
+
+
 def test_overlay_keeps_the_background():
     image, mask = DRAWN[0].image, DRAWN[0].mask
     mixed = overlay(image, mask)

@@ -76,7 +76,17 @@ def test_the_command_and_its_exit_code(tmp_path):
     assert done.returncode == 0 and json.loads(done.stdout)["rows"][0]["change"] == 0.2
 
 
-@pytest.mark.parametrize("text", ["no json", '{"suite": "x"}', "[1]", "3"])
+def rewritten(**changes):
+    return json.dumps(BEFORE[0] | changes)
+
+
+NO_NUMBERS = [
+    rewritten(value=float("nan")), rewritten(low=float("inf")), rewritten(high=None), rewritten(value="2"),
+    rewritten(value=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["no json", '{"suite": "x"}', "[1]", "3", *NO_NUMBERS])
 def test_what_is_no_row_is_named(tmp_path, text):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(BEFORE[0]) + "\n" + text + "\n")

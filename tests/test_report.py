@@ -104,3 +104,10 @@ def test_plots_need_matplotlib_before_anything_starts(tmp_path, monkeypatch):
 def test_the_machines_own_file():
     path = results_file("cpu")
     assert path.parent.parts[-2:] == ("bench", "results") and path.name.endswith(f"-{os.cpu_count()}.jsonl")
+
+
+def test_rows_are_not_appended_to_another_s_file(tmp_path):
+    (tmp_path / "notes").write_text("my notes\n")
+    with pytest.raises(DiffuMaskError, match="notes line 1 is no row"):
+        report.measure(BenchOptions("masks", output=tmp_path / "notes"))
+    assert (tmp_path / "notes").read_text() == "my notes\n"

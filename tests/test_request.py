@@ -30,6 +30,8 @@ def test_is_frozen_and_names_its_classes():
         {"phrases": (), "class_ids": (), "classes": ()},
         {"class_ids": (7, 255)},
         {"class_ids": (0, 7)},
+        {"classes": ("car", "background")},
+        {"phrases": ("car", "Background")},
         {"seed": -1},
         {"seed": 2**63},
         {"prompt": "bad \udcff"},

@@ -191,7 +191,7 @@ def test_requests_that_make_no_run(tmp_path):
         open_run(tmp_path, [*requests(1), *requests(1)], {}, {})
     with pytest.raises(DiffuMaskError, match="at least one request"):
         open_run(tmp_path, [], {}, {})
-    with pytest.raises(DiffuMaskError, match="`shard_size` is 0"):
+    with pytest.raises(DiffuMaskError, match="`shard_size` must be a whole number from 1 on, not 0"):
         open_run(tmp_path, requests(1), {}, {}, 0)
     assert not list(tmp_path.iterdir())
 
@@ -203,3 +203,27 @@ def test_hostile_prompts_come_back(tmp_path):
         run.write(0, [draw(request) for request in plan])
         rows = list(run.rows(accepted_only=False))
     assert [(row.prompt, row.negative_prompt) for row in rows] == [(prompt, "'")] * 2
+
+
+@pytest.mark.parametrize("name", ["data", "dataset.json", "preview.png", "data/shard-00000.parquet"])
+def test_a_planted_link_is_not_followed(tmp_path, name):
+    elsewhere = tmp_path / "elsewhere"
+    finish(elsewhere)
+    (elsewhere / "preview.png").write_bytes(b"theirs")
+    before, out = contents(elsewhere), tmp_path / "out"
+    (out / "data").mkdir(parents=True)
+    if name == "data":
+        (out / "data").rmdir()
+    elif name.startswith("data/"):
+        (out / "dataset.json").write_bytes((elsewhere / "dataset.json").read_bytes())
+    (out / name).symlink_to(elsewhere / name)
+    with pytest.raises(DiffuMaskError, match=f"{name} is (a link|there and was not written)"):
+        finish(out)
+    assert contents(elsewhere) == before
+
+
+def test_a_preview_that_is_not_ours_stops_a_run_before_it_draws(tmp_path):
+    (tmp_path / "preview.png").write_bytes(b"a photograph")
+    with pytest.raises(DiffuMaskError, match="preview.png is there and was not written by this program"):
+        begin(tmp_path)
+    assert list(contents(tmp_path)) == ["preview.png"]

@@ -1,5 +1,7 @@
 """masks/threshold.py against the same criteria written as a search."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 from test_make import ONE, RIGHT, picture
@@ -36,6 +38,42 @@ def test_no_edge_of_the_histogram_splits_better(shape, share):
             here = between_class_variance(bins, found[b, k].item() * 256)
             assert here == pytest.approx(best, rel=1e-9) and best > 0
             assert between_class_variance(bins, 64) < best  # a fixed guess, to see that the bound bites
+
+
+def best_split(levels):
+    """Return the largest between-class variance of integers, times their number squared, over all splits."""
+    found = Fraction(0)
+    for level in set(levels):
+        found = max(found, variance([value for value in levels if value < level], levels))
+    return found
+
+
+def variance(low, levels):
+    high = len(levels) - len(low)
+    if not low or not high:
+        return Fraction(0)
+    gap = Fraction(sum(low), len(low)) - Fraction(sum(levels) - sum(low), high)
+    return gap * gap * len(low) * high
+
+
+@pytest.mark.parametrize("steps", [255, 256])
+@pytest.mark.parametrize("span", [2, 3, 7, 40, 254])
+def test_pixels_above_are_the_upper_group_for_values_that_lie_on_edges(steps, span):
+    rng = torch.Generator().manual_seed(steps + span)
+    for _ in range(20):
+        low = int(torch.randint(0, 255 - span, (), generator=rng))
+        levels = torch.randint(low, low + span, (5, 6), generator=rng)
+        maps = (levels.float() / steps)[None, None]
+        below = levels[maps[0, 0] <= otsu(maps).item()].tolist()
+        best = best_split(levels.flatten().tolist())
+        assert variance(below, levels.flatten().tolist()) == best, (levels, otsu(maps).item() * 256)
+
+
+def test_of_two_equally_good_thresholds_the_first_is_taken():
+    # both tails are split off equally well; half-way between them is the worst place
+    levels = torch.tensor([13] * 10 + [127] * 50 + [128] * 50 + [242] * 10)
+    found = otsu((levels / 256).view(1, 1, 10, 12)).item()
+    assert 13 / 256 < found < 127 / 256
 
 
 def test_takes_the_middle_of_equal_thresholds():

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from diffumask_fast.dataset.reader import read_manifest, shard_paths
-from diffumask_fast.dataset.schema import MANIFEST
+from diffumask_fast.dataset.schema import MANIFEST, PREVIEW
 from diffumask_fast.dataset.writer import dump_manifest, explain, make_folder, temporary_path, write_file
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.own_files import check_own
 
 
 class DatasetFolder:
@@ -26,11 +27,12 @@ class DatasetFolder:
         path: made if needed.
 
     Raises:
-        DiffuMaskError: it cannot be written, or another process is writing in it.
+        DiffuMaskError: it cannot be written, another process is writing in it, or a name of ours in it is a link.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._check_links()
         make_folder(self.path / "data")
         try:
             self.close = weakref.finalize(self, os.close, lock(self.path))  # lets others write in the folder
@@ -39,6 +41,13 @@ class DatasetFolder:
                     left.unlink(missing_ok=True)
         except OSError as error:
             raise explain(error, self.path) from error
+
+    def _check_links(self) -> None:
+        """Raise where one of our names is a link, or our picture's name is another's file."""
+        for place in (self.path / "data", self.path / MANIFEST):
+            if place.is_symlink():
+                raise DiffuMaskError(f"{place} is a link, and writing does not follow links: move it away")
+        check_own(self.path / PREVIEW)
 
     def begun(self) -> dict[str, Any] | None:
         """Return the manifest, None where no shard was written yet: then the folder may become another dataset.

@@ -7,24 +7,33 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from diffumask_fast.dataset.reader import Row, read_rows
-from diffumask_fast.dataset.schema import PNG_LEVEL
+from diffumask_fast.dataset.schema import PNG_LEVEL, PREVIEW
 from diffumask_fast.dataset.writer import write_file
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.options import MAX_PIXELS, checked, whole
+from diffumask_fast.own_files import SIGN, check_own
 from diffumask_fast.prompts.vocabulary import voc_palette
 
+RED = "#b00020"
 _GAP, _SEAM, _LINE = 10, 2, 17
 
 
-def write_preview(folder: str | Path, limit: int = 24, side: int = 160, columns: int = 3) -> Path:
+def write_preview(
+    folder: str | Path, limit: int = 24, side: int = 160, columns: int = 3, *, max_pixels: int = MAX_PIXELS
+) -> Path:
     """Write `preview.png` into a dataset: its first rows, rejected ones with their reason in red.
+
+    A picture that does not decode is shown as a red field.
 
     Args:
         folder: the dataset.
         limit: number of samples at most.
         side: longest side of each picture; pictures are made smaller, never larger.
         columns: samples beside each other.
+        max_pixels: of a picture that is decoded.
 
     Returns:
         The sheet's path.
@@ -32,11 +41,14 @@ def write_preview(folder: str | Path, limit: int = 24, side: int = 160, columns:
     Raises:
         DiffuMaskError: there are no rows, or the sheet cannot be written.
     """
-    rows = read_rows(folder, accepted_only=False, columns=["key", "image", "mask", "reason"])
+    for name, value in (("limit", limit), ("side", side), ("columns", columns)):
+        checked(name, value, whole(1))
+    wanted = ["key", "image", "mask", "reason"]
+    rows = read_rows(folder, accepted_only=False, columns=wanted, max_pixels=max_pixels)
     tiles = [_tile(row, side) for row in islice(rows, limit)]
     if not tiles:
         raise DiffuMaskError(f"{folder} holds no sample to show: draw some first")
-    path = Path(folder) / "preview.png"
+    path = Path(folder) / PREVIEW
     write_png(path, sheet(tiles, columns))
     return path
 
@@ -55,10 +67,12 @@ def write_png(path: Path, picture: Image.Image) -> None:
     """Write a picture, whole or not at all.
 
     Raises:
-        DiffuMaskError: it cannot be written.
+        DiffuMaskError: it cannot be written, or there is a file that we did not write.
     """
-    stream = io.BytesIO()
-    picture.save(stream, "PNG", compress_level=PNG_LEVEL)
+    check_own(path)
+    stream, note = io.BytesIO(), PngInfo()
+    note.add_text("Software", SIGN)
+    picture.save(stream, "PNG", compress_level=PNG_LEVEL, pnginfo=note)
     write_file(path, stream.getvalue())
 
 
@@ -90,5 +104,11 @@ def tile(arrays: Sequence[np.ndarray], text: str, ink: str = "black", side: int 
 
 
 def _tile(row: Row, side: int) -> Image.Image:
-    text, ink = (row.key, "black") if row.accepted else (f"{row.key}: {row.reason}", "#b00020")
+    text, ink = (row.key, "black") if row.accepted else (f"{row.key}: {row.reason}", RED)
+    try:
+        shapes = row.image.shape[:2], row.mask.shape
+    except DiffuMaskError as error:
+        return tile([np.full((side, side, 3), (176, 0, 32), np.uint8)], f"{row.key}: {error}", RED, side)
+    if shapes[0] != shapes[1]:
+        return tile((row.image,), f"{row.key}: its mask has {shapes[1]} pixels, its image {shapes[0]}", RED, side)
     return tile((row.image, overlay(row.image, row.mask), colour(row.mask)), text, ink, side)

@@ -1,7 +1,9 @@
 """Rows out of a dataset's shards."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffumask_fast.dataset.schema import MANIFEST, SCHEMA_VERSION, decode_maps, decode_png
+from diffumask_fast.dataset.schema import MANIFEST, SCHEMA, SCHEMA_VERSION, decode_maps, decode_png
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.options import MAX_PIXELS
 
 BATCH = 64  # rows that are read at once
+
+
+class DamagedShard(DiffuMaskError):
+    """A shard does not decode."""
 
 
 class Row:
@@ -21,6 +28,8 @@ class Row:
 
     Args:
         values: column names and values, as they are stored; `maps` is an array.
+        path: of the shard that it is in; an error names it.
+        max_pixels: of a picture that is decoded.
     """
 
     key: str
@@ -34,8 +43,8 @@ class Row:
     accepted: bool
     reason: str
 
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.values = values
+    def __init__(self, values: dict[str, Any], path: Path | None = None, max_pixels: int = MAX_PIXELS) -> None:
+        self.values, self.path, self.max_pixels = values, path, max_pixels
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -46,26 +55,49 @@ class Row:
     @cached_property
     def image(self) -> np.ndarray:
         """The image, [H, W, 3] uint8."""
-        return decode_png(self.values["image"])
+        return self._decoded("image", 3)
 
     @cached_property
     def mask(self) -> np.ndarray:
         """The mask, [H, W] uint8: class ids, 0 background, 255 ignored."""
-        return decode_png(self.values["mask"])
+        return self._decoded("mask", 2)
 
     @cached_property
     def maps(self) -> np.ndarray | None:
         """The class maps that the mask was made of, [K, h, w] uint8; None where no maps are stored."""
-        return decode_maps(self.values)
+        with self._naming():
+            return decode_maps(self.values)
+
+    def _decoded(self, name: str, axes: int) -> np.ndarray:
+        with self._naming():
+            pixels = decode_png(self.values[name], self.max_pixels)
+            if pixels.ndim != axes:
+                raise DiffuMaskError(f"{name} of {self.key} has shape {pixels.shape}, not {axes} axes")
+            return pixels
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Say in an error which shard the row is in."""
+        try:
+            yield
+        except DiffuMaskError as error:
+            raise error if self.path is None else DiffuMaskError(f"{self.path}: {error}") from error
 
 
-def read_rows(folder: str | Path, *, accepted_only: bool = True, columns: Sequence[str] | None = None) -> Iterator[Row]:
+def read_rows(
+    folder: str | Path,
+    *,
+    accepted_only: bool = True,
+    columns: Sequence[str] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Iterator[Row]:
     """Yield the rows of a dataset in the order of its shards; a few rows are in memory at a time.
 
     Args:
         folder: the dataset.
         accepted_only: leave out rejected rows.
         columns: those to read; None reads all.
+        max_pixels: of a picture, when it is decoded.
 
     Raises:
         DiffuMaskError: there are no shards, or one cannot be read.
@@ -79,46 +111,79 @@ def read_rows(folder: str | Path, *, accepted_only: bool = True, columns: Sequen
         raise DiffuMaskError(f"{folder} holds no data/shard-*.parquet: name the folder that generate wrote")
     wanted = None
     if columns is not None:
+        if unknown := set(columns) - set(SCHEMA.names):
+            raise DiffuMaskError(f"rows have no column {min(unknown)}: name some of {', '.join(SCHEMA.names)}")
         wanted = list(dict.fromkeys([*columns, "accepted", *(["map_sizes"] if "maps" in columns else [])]))
     for path in paths:
-        for row in read_shard(path, wanted):
+        for row in read_shard(path, wanted, max_pixels):
             if row.accepted or not accepted_only:
                 yield row
 
 
-def read_shard(path: Path, columns: Iterable[str] | None = None) -> Iterator[Row]:
+def read_shard(path: Path, columns: Iterable[str] | None = None, max_pixels: int = MAX_PIXELS) -> Iterator[Row]:
     """Yield the rows of one shard.
 
     Raises:
-        DiffuMaskError: it is damaged or written by a newer version.
+        DamagedShard: it does not decode.
+        DiffuMaskError: it cannot be opened, or is written by a newer version.
     """
+    with open_shard(path) as file:
+        for batch in file.iter_batches(BATCH, columns=None if columns is None else list(columns)):
+            yield from _rows_of(batch, path, max_pixels)
+
+
+@contextmanager
+def open_shard(path: Path) -> Iterator[pq.ParquetFile]:
+    """Open a shard, whose pages are checked as they are read.
+
+    Raises:
+        DamagedShard: it does not decode, now or later in the `with` statement.
+        DiffuMaskError: it cannot be opened, or is written by a newer version.
+    """
+    if path.exists() and not path.is_file():
+        raise DiffuMaskError(f"{path} is no file: move it away")
     try:
-        with pq.ParquetFile(path) as file:
+        # opened here, for pyarrow takes no path that is not UTF-8
+        with path.open("rb") as stream, pq.ParquetFile(stream, page_checksum_verification=True) as file:
             version = int((file.schema_arrow.metadata or {}).get(b"schema_version", b"0"))
             if version > SCHEMA_VERSION:
                 raise DiffuMaskError(
                     f"{path} has schema version {version}, newer than this program's {SCHEMA_VERSION}: update it"
                 )
-            for batch in file.iter_batches(BATCH, columns=None if columns is None else list(columns)):
-                yield from _rows_of(batch)
+            if not file.schema_arrow.equals(SCHEMA):
+                raise ValueError("other columns than a dataset's")
+            yield file
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise DiffuMaskError(f"{path} cannot be read: delete it and run generate again to draw it anew") from error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DiffuMaskError(f"{path} cannot be opened: {error.strerror}") from error
+        raise DamagedShard(
+            f"{path} cannot be read ({_cause(error)}): run the command again that wrote the dataset, it makes this "
+            "shard anew"
+        ) from error
 
 
-def _rows_of(batch: pa.RecordBatch) -> Iterator[Row]:
+def _cause(error: Exception) -> str:
+    return " ".join(str(error).split())[:100] or type(error).__name__
+
+
+def _rows_of(batch: pa.RecordBatch, path: Path, max_pixels: int) -> Iterator[Row]:
     """Yield the rows of a batch; maps stay arrays, for a list of Python numbers takes eight times the memory."""
     if "maps" not in batch.schema.names:
-        yield from map(Row, batch.to_pylist())
+        for values in batch.to_pylist():
+            yield Row(values, path, max_pixels)
         return
     maps = batch.column("maps")
     numbers, ends = maps.values.to_numpy(), maps.offsets.to_numpy()
     for row, values in enumerate(batch.drop_columns(["maps"]).to_pylist()):
-        yield Row({**values, "maps": numbers[ends[row] : ends[row + 1]].copy()})
+        yield Row({**values, "maps": numbers[ends[row] : ends[row + 1]].copy()}, path, max_pixels)
 
 
 def shard_paths(folder: str | Path) -> list[Path]:
     """List the shards of a dataset in order."""
-    return sorted(Path(folder).glob("data/shard-*.parquet"), key=lambda path: (len(path.name), path.name))
+    return sorted(
+        (path for path in Path(folder).glob("data/shard-*.parquet") if re.fullmatch(r"shard-\d{5,}", path.stem)),
+        key=lambda path: (len(path.name), path.name),
+    )
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -129,12 +194,30 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("no file")
         manifest = json.loads(path.read_text("utf-8"))
         version, _, _ = (manifest[name] for name in ("schema_version", "options", "plan"))
+        if version == SCHEMA_VERSION:
+            _check_manifest(manifest)
     except FileNotFoundError as error:
         raise DiffuMaskError(f"{path} is missing: name the folder that generate wrote") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DiffuMaskError(f"{path} is no manifest of a dataset: use another folder") from error
     if version != SCHEMA_VERSION:
         raise DiffuMaskError(f"{path} has schema version {version}, not {SCHEMA_VERSION}: use another folder")
     return manifest
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Raise a ValueError, KeyError, TypeError or AttributeError unless this is what a run or `derive` writes."""
+    plan, options = manifest["plan"], manifest["options"].items()
+    size = dict(options)["shard_size"]
+    if not all(type(number) is int and number > 0 for number in (plan["rows"], plan["shards"], size)):
+        raise ValueError("numbers that are none")
+    if plan["shards"] != -(-plan["rows"] // size) or not isinstance(plan["sha256"], str):
+        raise ValueError("a plan that does not fit")
+    if not all(isinstance(manifest[name], dict) for name in ("model", "environment")):
+        raise TypeError("no objects")
+    if not all(isinstance(entry[name], str) for entry in manifest["classes"] for name in ("name", "phrase")):
+        raise TypeError("classes without a name")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.make import make_masks
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.masks.rejection import NOT_FINITE, rejections
+from diffumask_fast.options import MAX_PIXELS
 
 BATCH = 8
+BATCH_PIXELS = 8 * 1024 * 1024  # larger images come fewer at a time
 
 
 def remask(
@@ -29,6 +31,7 @@ def remask(
     options: MaskOptions | None = None,
     *,
     device: str | torch.device = "cpu",
+    max_pixels: int = MAX_PIXELS,
     progress: Callable[[int], Progress] = lambda total: Progress(disable=True),
 ) -> dict[str, Any]:
     """Write a dataset anew with other masks: images, prompts and maps stay, masks, quality and acceptance are made.
@@ -40,6 +43,7 @@ def remask(
         out: folder of the new one.
         options: how masks are made of maps.
         device: where masks are made; on the CPU as many batches at once as torch has threads.
+        max_pixels: of a picture that is decoded.
         progress: makes a progress bar of the number of shards.
 
     Returns:
@@ -54,19 +58,23 @@ def remask(
 
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
 
-        def transform(rows: list[Row]) -> list[dict[str, Any]]:
-            if any(row.map_sizes == [] for row in rows):
-                raise DiffuMaskError("it stores no maps to make masks of: remask takes what generate wrote")
-            made = [pool.submit(_remade, batch, options, phrases, device) for batch in _batches(rows)]
-            return [row for batch in made for row in batch.result()]
+        def transform(rows: Iterator[Row]) -> Iterator[dict[str, Any]]:
+            batches = _batches(rows)
+            while ahead := list(islice(batches, 2 * workers)):
+                made = [pool.submit(_remade, batch, options, phrases, device) for batch in ahead]
+                yield from (row for batch in made for row in batch.result())
 
-        return derive(source, out, transform, options, progress=progress)
+        return derive(source, out, transform, options, max_pixels=max_pixels, progress=progress)
 
 
-def _batches(rows: list[Row]) -> list[list[Row]]:
+def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
     """Put rows together that follow each other and whose images and maps have the same size."""
-    groups = [list(same) for _, same in groupby(rows, key=lambda row: (row.image.shape, row.map_sizes))]
-    return [same[start : start + BATCH] for same in groups for start in range(0, len(same), BATCH)]
+    for (shape, map_sizes), same in groupby(rows, key=lambda row: (row.image.shape, tuple(map(tuple, row.map_sizes)))):
+        if not map_sizes:
+            raise DiffuMaskError("it stores no maps to make masks of: remask takes what generate wrote")
+        most = max(1, min(BATCH, BATCH_PIXELS // (shape[0] * shape[1])))
+        while batch := list(islice(same, most)):
+            yield batch
 
 
 @torch.inference_mode()

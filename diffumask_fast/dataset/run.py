@@ -1,22 +1,19 @@
 """A run in a folder: what it was asked for, which shards are there, which are missing."""
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffumask_fast.dataset.folder import DatasetFolder, differences
 from diffumask_fast.dataset.reader import Row, read_rows
 from diffumask_fast.dataset.schema import SCHEMA_VERSION, Sample, make_row
-from diffumask_fast.dataset.writer import dump_manifest, shard_path, write_shard
+from diffumask_fast.dataset.shard_check import UNRECORDED, Names, done_shards, mark_of, plan_digest
+from diffumask_fast.dataset.writer import dump_manifest, write_shard
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.options import checked, whole
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import Vocabulary
-
-# Options that older runs did not record, with the values that they used.
-UNRECORDED = {"attention": "sdpa"}
 
 
 def open_run(
@@ -33,7 +30,8 @@ def open_run(
     """Begin a run in a folder, or go on with the one that is there.
 
     `dataset.json` is written before the first shard; it never changes afterwards, except that a tolerated drift is
-    added. What a killed run left half-written is removed. The run is locked against other processes until it is
+    added. What a killed run left half-written is removed, and a shard that does not decode is drawn anew: of a large
+    run that is looked for in footers, keys and seeds alone. The run is locked against other processes until it is
     finished or the process ends; the lock is no file.
 
     Args:
@@ -51,11 +49,10 @@ def open_run(
         The run, to be used in a `with` statement.
 
     Raises:
-        DiffuMaskError: the folder cannot be written or is in use, or holds a run with another model, option, plan or
-            environment; the message names each difference.
+        DiffuMaskError: the folder cannot be written or is in use, holds a run with another model, option, plan or
+            environment (the message names each difference), or holds shards of another run.
     """
-    if shard_size < 1:
-        raise DiffuMaskError(f"`shard_size` is {shard_size}: give at least 1")
+    shard_size = checked("shard_size", shard_size, whole(1))
     if not requests:
         raise DiffuMaskError("a run needs at least one request")
     manifest = {
@@ -66,14 +63,14 @@ def open_run(
             {"id": entry.id, "name": entry.name, "phrase": entry.phrase}
             for entry in (vocabulary.entries if vocabulary else ())
         ],
-        "plan": {"rows": len(requests), "shards": -(-len(requests) // shard_size), "sha256": _digest(requests)},
+        "plan": {"rows": len(requests), "shards": -(-len(requests) // shard_size), "sha256": plan_digest(requests)},
         "environment": environment,
     }
     # Read back, so that both sides of the comparison have JSON's types.
     manifest = json.loads(dump_manifest(manifest))
     place = DatasetFolder(folder)
     try:
-        return Run(place, requests, shard_size, _begin(place, manifest, allow_drift))
+        return Run(place, requests, shard_size, *_begin(place, manifest, allow_drift, requests, shard_size))
     except BaseException:
         place.close()
         raise
@@ -82,17 +79,24 @@ def open_run(
 class Run:
     """The shards of one run; made by `open_run`."""
 
-    def __init__(self, place: DatasetFolder, requests: Sequence[Request], shard_size: int, manifest: dict[str, Any]):
+    def __init__(
+        self,
+        place: DatasetFolder,
+        requests: Sequence[Request],
+        shard_size: int,
+        manifest: dict[str, Any],
+        done: Collection[int],
+    ):
         self.folder, self.requests, self.shard_size, self.manifest = place.path, requests, shard_size, manifest
-        self._place = place
+        self._place, self._done = place, set(done)
 
     def missing_shards(self) -> list[int]:
         """List the shards that are still to be drawn."""
-        return _missing(self.folder, self.manifest)
+        return _missing(self.manifest, self._done)
 
     def requests_of(self, index: int) -> tuple[Request, ...]:
         """Return the requests of a shard."""
-        return tuple(self.requests[index * self.shard_size : (index + 1) * self.shard_size])
+        return _requests_of(self.requests, self.shard_size, index)
 
     def write(self, index: int, samples: Sequence[Sample]) -> Path:
         """Write a whole shard.
@@ -110,9 +114,12 @@ class Run:
 
     def write_rows(self, index: int, rows: Sequence[dict[str, Any]]) -> Path:
         """Write a whole shard of rows that are already encoded, as `write`."""
-        if [row["key"] for row in rows] != [request.key for request in self.requests_of(index)]:
+        names = [(row["key"], row["seed"]) for row in rows]
+        if names != _names_of(self.requests_of(index)):
             raise DiffuMaskError(f"shard {index} takes the rows of its requests, all of them and in their order")
-        return write_shard(self.folder, index, rows)
+        path = write_shard(self.folder, index, rows, mark_of(self.manifest, index, names))
+        self._done.add(index)
+        return path
 
     def rows(self, *, accepted_only: bool = True, columns: Sequence[str] | None = None) -> Iterator[Row]:
         """Yield the rows that are there."""
@@ -133,12 +140,14 @@ class Run:
         self.close()
 
 
-def _begin(place: DatasetFolder, manifest: dict[str, Any], allow_drift: bool) -> dict[str, Any]:
-    """Write the manifest, or compare it with the one that is there; return the one that holds."""
+def _begin(
+    place: DatasetFolder, manifest: dict[str, Any], allow_drift: bool, requests: Sequence[Request], shard_size: int
+) -> tuple[dict[str, Any], set[int]]:
+    """Write the manifest, or compare it with the one that is there; return the one that holds, and the shards done."""
     there = place.begun()
     if there is None:  # no shard was drawn yet, so other options may begin anew
         place.write_manifest(manifest)
-        return manifest
+        return manifest, set()
     _compare(there, manifest, place.path)
     changes = _named(there["environment"], manifest["environment"])
     if changes and not allow_drift:
@@ -146,16 +155,25 @@ def _begin(place: DatasetFolder, manifest: dict[str, Any], allow_drift: bool) ->
             f"{place.path} was begun in another environment: {', '.join(changes)}; with `allow_drift` the run goes on, "
             "equal up to rounding, and records it"
         )
-    drift = {"environment": manifest["environment"], "shards": _missing(place.path, there)}
+    done = done_shards(place.path, there, lambda index: _names_of(_requests_of(requests, shard_size, index)))
+    drift = {"environment": manifest["environment"], "shards": _missing(there, done)}
     last = (there.get("drift") or [there])[-1]["environment"]
     if drift["shards"] and last != drift["environment"]:
         there["drift"] = [*there.get("drift", []), drift]
         place.write_manifest(there)
-    return there
+    return there, done
 
 
-def _missing(folder: Path, manifest: dict[str, Any]) -> list[int]:
-    return [index for index in range(manifest["plan"]["shards"]) if not shard_path(folder, index).exists()]
+def _missing(manifest: dict[str, Any], done: Collection[int]) -> list[int]:
+    return [index for index in range(manifest["plan"]["shards"]) if index not in done]
+
+
+def _requests_of(requests: Sequence[Request], shard_size: int, index: int) -> tuple[Request, ...]:
+    return tuple(requests[index * shard_size : (index + 1) * shard_size])
+
+
+def _names_of(requests: Sequence[Request]) -> Names:
+    return [(request.key, request.seed) for request in requests]
 
 
 def _compare(there: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
@@ -178,15 +196,3 @@ def _compare(there: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
 
 def _named(old: dict[str, Any], new: dict[str, Any], title: Callable[[str], str] = str) -> list[str]:
     return [f"{title(name)} {change}" for name, change in differences(old, new)]
-
-
-def _digest(requests: Sequence[Request]) -> str:
-    """Return the hash of a plan; raises where a key comes twice."""
-    digest = hashlib.sha256()
-    keys: set[str] = set()
-    for request in requests:
-        digest.update(json.dumps(astuple(request)).encode())
-        keys.add(request.key)
-    if len(keys) < len(requests):
-        raise DiffuMaskError("two requests of a run have the same key: give each key once")
-    return digest.hexdigest()

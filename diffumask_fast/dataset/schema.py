@@ -10,10 +10,13 @@ import pyarrow as pa
 from PIL import Image
 
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.options import MAX_PIXELS
+from diffumask_fast.pictures import decode_picture
 from diffumask_fast.prompts.request import Request
 
 SCHEMA_VERSION = 1
 MANIFEST = "dataset.json"
+PREVIEW = "preview.png"
 PNG_LEVEL = 6
 
 _PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -141,15 +144,28 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def decode_png(picture: dict[str, Any]) -> np.ndarray:
-    """Decode the `image` or `mask` of a row: [H, W, 3] or [H, W] uint8."""
-    with Image.open(io.BytesIO(picture["bytes"])) as image:
-        return np.array(image)
+def decode_png(picture: dict[str, Any], max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decode the `image` or `mask` of a row: [H, W, 3] or [H, W] uint8.
+
+    Raises:
+        DiffuMaskError: it is damaged, larger than `max_pixels`, or neither RGB nor one channel of 8 bits.
+    """
+    decoded = decode_picture(picture["bytes"] or b"", picture.get("path"), max_pixels=max_pixels)
+    if decoded.mode not in ("RGB", "L", "P"):
+        raise DiffuMaskError(f"{picture.get('path')} has mode {decoded.mode}: images have RGB, masks L")
+    return np.array(decoded)
 
 
 def decode_maps(values: dict[str, Any]) -> np.ndarray | None:
-    """Give the `maps` of a row their shape: [K, h, w] uint8; None where none are stored."""
+    """Give the `maps` of a row their shape: [K, h, w] uint8; None where none are stored.
+
+    Raises:
+        DiffuMaskError: their number does not fit `map_sizes`.
+    """
     sizes = values["map_sizes"]
     if not sizes:
         return None
-    return np.asarray(values["maps"], np.uint8).reshape(len(sizes), *sizes[0])
+    maps, (height, width) = np.asarray(values["maps"], np.uint8), sizes[0]
+    if min(height, width) < 1 or maps.size != len(sizes) * height * width or any(size != sizes[0] for size in sizes):
+        raise DiffuMaskError(f"{maps.size} values of maps do not fit the map sizes {sizes}")
+    return maps.reshape(len(sizes), height, width)

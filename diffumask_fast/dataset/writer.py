@@ -2,18 +2,23 @@
 
 import contextlib
 import errno
-import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffumask_fast.dataset.schema import SCHEMA
 from diffumask_fast.errors import DiffuMaskError
+
+MARK = b"run"  # in a shard's metadata: for which run, and which place in it, it was written
+ROW_GROUP = 64  # rows that are written at once
+MOST_BYTES = 2**30  # of a shard; Arrow's columns hold at most twice as much
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -25,25 +30,31 @@ def shard_path(folder: str | Path, index: int) -> Path:
     return Path(folder) / "data" / f"shard-{index:05d}.parquet"
 
 
-def write_shard(folder: str | Path, index: int, rows: Sequence[dict[str, Any]]) -> Path:
-    """Write rows as a shard; equal rows give equal bytes.
+def write_shard(folder: str | Path, index: int, rows: Iterable[dict[str, Any]], mark: str | None = None) -> Path:
+    """Write rows as a shard, some at a time; equal rows give equal bytes.
 
     Args:
         folder: of the dataset.
         index: of the shard.
         rows: as `make_row` makes them.
+        mark: what `shard_check.mark_of` gives, by which the shard is known again.
 
     Returns:
         The shard's path, at which it is there whole or not at all.
 
     Raises:
-        DiffuMaskError: the folder cannot be written; nothing is left of the attempt.
+        DiffuMaskError: the folder cannot be written, or the shard becomes too large; nothing is left of the attempt.
     """
-    stream = io.BytesIO()
-    table = pa.Table.from_pylist(list(rows), SCHEMA)
-    pq.write_table(table, stream, compression="zstd", compression_level=3, use_dictionary=False, version="2.6")
-    path = shard_path(folder, index)
-    write_file(path, stream.getbuffer())
+    path, rows = shard_path(folder, index), iter(rows)
+    schema = SCHEMA if mark is None else SCHEMA.with_metadata({**SCHEMA.metadata, MARK: mark})
+    with new_file(path) as file, pq.ParquetWriter(
+        file, schema, compression="zstd", compression_level=3, use_dictionary=False, version="2.6",
+        write_page_checksum=True,
+    ) as writer:  # fmt: skip
+        while part := list(islice(rows, ROW_GROUP)):
+            writer.write_table(pa.Table.from_pylist(part, schema))
+            if file.tell() > MOST_BYTES:
+                raise DiffuMaskError(f"{path} becomes larger than {MOST_BYTES} bytes: give a smaller `shard_size`")
     return path
 
 
@@ -63,11 +74,22 @@ def write_file(path: Path, data: bytes | memoryview, *, temporary: Path | None =
     Raises:
         DiffuMaskError: it cannot be written; nothing is left of the attempt.
     """
+    with new_file(path, temporary) as file:
+        file.write(data)
+
+
+@contextmanager
+def new_file(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
+    """Give a file to write, which is at its place when the `with` statement ends, and nowhere if that fails.
+
+    Raises:
+        DiffuMaskError: it cannot be written; nothing is left of the attempt.
+    """
     temporary = temporary or temporary_path(path)
     try:
         temporary.unlink(missing_ok=True)
         with open(temporary, "xb") as file:  # a link that somebody has put there is not followed
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

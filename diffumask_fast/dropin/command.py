@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from diffumask_fast.console import progress_bar, run_program, stoppable
+from diffumask_fast.console import progress_bar, run_program, say, stoppable
 from diffumask_fast.dropin.class_folder import ClassFolder
 from diffumask_fast.dropin.drawing import draw, plan_class
 from diffumask_fast.dropin.options import DropinOptions
@@ -31,7 +31,7 @@ def run(options: DropinOptions) -> None:
     info = pipe.info
     unknown = [name for name in vocabulary.names if info.classes and name not in info.classes]
     if unknown:
-        print(f"{options.model} never learnt {', '.join(unknown)}: its images will show little.", file=sys.stderr)
+        say(f"{options.model} never learnt {', '.join(unknown)}: its images will show little.", sys.stderr)
     best = (info.num_inference_steps, info.guidance_scale) if info.scenes is not None else (STEPS, GUIDANCE)
     steps = options.steps or best[0]
     guidance = best[1] if options.guidance_scale is None else options.guidance_scale
@@ -55,7 +55,7 @@ def run(options: DropinOptions) -> None:
                     for drawing, drawn in zip(batch, draw(pipe, batch, steps, guidance, num_tokens), strict=True):
                         folder.write(drawing, *drawn)
                         bar.advance(task)
-        print(f"{folder.path}: {len(drawings)} images, {len(missing)} of them drawn now")
+        say(f"{folder.path}: {len(drawings)} images, {len(missing)} of them drawn now")
 
 
 def command(options: DropinOptions) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from importlib import metadata
 from typing import Any
 
@@ -16,11 +16,13 @@ from diffumask_fast.attention.choice import attention_of
 from diffumask_fast.dataset.preview import write_preview
 from diffumask_fast.dataset.run import Run, open_run
 from diffumask_fast.dataset.shard_writer import ShardWriter
-from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.errors import DiffuMaskError, is_out_of_memory
 from diffumask_fast.generation.draw import draw_shards
 from diffumask_fast.generation.job import Job, make_job, open_pipe
 from diffumask_fast.generation.options import GenerateOptions
+from diffumask_fast.masks.rejection import BROKEN
 from diffumask_fast.models.loading import quietly
+from diffumask_fast.options import MAX_PIXELS
 from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.results import Result
 
@@ -51,10 +53,11 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Progress]) 
             model={"id": job.identity, "weights": job.weights}, vocabulary=job.recipe.vocabulary,
         ) as run:  # fmt: skip
             start = time.perf_counter()
-            drawn, writing = _draw_missing(pipe, job, run, progress)
+            with _enough_memory(job):
+                drawn, writing = _draw_missing(pipe, job, run, progress)
             seconds = time.perf_counter() - start
             accepted = sum(run.accepted_flags())
-            write_preview(options.out, PREVIEW)
+            write_preview(options.out, PREVIEW, max_pixels=max(MAX_PIXELS, job.height * job.width))
     return {
         "folder": str(options.out), "images": len(plan), "accepted": accepted, "drawn": drawn,
         "dropped_captions": plan.dropped, "images_per_s": drawn / seconds if drawn else 0.0,
@@ -86,11 +89,25 @@ def _draw_missing(
     return num, writer.waited
 
 
+@contextmanager
+def _enough_memory(job: Job) -> Iterator[None]:
+    """Say what to do when memory is short."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DiffuMaskError(
+            f"there is not enough memory for batches of {job.batch_size} images of {job.height}x{job.width}: give a "
+            "smaller `batch_size` or `size`"
+        ) from error
+
+
 class FirstImages:
     """Stop a run when over 90 % of its first images are rejected: then its settings are wrong.
 
     Args:
-        num: images to judge; fewer than four are never judged.
+        num: images to judge; of fewer than four, only whether all of them are broken, for a mask may fail by chance.
     """
 
     def __init__(self, num: int) -> None:
@@ -112,7 +129,9 @@ class FirstImages:
             return
         self._reasons.append(result.reason)
         rejected = list(filter(None, self._reasons))
-        if self.judged and self._num >= 4 and len(rejected) > 0.9 * self._num:
+        if self._num < 4:
+            rejected = [reason for reason in rejected if reason in BROKEN]
+        if self.judged and len(rejected) > 0.9 * self._num:
             common = max(set(rejected), key=rejected.count)
             raise DiffuMaskError(
                 f"{len(rejected)} of the first {self._num} images were rejected ({common}), so nothing was written; "

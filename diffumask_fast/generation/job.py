@@ -9,6 +9,7 @@ from typing import Any
 
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.attention.phrases import PhraseNotFound, phrase_columns
+from diffumask_fast.dataset.writer import MOST_BYTES
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.options import GenerateOptions
 from diffumask_fast.masks.options import MaskOptions
@@ -150,6 +151,18 @@ def open_pipe(options: GenerateOptions | Job, device: str) -> DiffuMaskPipeline:
     return pipe
 
 
+def _check_shards(rows: int, height: int, width: int, num_maps: int) -> None:
+    """Raise where a shard may become too large to be read back: image and mask in pixels, and maps of latent size."""
+    most = MOST_BYTES // (height * width * (4 + num_maps / 64))
+    if most < 1:
+        raise DiffuMaskError(f"an image of `size={height}x{width}` fits no shard: give a smaller one")
+    if rows > most:
+        raise DiffuMaskError(
+            f"a shard of {rows} images of {height}x{width} may be larger than {MOST_BYTES} bytes: give a `shard_size` "
+            f"up to {most:.0f}"
+        )
+
+
 def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
     """Return the job that options ask for: what they leave open is the model's own.
 
@@ -164,6 +177,7 @@ def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
     batch_size, maps = pipe.batch_size(options.batch_size, height, width), pipe.map_options(options.maps)
     if pipe.engine is not None:
         pipe.engine.limits.check(batch_size, height, width, options.classes_per_image, maps.propagate)
+    _check_shards(min(options.shard_size, options.num), height, width, options.classes_per_image)
     steps = options.steps or pipe.info.num_inference_steps
     try_scheduler(pipe.pipe, steps)
     folder = Path(options.model).expanduser()

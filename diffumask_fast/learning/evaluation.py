@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,15 +15,18 @@ from rich.progress import Progress
 from torch.nn import functional as F
 
 from diffumask_fast.dataset.preview import colour, overlay, sheet, tile, write_png
-from diffumask_fast.dataset.reader import Row, read_manifest, read_rows
+from diffumask_fast.dataset.reader import Row, read_manifest, read_shard
+from diffumask_fast.dataset.shard_check import finished_shards
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.learning.options import EvaluateOptions
-from diffumask_fast.masks.make import refine_maps
+from diffumask_fast.masks.make import IGNORE, refine_maps
 from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.own_files import check_own
 
 MODELS = ("mini-oracle",)
 VISIBLE = 0.01  # the share of the image above which an object counts as seen
 WORST = 20
+BATCH_PIXELS = 3 * 8 * 1024 * 1024  # and channels; larger images come fewer at a time
 THRESHOLDS = np.arange(0.02, 1, 0.02, dtype=np.float32)
 
 
@@ -51,14 +53,21 @@ class Judged(NamedTuple):
 
 @dataclass
 class Metrics:
-    """Sums over the images judged so far."""
+    """Sums over the images judged so far.
 
+    Args:
+        ignored_is_background: whether 255 in a mask counts as background; else such pixels are left out.
+    """
+
+    ignored_is_background: bool = False
     counts: np.ndarray = field(default_factory=lambda: np.zeros((256, 2), np.int64))  # class -> intersection, union
     foreground: list[float] = field(default_factory=list)
     boundary: list[float] = field(default_factory=list)
+    official_boundary: list[float] = field(default_factory=list)
     best_threshold: list[float] = field(default_factory=list)
     agreed: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
     seen: list[bool] = field(default_factory=list)
+    ignored: list[float] = field(default_factory=list)
     class_ids: dict[str, int] = field(default_factory=dict)
     worst: list[Judged] = field(default_factory=list)
 
@@ -72,29 +81,36 @@ class Metrics:
             options: how the row's mask was refined.
 
         Raises:
-            DiffuMaskError: the segmenter does not know a class of the row.
+            DiffuMaskError: the segmenter does not know a class of the row, or the row's parts do not fit together.
         """
         unknown = set(row.classes) - set(class_ids)
         if unknown:
             raise DiffuMaskError(f"{row.key} holds {', '.join(sorted(unknown))}, which mini-oracle has never seen.")
+        if row.mask.shape != truth.shape or len(row.classes) != len(row.class_ids):
+            raise DiffuMaskError(f"mask and image of {row.key}, or its classes and ids, do not fit together.")
         ids = [class_ids[name] for name in row.classes]
-        mask = np.zeros_like(row.mask)
-        for row_id, value in zip(row.class_ids, ids, strict=True):
-            mask[row.mask == row_id] = value
+        known = row.mask != IGNORE
+        self.ignored.append(float(1 - known.mean()))
+        known |= self.ignored_is_background
+        mask = np.where(known, 0, truth)  # what is left out is neither right nor wrong, nor a boundary
+        for own, value in zip(row.class_ids, ids, strict=True):
+            mask[row.mask == own] = value
         for value in np.union1d(mask, truth):
-            intersection, union = (mask == value) & (truth == value), (mask == value) | (truth == value)
-            self.counts[value] += (intersection.sum(), union.sum())
+            same, either = (mask == value) & (truth == value), (mask == value) | (truth == value)
+            self.counts[value] += ((same & known).sum(), (either & known).sum())
         self.class_ids |= dict(zip(row.classes, ids, strict=True))
-        iou = binary_iou(mask > 0, truth > 0)
+        iou = binary_iou((mask > 0) & known, (truth > 0) & known)
         self.foreground.append(iou)
-        self.boundary.append(binary_iou(boundary(mask > 0), boundary(truth > 0)))
+        for values, width in ((self.boundary, boundary_width), (self.official_boundary, official_width)):
+            edges = (boundary(part > 0, width(part.shape)) & known for part in (mask, truth))
+            values.append(binary_iou(*edges))
         self.seen.append(all((part == value).mean() > VISIBLE for value in ids for part in (mask, truth)))
         if len(ids) == 1:
             largest = np.bincount(truth[truth > 0], minlength=1).argmax()
             self.agreed[row.classes[0]].append(bool(largest == ids[0]))
             if row.maps is not None:
-                self.best_threshold.append(best_threshold_iou(row, truth > 0, options))
-        self.worst = sorted([*self.worst, Judged(iou, row.key, row.image, mask, truth)], key=lambda judged: judged.iou)
+                self.best_threshold.append(best_threshold_iou(row, truth > 0, options, known))
+        self.worst = sorted([*self.worst, Judged(iou, row.key, row.image, mask, truth)], key=lambda one: one.iou)
         del self.worst[WORST:]
 
     def compute(self) -> dict[str, Any]:
@@ -108,10 +124,13 @@ class Metrics:
             "per_class_iou": per_class,
             "foreground_iou": _mean(self.foreground),
             "boundary_iou": _mean(self.boundary),
+            "boundary_iou_3px_at_128": _mean(self.boundary),
+            "boundary_iou_ratio_0.02": _mean(self.official_boundary),
             "class_agreement": _mean(value for values in self.agreed.values() for value in values),
             "per_class_agreement": {name: _mean(values) for name, values in sorted(self.agreed.items())},
             "all_classes_seen": _mean(self.seen),
             "best_threshold_iou": _mean(self.best_threshold),
+            "ignored_share": _mean(self.ignored),
         }
 
 
@@ -121,39 +140,45 @@ def evaluate(
     progress: Callable[[int | None], Progress] = lambda total: Progress(disable=True),
     batch: int = 32,
 ) -> dict[str, Any]:
-    """Judge the masks of a dataset by the masks that a segmenter predicts from its images.
+    """Judge the masks of a finished dataset by the masks that a segmenter predicts of its images.
 
-    255 in a mask counts as background. For the segmenter, images are padded with their edge pixels to sides that are
-    multiples of 16.
+    Pixels that are 255 in a mask are left out of every figure, or count as background if that is asked for. Images
+    whose sides are no multiples of 16 are padded by their edge pixels for the segmenter.
 
     Args:
-        options: `sheet` becomes a PNG of the twenty images with the lowest foreground IoU: image, mask and prediction.
-        progress: makes a progress bar for a number of rows; None where the dataset does not record it.
-        batch: images per call of the segmenter.
+        options: the flags; `sheet` is a PNG of the twenty images of lowest foreground IoU: image, mask and prediction.
+        progress: makes a progress bar of the number of rows.
+        batch: images that are predicted together, fewer of large ones.
 
     Returns:
-        `n`, images; `miou`, mean of `per_class_iou` (intersection over union of each class, summed over all images);
-        `foreground_iou` and `boundary_iou` (`boundary` below), any class against background, mean over images;
-        `class_agreement`, share of one-class images in which the largest predicted class is the image's class, and
-        `per_class_agreement`; `all_classes_seen`, share of images in which each of the image's classes covers more than
-        1 % of the mask and of the predicted one; `best_threshold_iou`, foreground IoU of one-class images if each
-        stored map were cut at its best threshold, an upper bound for any choice of thresholds. A figure that no image
-        contributes to is None.
+        `n`, images; `miou`, mean of `per_class_iou` (intersection over union over all images, of every class wanted);
+        `foreground_iou`, any class against background, mean over images; `boundary_iou_3px_at_128`, also under the name
+        `boundary_iou`, and `boundary_iou_ratio_0.02`: the same of boundaries alone, of the width that their names say
+        (`boundary_width`, `official_width`); `class_agreement`, share of one-class images in which the segmenter's
+        largest class is the wanted one, and `per_class_agreement`; `all_classes_seen`, share of images in which every
+        wanted class covers more than 1 % of the image in the mask and in the segmenter's; `best_threshold_iou`,
+        foreground IoU if each image's refined map were cut at its own best threshold, over one-class images: what a
+        threshold alone could reach, not a bound on masks, whose edges are also moved by colour; `ignored_share`, of
+        pixels that are 255. A figure that no image has is None.
 
     Raises:
-        DiffuMaskError: there is no such segmenter or dataset, or it knows none of the classes.
+        DiffuMaskError: there is no such segmenter or finished dataset, or it knows none of the classes.
     """
     if options.model not in MODELS:
         raise DiffuMaskError(f"There is no segmenter {options.model} in this version: use {', '.join(MODELS)}.")
+    if options.sheet is not None:
+        check_own(options.sheet)
     from diffumask_fast.mini.oracle import load_oracle
 
-    segmenter, refinement = load_oracle(), _mask_options(options.data)
-    rows = read_rows(options.data, accepted_only=options.accepted)
-    metrics = Metrics()
-    total = read_manifest(options.data)["options"].get("num")
+    manifest = read_manifest(options.data)
+    paths = finished_shards(options.data, manifest)
+    segmenter, refinement = load_oracle(), _mask_options(manifest["options"])
+    rows = (row for path in paths for row in read_shard(path, max_pixels=options.reading.max_pixels))
+    metrics = Metrics(options.ignored_is_background)
+    total = manifest["plan"]["rows"]
     with progress(total) as bar:
         task = bar.add_task("judging", total=total)
-        while part := list(islice(rows, batch)):
+        for part in _batches((row for row in rows if row.accepted or not options.accepted), batch):
             for row, truth in zip(part, predict(segmenter, [row.image for row in part]), strict=True):
                 metrics.update(row, truth, segmenter.class_ids, refinement)
             bar.advance(task, len(part))
@@ -162,6 +187,20 @@ def evaluate(
     if options.sheet is not None:
         write_png(options.sheet, sheet([_worst_tile(judged) for judged in metrics.worst], columns=3))
     return metrics.compute()
+
+
+def _batches(rows: Iterable[Row], most: int) -> Iterator[list[Row]]:
+    """Put rows together, so many at most, and so many pixels unless it is one row."""
+    part: list[Row] = []
+    pixels = 0
+    for row in rows:
+        if part and (len(part) == most or pixels + row.image.size > BATCH_PIXELS):
+            yield part
+            part, pixels = [], 0
+        part.append(row)
+        pixels += row.image.size
+    if part:
+        yield part
 
 
 def predict(segmenter: Segmenter, images: list[np.ndarray]) -> list[np.ndarray]:
@@ -182,23 +221,36 @@ def binary_iou(mask: np.ndarray, truth: np.ndarray) -> float:
     return np.count_nonzero(mask & truth) / union if union else 1.0
 
 
-def boundary(mask: np.ndarray) -> np.ndarray:
-    """Return the pixels of a bool mask [H, W] at most d from its outside (Boundary IoU, Cheng et al., CVPR 2021).
+def boundary_width(shape: Sequence[int]) -> int:
+    """Return 3 pixels at 128, in proportion to the shorter side: the width that this project's figures have."""
+    return max(1, round(3 * min(shape) / 128))
 
-    d is 3 for a shorter side of 128, and proportional to it. What lies beyond the image counts as outside the mask.
+
+def official_width(shape: Sequence[int]) -> int:
+    """Return 0.02 of the diagonal: the width of Boundary IoU's authors."""
+    return max(1, round(0.02 * math.hypot(*shape)))
+
+
+def boundary(mask: np.ndarray, width: int | None = None) -> np.ndarray:
+    """Return the pixels of a mask that are near its outside (Boundary IoU, Cheng et al., CVPR 2021).
+
+    Args:
+        mask: [H, W] bool.
+        width: how many rows or columns from the outside; beyond the image is outside. `boundary_width` when None.
     """
-    distance = max(1, round(3 * min(mask.shape) / 128))
-    outside = F.pad(torch.from_numpy(~mask)[None, None].float(), (distance,) * 4, value=1.0)
-    near = F.max_pool2d(outside, 2 * distance + 1, 1)[0, 0] > 0
+    width = width or boundary_width(mask.shape)
+    outside = F.pad(torch.from_numpy(~mask)[None, None].float(), (width,) * 4, value=1.0)
+    near = F.max_pool2d(outside, 2 * width + 1, 1)[0, 0] > 0
     return mask & near.numpy()
 
 
-def best_threshold_iou(row: Row, truth: np.ndarray, options: MaskOptions) -> float:
-    """Return the IoU with truth [H, W] of the row's refined map, cut at its best threshold."""
+def best_threshold_iou(row: Row, truth: np.ndarray, options: MaskOptions, known: np.ndarray | None = None) -> float:
+    """Return the highest IoU with truth [H, W] that any threshold on the row's refined map has, where it is known."""
     maps, image = torch.from_numpy(row.maps)[None].float(), torch.from_numpy(row.image)[None]
     refined = refine_maps(maps, image, options)[0, 0].numpy()
-    # pixels above each threshold, in truth and in all: one sort instead of one mask per threshold
-    within, everywhere = np.sort(refined[truth]), np.sort(refined.ravel())
+    known = np.ones_like(truth, bool) if known is None else known
+    # Number of pixels above each threshold, in all and within truth: one sort instead of one mask per threshold.
+    within, everywhere = np.sort(refined[known & (truth > 0)]), np.sort(refined[known])
     hits = len(within) - np.searchsorted(within, THRESHOLDS, "right")
     above = len(everywhere) - np.searchsorted(everywhere, THRESHOLDS, "right")
     return float((hits / np.maximum(len(within) + above - hits, 1)).max())
@@ -209,9 +261,8 @@ def _mean(values: Iterable[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _mask_options(data: str | Path) -> MaskOptions:
-    """Return the refinement of the dataset's masks; the defaults where none is recorded, as for composed scenes."""
-    options = read_manifest(data)["options"]
+def _mask_options(options: Mapping[str, Any]) -> MaskOptions:
+    """Return the refinement that the dataset's masks had; the defaults where it had none, as composed scenes."""
     return MaskOptions(**{name: options[name] for name in ("refine", "radius", "eps") if name in options})
 
 

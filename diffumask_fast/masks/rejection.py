@@ -8,6 +8,8 @@ from torch import Tensor
 from diffumask_fast.masks.options import MaskOptions
 
 NOT_FINITE = "the image is not finite"
+ONE_COLOUR = "the image is of one colour"
+BROKEN = (NOT_FINITE, ONE_COLOUR)  # whatever the mask: the model or its settings are at fault
 
 
 def rejections(
@@ -46,7 +48,7 @@ def _reason(
     flat: bool, area: list[float], quality: list[float], ids: list[int], names: Sequence[str], options: MaskOptions
 ) -> str:
     if flat:
-        return "the image is of one colour"
+        return ONE_COLOUR
     there = [(share, value) for share, value, class_id in zip(area, quality, ids, strict=True) if class_id > 0]
     for name, (share, value) in zip(names, there, strict=True):
         if share == 0:

@@ -12,14 +12,15 @@ def otsu(maps: Tensor, bins: int = 256) -> Tensor:
     """Find the threshold that best splits each map into two groups: Otsu, IEEE Trans. SMC 1979.
 
     Counts are integers and the criterion is fp64, so the result is the same on every device and for every batch. Where
-    a range of thresholds is equally good, its middle is taken.
+    a range of thresholds is equally good, its middle is taken. What is above the threshold (`>`) is the upper group.
 
     Args:
         maps: [B, K, H, W] in 0..1; what lies outside is counted in the first or last bin.
         bins: number of bins over 0..1.
 
     Returns:
-        [B, K] fp32 in 0..1, an edge between two bins or the middle of such edges; 1 for a map of one value.
+        [B, K] fp32 in 0..1: an edge between two bins, or the middle of such edges, or the number next below where a
+        pixel lies on it; 1 for a map of one value.
 
     Example:
         >>> otsu(torch.tensor([0.1, 0.1, 0.9, 0.9]).view(1, 1, 2, 2)).item()
@@ -39,10 +40,15 @@ def otsu(maps: Tensor, bins: int = 256) -> Tensor:
     between = gap * gap / (below * (pixels - below)).clamp(min=1).double()
 
     best = between.amax(2, keepdim=True)
-    chosen = (between == best).double()
+    worse = (between < best).long()
+    before_first = worse.cumprod(2).sum(2, keepdim=True)  # of equally good ranges, the first
+    chosen = ((worse == 0) & (worse.cumsum(2) == before_first)).double()
     edges = torch.arange(1, bins, device=maps.device, dtype=torch.float64) / bins
     threshold = (chosen * edges).sum(2) / chosen.sum(2)
-    return torch.where(best[..., 0] > 0, threshold, torch.ones_like(threshold)).float()
+    threshold = torch.where(best[..., 0] > 0, threshold, torch.ones_like(threshold)).float()
+    # a pixel on the edge was counted above it, so that the edge moves below the pixel
+    on_edge = (maps == threshold[..., None, None]).flatten(2).any(2) & (best[..., 0] > 0)
+    return torch.where(on_edge, torch.nextafter(threshold, torch.zeros_like(threshold)), threshold)
 
 
 def adaptive(

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.mini.grounds import BACKGROUNDS
+from diffumask_fast.pictures import decode_picture
 from diffumask_fast.prompts.planner import article
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import Vocabulary
@@ -93,7 +94,7 @@ def load_sprites(assets: Path | None = None, names: str = "small", objects: str 
         raise DiffuMaskError(f"{table} has no permissive {objects} cut-out of {names}: add one to it.")
     rows.sort(key=lambda row: (row["class"], row["path"]))
     return [
-        Sprite(row["class"], row["model"], row["licence"], Image.open(table.parent / row["path"]).convert("RGBA"))
+        Sprite(row["class"], row["model"], row["licence"], decode_picture(table.parent / row["path"]).convert("RGBA"))
         for row in rows
     ]
 

@@ -112,6 +112,8 @@ def check_folder(folder: Path, held: Collection[str] = ()) -> None:
     Raises:
         DiffuMaskError: a file is missing, cut off or a pickle; names the first one.
     """
+    if any("\ud800" <= letter <= "\udfff" for letter in str(folder)):
+        raise DiffuMaskError(f"{folder} is not in UTF-8, and safetensors opens no other path: rename the folder.")
     index = folder / "model_index.json"
     if not index.is_file():
         raise DiffuMaskError(f"{folder} is no diffusers model: it has no model_index.json.")

@@ -22,6 +22,12 @@ def check_text(text: str, what: str) -> None:
         raise DiffuMaskError(f"{what} {text!r} is no readable text: write it in UTF-8")
 
 
+def check_class(name: str) -> None:
+    """Raise a DiffuMaskError if a class is named as what no class covers."""
+    if name.strip().casefold() == "background":
+        raise DiffuMaskError(f"{name!r} cannot be a class, for it is what no class covers: masks have it as 0")
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One sample to draw.
@@ -57,6 +63,8 @@ class Request:
         object.__setattr__(self, "classes", self.classes or self.phrases)
         for text in (self.key, self.prompt, self.negative_prompt, *self.phrases, *self.classes):
             check_text(text, "the request's")
+        for name in (*self.phrases, *self.classes):
+            check_class(name)
         if not is_file_stem(self.key, "_-+."):
             raise DiffuMaskError(f"key {self.key!r} is no safe file name: use letters, digits, _, -, + and .")
         if not len(self.phrases) == len(self.class_ids) == len(self.classes) > 0:

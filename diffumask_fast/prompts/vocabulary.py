@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.prompts.request import check_text, is_file_stem
+from diffumask_fast.prompts.request import check_class, check_text, is_file_stem
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,8 @@ class ClassEntry:
     def __post_init__(self) -> None:
         check_text(self.name, "the class name")
         check_text(self.phrase, "the class phrase")
+        for text in (self.name, self.phrase):
+            check_class(text)
         if not is_file_stem(self.stem, limit=80) or "  " in self.name:
             raise DiffuMaskError(
                 f"class name {self.name!r} cannot stand in file names: use letters, digits, single spaces, - and _ "

@@ -1,0 +1,194 @@
+"""Which shards of a dataset are done: those that hold the rows planned for them, in this dataset, and decode."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from diffumask_fast.dataset.reader import BATCH, DamagedShard, open_shard, read_shard
+from diffumask_fast.dataset.schema import MANIFEST
+from diffumask_fast.dataset.writer import MARK, MOST_BYTES, shard_path
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.prompts.request import Request
+
+logger = logging.getLogger("diffumask_fast")
+
+READ_WHOLE = 2**30  # bytes of shards of which every page is read; of the others, footer, keys and seeds
+BOUND = ("model", "classes", "plan")  # of a manifest: what, with its options, the bytes of its shards depend on
+PARQUET = b"PAR1"
+# Options that older runs did not record, with the values that they used.
+UNRECORDED = {"attention": "sdpa"}
+
+Names = Sequence[tuple[str, int]]  # key and seed of each row
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a shard says of itself: keys and seeds of its rows, and the mark of who wrote it, None in older ones."""
+
+    names: Names
+    mark: str | None
+    bytes: int
+
+
+def mark_of(manifest: dict[str, Any], index: int, names: Iterable[tuple[str, int]]) -> str:
+    """Return what a shard of a dataset is marked with: a hash of the dataset, the shard's number and its rows' names.
+
+    Args:
+        manifest: of the dataset.
+        index: of the shard.
+        names: key and seed of each row.
+    """
+    options = {**UNRECORDED, **manifest["options"]}
+    bound = [{name: manifest[name] for name in BOUND}, options, index, [list(name) for name in names]]
+    return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
+
+
+def done_shards(folder: Path, manifest: dict[str, Any], planned: Callable[[int], Names]) -> set[int]:
+    """Return which shards need not be made; one that is damaged is not among them, and a warning names it.
+
+    Args:
+        folder: of the dataset.
+        manifest: of the dataset.
+        planned: gives keys and seeds of a shard.
+
+    Raises:
+        DiffuMaskError: there is a file that is not of this dataset, which is not to be replaced.
+    """
+    check_names(folder, manifest)
+    done, left = set(), READ_WHOLE
+    for index in range(manifest["plan"]["shards"]):
+        path = shard_path(folder, index)
+        if path.is_symlink():
+            raise DiffuMaskError(f"{path} is a link, and writing does not follow links: move it away")
+        if not path.exists():
+            continue
+        try:
+            content = read_content(path, whole=left > 0)
+        except DamagedShard:
+            _check_parquet(path)
+            logger.warning("%s is damaged: it is made anew", path)
+            continue
+        left -= content.bytes
+        _check_content(path, content, manifest, index, planned(index))
+        done.add(index)
+    return done
+
+
+def finished_shards(folder: str | Path, manifest: dict[str, Any]) -> list[Path]:
+    """List the shards of a finished dataset, in order.
+
+    Raises:
+        DiffuMaskError: one is missing, damaged, or not of this dataset.
+    """
+    check_names(Path(folder), manifest)
+    paths = [shard_path(folder, index) for index in range(manifest["plan"]["shards"])]
+    missing = [path for path in paths if not path.exists()]
+    if missing:
+        first, command = missing[0].name, "run the command again that began it"
+        raise DiffuMaskError(f"{folder} is not finished: {first} is missing, one of {len(missing)}; {command}")
+    marked = True
+    for index, path in enumerate(paths):
+        content = read_content(path)
+        _check_content(path, content, manifest, index, content.names)
+        marked = marked and content.mark is not None
+    if not marked and manifest["classes"]:
+        _check_plan(folder, paths, manifest)
+    return paths
+
+
+def _check_plan(folder: str | Path, paths: Sequence[Path], manifest: dict[str, Any]) -> None:
+    """Raise unless all rows together are those of the plan: what shards of older versions, without a mark, allow."""
+    phrases = {entry["name"]: entry["phrase"] for entry in manifest["classes"]}
+    columns = [part.name for part in fields(Request) if part.name != "phrases"]
+    requests = (
+        Request(**row.values, phrases=tuple(phrases.get(name, name) for name in row.classes))
+        for path in paths
+        for row in read_shard(path, columns)
+    )
+    if plan_digest(requests) != manifest["plan"]["sha256"]:
+        raise DiffuMaskError(
+            f"the rows in {Path(folder) / 'data'} are not those of the run in {MANIFEST}: bring back the files as they "
+            "were written"
+        )
+
+
+def plan_digest(requests: Iterable[Request]) -> str:
+    """Return the hash of a plan.
+
+    Raises:
+        DiffuMaskError: a key comes twice.
+    """
+    digest = hashlib.sha256()
+    keys: set[str] = set()
+    parts = [part.name for part in fields(Request)]
+    for request in requests:
+        digest.update(json.dumps([getattr(request, name) for name in parts]).encode())
+        if request.key in keys:
+            raise DiffuMaskError(f"two requests of a run have the same key, {request.key}: give each key once")
+        keys.add(request.key)
+    return digest.hexdigest()
+
+
+def check_names(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise unless the Parquet files in `data/` are those that are planned, or some of them."""
+    planned = {shard_path(folder, index).name for index in range(manifest["plan"]["shards"])}
+    strange = sorted(path.name for path in (folder / "data").glob("*.parquet") if path.name not in planned)
+    if strange:
+        raise DiffuMaskError(
+            f"{folder / 'data' / strange[0]} is none of the {len(planned)} shards of this dataset: move it away"
+        )
+
+
+def read_content(path: Path, *, whole: bool = False) -> Content:
+    """Read footer, keys and seeds of a shard.
+
+    Args:
+        path: of the shard.
+        whole: read every page of it as well, which checks them.
+
+    Raises:
+        DamagedShard: it does not decode.
+        DiffuMaskError: it cannot be opened, or is too large.
+    """
+    size = path.stat().st_size
+    if size > 2 * MOST_BYTES:
+        raise DiffuMaskError(f"{path} has {size} bytes, more than any shard: move it away")
+    with open_shard(path) as file:
+        names: list[tuple[str, int]] = []
+        for batch in file.iter_batches(BATCH, columns=None if whole else ["key", "seed"]):
+            names += zip(batch["key"].to_pylist(), batch["seed"].to_pylist(), strict=True)
+        marks = file.schema_arrow.metadata or {}
+    return Content(names, marks[MARK].decode(errors="replace") if MARK in marks else None, size)
+
+
+def _check_content(path: Path, content: Content, manifest: dict[str, Any], index: int, planned: Names) -> None:
+    """Raise unless the shard holds what is planned, and is marked so; shards of older versions bear no mark."""
+    if content.mark is None:
+        size = manifest["options"]["shard_size"]
+        rows = min(size, manifest["plan"]["rows"] - index * size)
+        fits = list(content.names) == list(planned) and len(content.names) == rows
+    else:
+        fits = content.mark == mark_of(manifest, index, content.names) and list(content.names) == list(planned)
+    if not fits:
+        rows = f"{content.names[0][0]} to {content.names[-1][0]}" if content.names else "no row"
+        raise DiffuMaskError(
+            f"{path} ({rows}) was not written for its place by the run in {MANIFEST}: move it away, or bring back the "
+            "files as they were written"
+        )
+
+
+def _check_parquet(path: Path) -> None:
+    """Raise unless what is left of a file is of a Parquet file: another program's file is not replaced."""
+    with path.open("rb") as file:
+        head = file.read(4)
+        file.seek(-min(4, os.fstat(file.fileno()).st_size), os.SEEK_END)
+        tail = file.read(4)
+    if head and PARQUET not in (head, tail):
+        raise DiffuMaskError(f"{path} is no shard, and not replaced: move it away")

@@ -1,0 +1,31 @@
+"""Files are written over only where we wrote them: each kind of ours bears a sign."""
+
+from pathlib import Path
+
+from diffumask_fast.errors import DiffuMaskError
+
+SIGN = "diffumask-fast"  # in the first bytes of every picture that we write
+HEAD = 4096
+
+
+def check_own(path: Path, sign: str = SIGN) -> None:
+    """Raise unless there is nothing at a path, or a file that we wrote.
+
+    Args:
+        path: where a file is to be written.
+        sign: what such a file of ours has in its first bytes.
+
+    Raises:
+        DiffuMaskError: somebody else's file, a folder or a link is there, or it cannot be read.
+    """
+    try:
+        if not path.is_symlink() and not path.exists():
+            return
+        ours = False
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as file:
+                ours = sign.encode() in file.read(HEAD)
+    except (OSError, ValueError) as error:
+        raise DiffuMaskError(f"{path} cannot be written: {getattr(error, 'strerror', error)}") from error
+    if not ours:
+        raise DiffuMaskError(f"{path} is there and was not written by this program: move it away, or name another")
