@@ -54,7 +54,7 @@ class Recipe:
             raise DiffuMaskError(f"`num` is {self.num}: ask for at least 1 image")
         if not 1 <= self.classes_per_image <= len(self.vocabulary):
             num = f"`classes_per_image` is {self.classes_per_image} and the number of classes {len(self.vocabulary)}"
-            raise DiffuMaskError(f"{num}: give at least 1, or name more classes")
+            raise DiffuMaskError(f"{num}: give 1 to {len(self.vocabulary)}, or name more classes")
         for template in self.templates:
             if "{objects}" not in template:
                 raise DiffuMaskError(f"template {template!r} must hold {{objects}}, where the classes go")
