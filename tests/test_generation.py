@@ -8,9 +8,10 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.generation.generate import run_generate
+from diffumask_fast.generation.generate import run_generate, tell_new_names
 from diffumask_fast.generation.options import GenerateOptions
 from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.prompts.vocabulary import Vocabulary
 
 
 @contextlib.contextmanager
@@ -93,3 +94,14 @@ def test_bad_numbers_are_one_sentence(tiny_folder, tmp_path, changes, words):
     with pytest.raises(DiffuMaskError, match=words):
         run_generate(options(tmp_path / "out", tiny_folder, **changes), silent)
     assert not (tmp_path / "out").exists()
+
+
+def test_names_that_voc_does_not_have_are_told(caplog):
+    def told(names):
+        caplog.clear()
+        tell_new_names(Vocabulary.named(names))
+        return [record.getMessage() for record in caplog.records]
+
+    assert told(["dog", "cat"]) == []
+    assert told(["dgo", "cat"]) == ["not among VOC's classes, drawn as these words: 'dgo' (id 21)"]
+    assert told([f"thing {i}" for i in range(9)])[0].endswith("'thing 4' (id 25) and 4 more")

@@ -54,16 +54,3 @@ def test_captions_whose_phrase_is_lost_are_dropped_and_counted(job, monkeypatch)
     monkeypatch.setattr(pipe.pipe.tokenizer, "model_max_length", 5)
     with pytest.raises(DiffuMaskError, match="no caption fits"):
         job.plan(pipe)[0]
-
-
-def test_names_that_voc_does_not_have_are_told(tiny_folder, tmp_path, caplog):
-    def told(classes):
-        caplog.clear()
-        asked = options(tmp_path, tiny_folder, classes=classes, num=1)
-        make_job(asked, open_pipe(asked, "cpu"))
-        return [record.getMessage() for record in caplog.records]
-
-    assert told("dog,cat") == []
-    assert told("dgo,cat") == ["not among VOC's classes, drawn as these words: 'dgo' (id 21)"]
-    many = told(",".join(f"thing {i}" for i in range(9)))
-    assert many[0].endswith("'thing 4' (id 25) and 4 more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -24,9 +25,12 @@ from diffumask_fast.masks.rejection import BROKEN
 from diffumask_fast.models.loading import quietly
 from diffumask_fast.options import MAX_PIXELS
 from diffumask_fast.pipeline import DiffuMaskPipeline
+from diffumask_fast.prompts.vocabulary import Vocabulary
 from diffumask_fast.results import Result
 
+logger = logging.getLogger("diffumask_fast")
 PREVIEW = 24
+MAX_TOLD = 5  # names in one line
 FEWEST = 8  # images by which a run is judged
 
 
@@ -52,6 +56,8 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Progress]) 
             options.out, plan, job.options, environment(pipe), job.shard_size, options.allow_drift,
             model={"id": job.identity, "weights": job.weights}, vocabulary=job.recipe.vocabulary,
         ) as run:  # fmt: skip
+            if not pipe.info.classes:
+                tell_new_names(job.recipe.vocabulary)
             start = time.perf_counter()
             with _enough_memory(job):
                 drawn, writing = _draw_missing(pipe, job, run, progress)
@@ -63,6 +69,16 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Progress]) 
         "dropped_captions": plan.dropped, "images_per_s": drawn / seconds if drawn else 0.0,
         "seconds": {**pipe.seconds.as_dict(), "write": writing, "all": seconds},
     }  # fmt: skip
+
+
+def tell_new_names(vocabulary: Vocabulary) -> None:
+    """Name the classes that VOC does not have, which may be slips of the pen."""
+    voc = Vocabulary.voc().names
+    new = [entry for entry in vocabulary.entries if entry.name not in voc]
+    if new:
+        told = ", ".join(f"{entry.phrase!r} (id {entry.id})" for entry in new[:MAX_TOLD])
+        more = f" and {len(new) - MAX_TOLD} more" if len(new) > MAX_TOLD else ""
+        logger.warning("not among VOC's classes, drawn as these words: %s%s", told, more)
 
 
 def _draw_missing(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,9 +20,6 @@ from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.planner import Plan, Recipe
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import Vocabulary
-
-logger = logging.getLogger("diffumask_fast")
-MAX_TOLD = 5  # names in one line
 
 
 @dataclass(frozen=True)
@@ -167,16 +163,6 @@ def _check_shards(rows: int, height: int, width: int, num_maps: int) -> None:
         )
 
 
-def _tell_new_names(vocabulary: Vocabulary) -> None:
-    """Name the classes that VOC does not have, which may be slips of the pen."""
-    voc = Vocabulary.voc().names
-    new = [entry for entry in vocabulary.entries if entry.name not in voc]
-    if new:
-        told = ", ".join(f"{entry.phrase!r} (id {entry.id})" for entry in new[:MAX_TOLD])
-        more = f" and {len(new) - MAX_TOLD} more" if len(new) > MAX_TOLD else ""
-        logger.warning("not among VOC's classes, drawn as these words: %s%s", told, more)
-
-
 def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
     """Return the job that options ask for: what they leave open is the model's own.
 
@@ -185,8 +171,6 @@ def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
     """
     known = Vocabulary.named(pipe.info.classes) if pipe.info.classes else None
     vocabulary = Vocabulary.parse(options.classes, known, options.model)
-    if known is None:
-        _tell_new_names(vocabulary)
     asked = options.size or (None, None)
     check_size(pipe.pipe, *asked)
     height, width = pipe.size(*asked)
