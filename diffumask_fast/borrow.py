@@ -58,6 +58,24 @@ def patched_environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = kept
 
 
+@contextmanager
+def patched_threads(number: int) -> Iterator[None]:
+    """Let torch use another number of threads for an operation, here and in threads that begin inside the context.
+
+    torch's number is of the whole process, whichever thread sets it: left changed, later threads draw images whose
+    last bits differ.
+
+    Args:
+        number: of threads, inside the context.
+    """
+    kept = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(kept)
+
+
 def many_shapes() -> AbstractContextManager[None]:
     """Let compiled code have more variants: each set of shapes is one, and past torch's limit a call would fail."""
     return torch._dynamo.config.patch(recompile_limit=max(torch._dynamo.config.recompile_limit, VARIANTS))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -32,6 +33,23 @@ def dataset(folder, change=lambda sample: sample, **keywords):
 
 def rows(folder):
     return list(read_rows(folder, accepted_only=False))
+
+
+def test_the_process_keeps_its_number_of_threads(tmp_path):
+    def later():
+        torch.zeros(8).sum()  # a thread takes the process's number with its first operation
+        found.append(torch.get_num_threads())
+
+    found, before = [], torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        remask(dataset(tmp_path / "a"), tmp_path / "b")
+        thread = threading.Thread(target=later)
+        thread.start()
+        thread.join()
+        assert [torch.get_num_threads(), *found] == [2, 2]
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_masks_of_generation_come_back(tiny_folder, tmp_path):

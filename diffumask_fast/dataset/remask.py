@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
+from diffumask_fast.borrow import patched_threads
 from diffumask_fast.dataset.derive import derive
 from diffumask_fast.dataset.reader import Row, read_manifest
 from diffumask_fast.dataset.schema import encode_png
@@ -56,7 +57,7 @@ def remask(
     phrases = {entry["name"]: entry["phrase"] for entry in read_manifest(source).get("classes", [])}
     workers = torch.get_num_threads() if device.type == "cpu" else 1
 
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with patched_threads(1), ThreadPoolExecutor(workers) as pool:
 
         def transform(rows: Iterator[Row]) -> Iterator[dict[str, Any]]:
             batches = _batches(rows)
