@@ -106,7 +106,7 @@ def phrase_positions(
     Raises:
         PhraseNotFound: a phrase is not among the ids.
     """
-    wanted = {phrase: [w.text for w in _words(tokenizer, _ids(tokenizer, phrase))] for p in phrases for phrase in p}
+    wanted = {phrase: [w.text for w in _words(tokenizer, own_ids(tokenizer, phrase))] for p in phrases for phrase in p}
     indices: list[list[list[int]]] = []
     for prompt, ids, row in zip(prompts, encoded, phrases, strict=True):
         words = list(_words(tokenizer, ids))
@@ -114,7 +114,7 @@ def phrase_positions(
         for phrase in row:
             found = _occurrences(words, wanted[phrase])
             if not found:
-                whole = list(_words(tokenizer, _ids(tokenizer, prompt)))
+                whole = list(_words(tokenizer, own_ids(tokenizer, prompt)))
                 raise PhraseNotFound(phrase, prompt, len(ids), truncated=bool(_occurrences(whole, wanted[phrase])))
             indices[-1].append(found)
     return indices
@@ -159,7 +159,8 @@ def spelling(tokenizer: Any, ids: Sequence[int]) -> str:
     return "".join(c for c in plain.lower() if c.isascii() and c.isalnum())
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def own_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the ids of a text by itself, without special ones around it."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -202,7 +203,7 @@ def _piece(token: str, mark: str) -> tuple[bool, str, bool]:
 
 def _word_mark(tokenizer: Any) -> str:
     """Return what marks words in a tokenizer's tokens, found on its tokens for two short words."""
-    last = (_tokens(tokenizer, _ids(tokenizer, "a a")) or [""])[-1]
+    last = (_tokens(tokenizer, own_ids(tokenizer, "a a")) or [""])[-1]
     if last.endswith(END_OF_WORD):
         return END_OF_WORD
     return next((mark for mark in STARTS_OF_WORD if last.startswith(mark)), WITHIN_WORD)
