@@ -10,7 +10,7 @@ from conftest import NOISE, draw, footprint, make_unet, relative, sharpen
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 
-from diffumask_fast import collect_maps
+from diffumask_fast import DiffuMaskPipeline, collect_maps
 from diffumask_fast.attention.phrases import PhraseNotFound, phrase_columns
 from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.errors import DiffuMaskError
@@ -385,6 +385,30 @@ def test_a_unet_of_another_kind_is_refused_by_name(tiny_sd):
     tiny_sd.unet = torch.nn.DataParallel(tiny_sd.unet)
     with pytest.raises(DiffuMaskError, match="the UNet of StableDiffusionPipeline is a DataParallel"):
         collect_maps(tiny_sd, ["dog"])
+
+
+def of_another_kind():
+    """Return a pipeline of videos, and Kandinsky 3, which has no vae_scale_factor."""
+    blocks = dict(down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), sample_size=8, layers_per_block=1)
+    blocks |= dict(up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"), block_out_channels=(32, 64), norm_num_groups=8)
+    video = diffusers.UNet3DConditionModel(**blocks, cross_attention_dim=32, attention_head_dim=16)
+    blocks = dict(in_channels=4, time_embedding_dim=4, groups=2, attention_head_dim=4, layers_per_block=1)
+    kandinsky = diffusers.Kandinsky3UNet(**blocks, block_out_channels=(8, 16), cross_attention_dim=4)
+    scheduler = diffusers.DDPMScheduler()
+    text = dict(tokenizer=None, text_encoder=None, scheduler=scheduler)
+    return [
+        diffusers.TextToVideoSDPipeline(**text, unet=video, vae=None),
+        diffusers.Kandinsky3Pipeline(**text, unet=kandinsky, movq=None),
+    ]
+
+
+def test_videos_and_kandinsky_are_refused_when_they_are_given():
+    for pipe, kind in zip(of_another_kind(), ("UNet3DConditionModel", "Kandinsky3UNet"), strict=True):
+        refused = f"the UNet of {type(pipe).__name__} is a {kind}"
+        with pytest.raises(DiffuMaskError, match=refused):
+            collect_maps(pipe, ["dog"])
+        with pytest.raises(DiffuMaskError, match=refused):
+            DiffuMaskPipeline.from_pipe(pipe)
 
 
 class OneAfterTheOther(diffusers.StableDiffusionPipeline):
