@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffumask_fast.attention.phrases import own_ids, phrase_positions, spelling
+from diffumask_fast.attention.phrases import phrase_positions
+from diffumask_fast.attention.spelling import Speller
 from diffumask_fast.errors import DiffuMaskError
 
 
@@ -125,13 +126,14 @@ def calls_of_prompts(pipe: Any, name: str, encoded: Encoded, length: int) -> lis
     tokenizer = getattr(pipe, name)
     prompts = _converted(pipe, encoded.texts(name), tokenizer)
     calls = [part for call in encoded.calls[name] for part in call.parts(len(prompts))]
-    around = set(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id})
-    full = [_without(around, own_ids(tokenizer, prompt)) for prompt in prompts]
+    speller = Speller(tokenizer)
+    around = speller.special - speller.unknown
+    full = [_without(around, speller.ids(prompt)) for prompt in prompts]
     best: list[tuple[list[list[int]], list[TextCall]]] = []
     most = (0, False)
     for chunks in _runs(calls, length):
         ids = torch.cat([chunk.ids.cpu() for chunk in chunks], 1).tolist()
-        texts = [spelling(tokenizer, row) for row in ids]
+        texts = [_letters(speller.spelt(row).text) for row in ids]
         if not all(_is_within(text, _letters(prompt)) for text, prompt in zip(texts, prompts, strict=True)):
             continue
         kept = [_without(around, row) for row in ids]
@@ -171,8 +173,8 @@ def as_list(prompt: Any) -> list[str]:
 
 
 def _letters(text: str) -> str:
-    """Return what every tokenizer keeps of a text: plain letters and digits, without case and accents."""
-    return "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if c.isascii() and c.isalnum())
+    """Return what every tokenizer keeps of a text: letters and digits, without case and accents."""
+    return "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if c.isalnum())
 
 
 def _is_within(part: str, text: str) -> bool:
