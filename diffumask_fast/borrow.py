@@ -49,9 +49,10 @@ def patched_but_in_copies(name: str, owner: Any, value: Any) -> Iterator[None]:
         value: what stands in the attribute's place.
     """
     had, kept = name in vars(owner), vars(owner).get(name)
+    kind: Any = type(owner)
 
     def __getstate__() -> Any:
-        state = type(owner).__getstate__(owner)
+        state = kind.__getstate__(owner)
         if isinstance(state, dict):
             state = {key: kept if key == name else one for key, one in state.items() if key != "__getstate__"}
             if not had:
