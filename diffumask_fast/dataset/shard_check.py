@@ -16,6 +16,7 @@ from diffumask_fast.dataset.reader import BATCH, DamagedShard, open_shard, read_
 from diffumask_fast.dataset.schema import MANIFEST
 from diffumask_fast.dataset.writer import MARK, MOST_BYTES, shard_path
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.own_files import check_no_link
 from diffumask_fast.prompts.request import Request
 
 logger = logging.getLogger("diffumask_fast")
@@ -74,8 +75,7 @@ def done_shards(folder: Path, manifest: dict[str, Any], planned: Callable[[int],
     done, left = set(), READ_WHOLE
     for index in range(manifest["plan"]["shards"]):
         path = shard_path(folder, index)
-        if path.is_symlink():
-            raise DiffuMaskError(f"{path} is a link, and writing does not follow links: move it away")
+        check_no_link(path)
         if not path.exists():
             continue
         try:
