@@ -28,6 +28,9 @@ app = typer.Typer(
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 LogFlag = Annotated[Path | None, typer.Option(help="Append a log to this file.")]
 
+# What a figure's name does not say.
+NOTES = {"best_threshold_iou": "(the maps alone, each image's cut at its own best threshold; masks may be better)"}
+
 
 @app.command()
 @with_flags
@@ -82,7 +85,8 @@ def evaluate(options: EvaluateOptions, as_json: JsonFlag = False) -> None:
     agreement, ious, share = (figures.pop(name) for name in ("per_class_agreement", "per_class_iou", "ignored_share"))
     del figures["boundary_iou"]  # the same figure as the one that has its width in its name
     for name, value in figures.items():
-        say(f"{name:24} {value if isinstance(value, int) else _number(value)}")
+        note = f"  {NOTES[name]}" if name in NOTES else ""
+        say(f"{name:24} {value if isinstance(value, int) else _number(value)}{note}")
     if share:
         counted = "counted as background" if options.ignored_is_background else "left out"
         say(f"{share:.2%} of the masks' pixels are 255, and {counted}.")

@@ -96,7 +96,7 @@ def test_wrong_usage_is_two(capsys, arguments, words):
 def test_a_wrong_value_is_one_where_typer_reads_it_too(capsys):
     assert called(command, "a", "--size", "wide") == 1
     text = capsys.readouterr().err
-    assert text == "The value of --size is wrong ('wide' is not a valid float): --help tells what it may be.\n"
+    assert text.startswith("The value of --size is wrong (") and text.endswith("): --help tells what it may be.\n")
 
 
 @pytest.mark.parametrize(
