@@ -13,7 +13,14 @@ from rich.progress import Progress
 from diffumask_fast.dataset.folder import DatasetFolder, differences
 from diffumask_fast.dataset.preview import write_preview
 from diffumask_fast.dataset.reader import Row, read_manifest, read_rows, read_shard
-from diffumask_fast.dataset.shard_check import Names, done_shards, finished_shards, mark_of, read_content
+from diffumask_fast.dataset.shard_check import (
+    Names,
+    done_shards,
+    finished_shards,
+    mark_of,
+    names_digest,
+    read_content,
+)
 from diffumask_fast.dataset.writer import write_shard
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.options import MAX_PIXELS, Options
@@ -93,7 +100,7 @@ def _begin(place: DatasetFolder, manifest: dict[str, Any], sources: Sequence[Pat
             f"{place.path} holds another dataset, or one made with other options: {', '.join(changes)}; use another "
             "folder"
         )
-    return done_shards(place.path, there, lambda index: read_content(sources[index]).names)
+    return done_shards(place.path, there, lambda index: names_digest(read_content(sources[index]).names))
 
 
 def _named(rows: Iterator[dict[str, Any]], names: Names) -> Iterator[dict[str, Any]]:
