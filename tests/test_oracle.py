@@ -112,6 +112,12 @@ def test_the_batch_does_not_matter(oracle):
     assert set(np.unique(together)) <= {0, *(VOC[name].id for name in oracle.classes)}
 
 
+def test_a_mirrored_picture_has_the_mirrored_mask(oracle):
+    images, _ = scenes(8, seed=4)
+    mirrored = oracle.masks(images[:, :, ::-1])[:, :, ::-1]
+    assert (mirrored != oracle.masks(images)).mean() < 1e-4
+
+
 def test_augmented_pictures_and_labels_move_together():
     generator = torch.Generator().manual_seed(0)
     y = torch.zeros(64, 32, 32, dtype=torch.long)
@@ -128,7 +134,7 @@ def test_augmented_pictures_and_labels_move_together():
 
 
 def test_an_oracle_of_other_classes_keeps_what_was_learnt(oracle):
-    more = Oracle(["bottle", *reversed(oracle.classes)]).eval()
+    more = Oracle(["bicycle", *reversed(oracle.classes)]).eval()
     take_weights(more, oracle)
     x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     known, found = oracle(x), more(x)

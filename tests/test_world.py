@@ -4,9 +4,10 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.mini.world import ASSETS, HOME, SCENES, VOC, World, load_sprites
+from diffumask_fast.mini.world import ASSETS, HOME, SCENES, VOC, World, _vary, load_sprites
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +55,33 @@ def test_two_objects_are_named_from_left_to_right(world):
         assert "a dog and a car" in scene.prompt
 
 
-def test_a_fifth_of_the_scenes_has_two_objects(world):
-    counts = [len(world.scene(9, index).classes) for index in range(300)]
-    assert 0.12 < np.mean(np.array(counts) == 2) < 0.28
+def test_a_third_of_the_scenes_has_two_objects_and_some_overlap(world):
+    scenes = [world.scene(9, index) for index in range(300)]
+    pairs = [scene for scene in scenes if len(scene.classes) == 2]
+    assert 0.25 < len(pairs) / len(scenes) < 0.42
+    touching = 0
+    for scene in pairs:
+        left, right = (scene.mask == VOC[name].id for name in scene.classes)
+        touching += bool((left[:, :-1] & right[:, 1:]).any() or (left[:-1] & right[1:]).any())
+    assert 0.08 < touching / len(pairs) < 0.5
+
+
+def test_the_side_that_looks_to_the_sun_is_brighter():
+    grey = Image.new("RGBA", (64, 64), (128, 128, 128, 255))
+    gains = []
+    for seed in range(8):
+        left, right = (np.asarray(_vary(np.random.default_rng(seed), grey, 48, sun), np.float32) for sun in (-1, 1))
+        gain = (right - left)[12:-12, :, 0]
+        gains.append((gain[:, -16:-8].mean(), gain[:, 8:16].mean()))
+    assert all(right >= 0 >= left for right, left in gains) and np.ptp(np.mean(gains, 0)) > 5, gains
 
 
 def test_only_permissive_pictures_are_packaged():
     for sprite in load_sprites():
         assert "GPL" not in sprite.licence and "-SA" not in sprite.licence, sprite
     models = {(sprite.name, sprite.model) for sprite in load_sprites()}
-    assert (
-        len({name for name, _ in models}) == 12 and min(sum(name == other for other, _ in models) for name in HOME) >= 2
-    )
+    assert {name for name, _ in models} == set(HOME) and len(HOME) == 18
+    assert min(sum(name == other for other, _ in models) for name in HOME) >= 3
 
 
 def test_held_out_objects_are_others_of_the_same_classes(tmp_path):

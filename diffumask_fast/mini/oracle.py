@@ -72,13 +72,18 @@ class Oracle(nn.Module):
 
     @torch.no_grad()
     def masks(self, images: np.ndarray, batch: int = 32) -> np.ndarray:
-        """Return the predicted masks, uint8 [B, H, W] of VOC's class ids, of images uint8 [B, H, W, 3]."""
+        """Return the predicted masks, uint8 [B, H, W] of VOC's class ids, of images uint8 [B, H, W, 3].
+
+        Each image is seen as it is and in the mirror, and the two answers are averaged.
+        """
         device = self.stem.weight.device
         ids = torch.tensor([0, *self.class_ids.values()], dtype=torch.uint8)
         masks = []
         for start in range(0, len(images), batch):
             part = torch.from_numpy(np.ascontiguousarray(images[start : start + batch])).permute(0, 3, 1, 2)
-            masks.append(ids[self(part.to(device).float() / 127.5 - 1).argmax(1).cpu()])
+            part = part.to(device).float() / 127.5 - 1
+            answer = self(part).softmax(1) + self(part.flip(3)).softmax(1).flip(3)
+            masks.append(ids[answer.argmax(1).cpu()])
         return torch.cat(masks).numpy()
 
 

@@ -37,9 +37,11 @@ SCENES = {
     "room": "in a room",
 }
 HOME = {
-    "aeroplane": ("sky", "street"), "bird": ("sky", "grass", "water"), "boat": ("water", "sand"), "bus": ("street",),
-    "car": ("street", "sand"), "cat": ("room", "grass"), "cow": ("grass", "sand"), "dog": ("grass", "room"),
-    "horse": ("grass", "sand"), "pottedplant": ("room", "street"), "sofa": ("room",), "train": ("street", "grass"),
+    "aeroplane": ("sky", "street"), "bird": ("sky", "grass", "water"), "boat": ("water", "sand"), "bottle": ("room",),
+    "bus": ("street",), "car": ("street", "sand"), "cat": ("room", "grass"), "chair": ("room",),
+    "cow": ("grass", "sand"), "dog": ("grass", "room"), "horse": ("grass", "sand"), "motorbike": ("street",),
+    "person": ("street", "grass", "room"), "pottedplant": ("room", "street"), "sheep": ("grass",), "sofa": ("room",),
+    "train": ("street", "grass"), "tvmonitor": ("room",),
 }  # fmt: skip
 PERMISSIVE = ("CC0", "Public domain", "MIT", "Apache-2.0", "CC-BY-3.0", "CC-BY-4.0")
 
@@ -72,7 +74,7 @@ def load_sprites(assets: Path | None = None, names: str = "small", objects: str 
     Args:
         assets: a folder with `sprites.csv` (columns path, class, model, kind, licence, and perhaps objects); the
             packaged one when None.
-        names: "small" (the 12 classes that the folder packaged here holds) or "full" (all 20 VOC classes).
+        names: "small" (the 18 classes that the folder packaged here holds) or "full" (all 20 VOC classes).
         objects: "kept" (those the packaged weights were trained on) or "held-out" (others of the same classes, to test
             on). Where `sprites.csv` has no column objects, a fifth of the models is held out, by a hash of their names.
 
@@ -114,7 +116,7 @@ class World:
         two: share of the scenes with two objects of different classes.
     """
 
-    def __init__(self, sprites: list[Sprite], size: int = 128, two: float = 0.2):
+    def __init__(self, sprites: list[Sprite], size: int = 128, two: float = 1 / 3):
         self.size, self.two = size, two
         models: dict[str, dict[str, list[Sprite]]] = defaultdict(lambda: defaultdict(list))
         for sprite in sprites:
@@ -129,18 +131,26 @@ class World:
             count = 2 if rng.random() < self.two else 1
             classes = tuple(self.classes[i] for i in rng.choice(len(self.classes), size=count, replace=False))
         home = HOME.get(classes[0], tuple(SCENES))
-        at_home = rng.random() < 0.6
+        at_home = rng.random() < 0.75
         place = str(rng.choice(home if at_home else list(SCENES)))
         canvas = BACKGROUNDS[place](rng, self.size)
         image = Image.fromarray(canvas)
         mask = np.zeros((self.size, self.size), np.uint8)
-        used = []
+        used, sun = [], rng.uniform(-1, 1)
+        apart = len(classes) == 1 or rng.random() < 0.65
         for slot, name in enumerate(classes):
             views = self.models[name][rng.integers(len(self.models[name]))]
             sprite = views[rng.integers(len(views))]
             used.append(sprite.model)
-            image = self._paste(rng, image, mask, sprite, slot, len(classes), place)
+            image = self._paste(rng, image, mask, sprite, place, sun, self._span(slot, len(classes), apart))
         return Scene(_light(rng, image), mask, _caption(rng, classes, place), classes, place, tuple(used))
+
+    def _span(self, slot: int, count: int, apart: bool) -> tuple[float, float]:
+        """Return the columns that the object of a slot may take; those of two that are not apart overlap."""
+        if count == 1:
+            return 0, self.size
+        low, high = ((0, 0.5), (0.5, 1))[slot] if apart else ((0.06, 0.56), (0.44, 0.94))[slot]
+        return low * self.size, high * self.size
 
     def _paste(
         self,
@@ -148,22 +158,21 @@ class World:
         image: Image.Image,
         mask: np.ndarray,
         sprite: Sprite,
-        slot: int,
-        count: int,
         place: str,
+        sun: float,
+        span: tuple[float, float],
     ) -> Image.Image:
-        size = self.size
+        size, (left, right) = self.size, span
         # Objects are alike in area, not in length: a train seen from the side must not vanish between latent cells.
-        extent, longest = (rng.uniform(0.42, 0.66), 0.94) if count == 1 else (rng.uniform(0.32, 0.42), 0.49)
+        extent, longest = (rng.uniform(0.44, 0.68), 0.94) if right - left == size else (rng.uniform(0.34, 0.44), 0.5)
         w, h = sprite.image.size
-        cut = _vary(rng, sprite.image, size * min(longest, extent * (max(w, h) / min(w, h)) ** 0.5))
+        cut = _vary(rng, sprite.image, size * min(longest, extent * (max(w, h) / min(w, h)) ** 0.5), sun)
         w, h = cut.size
-        low, high = (0, size - w) if count == 1 else (slot * size // 2 - 2, (slot + 1) * size // 2 - w + 2)
-        middle, spread = (low + high) / 2, max((high - low) / 2, 0)
+        middle, spread = (left + right - w) / 2, max((right - left - w) / 2, 0)
         x = int(round(np.clip(middle + spread * rng.uniform(-0.9, 0.9), 0, size - w)))
-        y = int(round(rng.uniform(0.15, 0.95) * (size - h)))
-        if place != "sky" and rng.random() < 0.7:
-            image = _shadow(rng, image, x, y, w, h)
+        y = int(round(rng.uniform(0.15 if place == "sky" else 0.4, 0.97) * (size - h)))
+        if place != "sky" and rng.random() < 0.85:
+            image = _shadow(rng, image, x, y, w, h, sun)
         image.paste(cut, (x, y), cut)
         alpha = np.asarray(cut)[..., 3]
         region = mask[y : y + h, x : x + w]
@@ -181,8 +190,11 @@ def _caption(rng: np.random.Generator, classes: tuple[str, ...], place: str) -> 
     return f"a photo of {names}" if draw < 0.9 else f"a picture of {names} {SCENES[place]}"
 
 
-def _vary(rng: np.random.Generator, cut: Image.Image, side: float) -> Image.Image:
-    """Resize to `side` pixels, flip, turn a little and jitter the colours of a cut-out; trimmed to its alpha."""
+def _vary(rng: np.random.Generator, cut: Image.Image, side: float, sun: float) -> Image.Image:
+    """Resize to `side` pixels, flip, turn, light and jitter the colours of a cut-out; trimmed to its alpha.
+
+    The side that looks to the `sun` (-1 left, 1 right) and the top are brighter.
+    """
     if rng.random() < 0.5:
         cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     angle = rng.uniform(-8, 8)
@@ -196,16 +208,20 @@ def _vary(rng: np.random.Generator, cut: Image.Image, side: float) -> Image.Imag
     cut = cut.crop(cut.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox())
     pixels = np.asarray(cut, np.float32).copy()
     colour = pixels[..., :3] / np.maximum(pixels[..., 3:] / 255, 1 / 255)
-    colour = (colour - 128) * rng.uniform(0.85, 1.15) + 128 + rng.uniform(-14, 14)
+    colour = (colour - 128) * rng.uniform(0.9, 1.15) + 128 + rng.uniform(-12, 12)
+    across, down = (np.linspace(-1, 1, edge, dtype=np.float32) for edge in (cut.size[0], cut.size[1]))
+    colour = colour * (1 + rng.uniform(0, 0.2) * (0.6 * sun * across[None, :] - 0.5 * down[:, None]))[..., None]
     pixels[..., :3] = np.clip(colour * rng.uniform(0.93, 1.07, 3), 0, 255)
     return Image.fromarray(pixels.round().astype(np.uint8), "RGBA")
 
 
-def _shadow(rng: np.random.Generator, image: Image.Image, x: int, y: int, w: int, h: int) -> Image.Image:
+def _shadow(rng: np.random.Generator, image: Image.Image, x: int, y: int, w: int, h: int, sun: float) -> Image.Image:
+    """Darken the ground under an object: close to it, and softly away from the sun."""
     layer = Image.new("L", image.size, 0)
-    lift, lean = 0.1 * h, rng.uniform(-0.1, 0.1) * w
-    box = (x + 0.05 * w + lean, y + h - lift, x + 0.95 * w + lean, y + h + lift * 0.6)
-    ImageDraw.Draw(layer).ellipse(box, fill=int(rng.uniform(60, 130)))
+    draw, lift, lean = ImageDraw.Draw(layer), 0.1 * h, -0.25 * sun * w
+    far = (x + 0.05 * w + min(lean, 0), y + h - lift, x + 0.95 * w + max(lean, 0), y + h + lift * 0.6)
+    draw.ellipse(far, fill=int(rng.uniform(50, 100)))
+    draw.ellipse((x + 0.1 * w, y + h - 0.5 * lift, x + 0.9 * w, y + h + 0.3 * lift), fill=int(rng.uniform(100, 150)))
     layer = layer.filter(ImageFilter.GaussianBlur(image.size[0] / 50))
     return Image.composite(Image.new("RGB", image.size, (12, 12, 16)), image, layer)
 
