@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -12,12 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.progress import Progress
-from torch.nn import functional as F
 
 from diffumask_fast.dataset.preview import colour, overlay, sheet, tile, write_png
 from diffumask_fast.dataset.reader import Row, read_manifest, read_shard
 from diffumask_fast.dataset.shard_check import finished_shards
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.learning.metrics import binary_iou, boundary, boundary_width, official_width
 from diffumask_fast.learning.options import EvaluateOptions
 from diffumask_fast.masks.make import IGNORE, refine_maps
 from diffumask_fast.masks.options import MaskOptions
@@ -213,35 +212,6 @@ def predict(segmenter: Segmenter, images: list[np.ndarray]) -> list[np.ndarray]:
         predicted = segmenter.masks(np.pad(np.stack([images[index] for index in indices]), edges, "edge"))
         masks |= {index: mask[:height, :width] for index, mask in zip(indices, predicted, strict=True)}
     return [masks[index] for index in range(len(images))]
-
-
-def binary_iou(mask: np.ndarray, truth: np.ndarray) -> float:
-    """Return the IoU of two bool arrays; 1 where both are empty."""
-    union = np.count_nonzero(mask | truth)
-    return np.count_nonzero(mask & truth) / union if union else 1.0
-
-
-def boundary_width(shape: Sequence[int]) -> int:
-    """Return 3 pixels at 128, in proportion to the shorter side: the width that this project's figures have."""
-    return max(1, round(3 * min(shape) / 128))
-
-
-def official_width(shape: Sequence[int]) -> int:
-    """Return 0.02 of the diagonal: the width of Boundary IoU's authors."""
-    return max(1, round(0.02 * math.hypot(*shape)))
-
-
-def boundary(mask: np.ndarray, width: int | None = None) -> np.ndarray:
-    """Return the pixels of a mask that are near its outside (Boundary IoU, Cheng et al., CVPR 2021).
-
-    Args:
-        mask: [H, W] bool.
-        width: how many rows or columns from the outside; beyond the image is outside. `boundary_width` when None.
-    """
-    width = width or boundary_width(mask.shape)
-    outside = F.pad(torch.from_numpy(~mask)[None, None].float(), (width,) * 4, value=1.0)
-    near = F.max_pool2d(outside, 2 * width + 1, 1)[0, 0] > 0
-    return mask & near.numpy()
 
 
 def best_threshold_iou(row: Row, truth: np.ndarray, options: MaskOptions, known: np.ndarray | None = None) -> float:
