@@ -16,7 +16,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.options import ExportOptions
 from diffumask_fast.flags import with_flags
 from diffumask_fast.generation.options import GenerateOptions
-from diffumask_fast.learning.options import EvaluateOptions
+from diffumask_fast.learning.options import EvaluateOptions, TrainOptions
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import ReadOptions
 
@@ -71,25 +71,33 @@ def remask(
 
 @app.command()
 @with_flags
+def train(options: TrainOptions, log: LogFlag = None, as_json: JsonFlag = False) -> None:
+    """Train a segmenter on a dataset."""
+    log_to(log)
+    from diffumask_fast.learning.training import train as learn
+
+    with stoppable("Stopped; run the same command again to finish."):
+        summary = learn(options, progress=progress_bar)
+    if as_json:
+        say(json.dumps(summary))
+    else:
+        say(f"{summary['steps']} steps on {summary['images']} images; the loss is {summary['loss']:.3f}.")
+        say(f"Judge it with evaluate {shlex.quote(str(options.out))} DATA")
+
+
+@app.command()
+@with_flags
 def evaluate(options: EvaluateOptions, as_json: JsonFlag = False) -> None:
-    """Judge the masks of a dataset."""
+    """Judge the masks of a dataset, or a segmenter by data with masks."""
     from diffumask_fast.learning import evaluation
+    from diffumask_fast.learning.tables import table
 
     figures = evaluation.evaluate(options, progress=progress_bar)
     if as_json:
         say(json.dumps(figures))
         return
-    agreement, ious, share = (figures.pop(name) for name in ("per_class_agreement", "per_class_iou", "ignored_share"))
-    del figures["boundary_iou"]  # the same figure as the one that has its width in its name
-    for name, value in figures.items():
-        say(f"{name:24} {value if isinstance(value, int) else _number(value)}")
-    if share:
-        counted = "counted as background" if options.ignored_is_background else "left out"
-        say(f"{share:.2%} of the masks' pixels are 255, and {counted}.")
-    say()
-    say(f"{'class':24} {'IoU':>5} {'agreement':>10}")
-    for name, iou in ious.items():
-        say(f"{name:24} {_number(iou)} {_number(agreement.get(name)):>10}")
+    for line in table(figures, options):
+        say(line)
 
 
 @app.command()
@@ -185,10 +193,6 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
         say(__version__)
         raise typer.Exit()
-
-
-def _number(value: float | None) -> str:
-    return "    -" if value is None else f"{value:5.3f}"
 
 
 def main() -> None:
