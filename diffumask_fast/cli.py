@@ -16,7 +16,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.options import ExportOptions
 from diffumask_fast.flags import with_flags
 from diffumask_fast.generation.options import GenerateOptions
-from diffumask_fast.learning.options import EvaluateOptions, TrainOptions
+from diffumask_fast.learning.options import AugmentOptions, EvaluateOptions, TrainOptions
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import ReadOptions
 
@@ -67,6 +67,21 @@ def remask(
         say(json.dumps(summary))
     else:
         say(f"{summary['accepted']} of {summary['images']} images accepted. Look at {out / 'preview.png'}.")
+
+
+@app.command()
+@with_flags
+def augment(options: AugmentOptions, as_json: JsonFlag = False) -> None:
+    """Make new images of a dataset's: splices, blur, occlusion, perspective; as a dataset, with its own images."""
+    from diffumask_fast.learning import augment as augmenting
+
+    with stoppable("Stopped; run the same command again to finish."):
+        summary = augmenting.augment(options, progress=progress_bar)
+    if as_json:
+        say(json.dumps(summary))
+    else:
+        accepted = f"{summary['accepted']} of {summary['images']} images accepted"
+        say(f"{accepted}. Look at {options.out / 'preview.png'}.")
 
 
 @app.command()

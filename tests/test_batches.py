@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.learning.augmenter import Augmenter
 from diffumask_fast.learning.batches import GREY, Batches, crop
 from diffumask_fast.learning.class_lists import channels
 from diffumask_fast.learning.data import Example
+from diffumask_fast.learning.options import AugmentationOptions
 
 CLASSES = {0: "background", 3: "bird", 9: "chair"}
 
@@ -49,18 +51,25 @@ def test_a_step_is_a_function_of_seed_and_step():
 
 
 def test_an_epoch_shows_each_example_once():
+    class Looked(Squares):
+        def __getitem__(self, index):
+            seen.append(index)
+            return super().__getitem__(index)
+
     seen = []
-    data = Squares()
-
-    def look(epoch, index):
-        seen.append((epoch, index))
-        return data[index]
-
-    parts = batches(data, augment=look)
+    parts = batches(Looked())
     for step in range(5):  # two epochs of five in batches of two
         parts[step]
-    assert sorted(seen) == [(epoch, index) for epoch in range(2) for index in range(5)]
-    assert [index for epoch, index in seen if epoch == 0] != [index for epoch, index in seen if epoch == 1]
+    assert sorted(seen[:5]) == sorted(seen[5:]) == [0, 1, 2, 3, 4]
+    assert seen[:5] != seen[5:]
+
+
+def test_augmented_examples_are_those_of_their_epoch():
+    data = Squares()
+    plain, spliced = batches(data), batches(data, augmenter=Augmenter(data, AugmentationOptions(splice="2x2=1")))
+    first = spliced[0]
+    assert not torch.equal(first[1], plain[0][1])
+    assert all(torch.equal(*pair) for pair in zip(first, spliced[0], strict=True))
 
 
 def test_labels_lie_where_their_pixels_do():

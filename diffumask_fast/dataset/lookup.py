@@ -10,21 +10,20 @@ from typing import Any, NamedTuple, overload
 
 import pyarrow as pa
 
-from diffumask_fast.dataset.reader import Row, open_shard, read_manifest
-from diffumask_fast.dataset.schema import SCHEMA
+from diffumask_fast.dataset.reader import Row, open_shard, read_manifest, rows_of
 from diffumask_fast.dataset.shard_check import finished_shards
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.options import MAX_PIXELS
 
-COLUMNS = tuple(name for name in SCHEMA.names if name not in ("maps", "map_sizes"))
 KEPT_BYTES = 2**30  # of encoded rows that stay in memory
-INDEX = ("key", "classes", "class_ids", "accepted")
+INDEX = ("key", "seed", "classes", "class_ids", "accepted")
 
 
 class Entry(NamedTuple):
     """What is known of a row without reading its pictures."""
 
     key: str
+    seed: int
     classes: tuple[str, ...]
     class_ids: tuple[int, ...]
     path: Path
@@ -33,7 +32,7 @@ class Entry(NamedTuple):
 
 
 class RowLookup(Sequence[Row]):
-    """The rows of a finished dataset, all columns but the maps.
+    """The rows of a finished dataset.
 
     A row group is read whole and stays in memory, still encoded, until `kept_bytes` are full: of a larger dataset each
     row that is asked for at random costs the reading of its group, 64 rows. Threads may share it.
@@ -70,7 +69,7 @@ class RowLookup(Sequence[Row]):
                 for place, row in enumerate(file.read_row_group(group, list(INDEX)).to_pylist()):
                     if row["accepted"] or not accepted_only:
                         classes, ids = tuple(row["classes"]), tuple(row["class_ids"])
-                        self.entries.append(Entry(row["key"], classes, ids, path, group, place))
+                        self.entries.append(Entry(row["key"], row["seed"], classes, ids, path, group, place))
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -85,14 +84,14 @@ class RowLookup(Sequence[Row]):
         if isinstance(index, slice):
             return [self[number] for number in range(len(self))[index]]
         entry = self.entries[index]
-        values = self._group(entry.path, entry.group).slice(entry.place, 1).to_pylist()[0]
-        return Row(values, entry.path, self._max_pixels)
+        batch = self._group(entry.path, entry.group).slice(entry.place, 1).to_batches()[0]
+        return next(rows_of(batch, entry.path, self._max_pixels))
 
     def _group(self, path: Path, group: int) -> pa.Table:
         with self._lock:
             if (path, group) not in self._groups:
                 with open_shard(path) as file:
-                    self._groups[path, group] = file.read_row_group(group, list(COLUMNS))
+                    self._groups[path, group] = file.read_row_group(group)
                 while sum(table.nbytes for table in self._groups.values()) > self._kept_bytes and len(self._groups) > 1:
                     self._groups.popitem(last=False)
             self._groups.move_to_end((path, group))

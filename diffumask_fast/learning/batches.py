@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.learning.augmenter import Augmenter
 from diffumask_fast.learning.data import Example, SegmentationData
 from diffumask_fast.masks.make import IGNORE
 
 SCALES = (0.75, 1.4)  # of the random size
 GREY = 114  # of pixels beyond the image, where labels are 255
 GAIN, OFFSET = 0.1, 12.0  # of the colours, standard deviations
-
-Augment = Callable[[int, int], Example]  # epoch and number of the example -> the example, augmented
 
 
 class Batches:
@@ -29,7 +26,7 @@ class Batches:
         batch_size: examples in a batch.
         size: height and width of the crops.
         seed: of all that is random.
-        augment: gives the examples; None takes them as they are.
+        augmenter: of the data; None takes the examples as they are.
     """
 
     def __init__(
@@ -39,10 +36,10 @@ class Batches:
         batch_size: int,
         size: tuple[int, int],
         seed: tuple[int, ...],
-        augment: Augment | None = None,
+        augmenter: Augmenter | None = None,
     ) -> None:
         self.data, self.table, self.batch_size, self.size, self.seed = data, table, batch_size, size, seed
-        self.augment = augment or (lambda epoch, index: data[index])
+        self.augmenter = augmenter
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         """Return a step's images, float32 [B, 3, H, W] from 0 to 255, and labels, int64 [B, H, W].
@@ -54,7 +51,7 @@ class Batches:
         for place in range(step * self.batch_size, (step + 1) * self.batch_size):
             epoch, position = divmod(place, len(self.data))
             index = int(self._order(epoch)[position])
-            example = self.augment(epoch, index)
+            example = self.augmenter.examples([index], epoch)[0] if self.augmenter else self.data[index]
             names.append(example.name)
             crops.append(crop(example, self.size, np.random.default_rng([*self.seed, 1, epoch, index])))
         images, labels = (torch.stack(parts) for parts in zip(*crops, strict=True))

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from diffumask_fast.dataset.folder import lock
 from diffumask_fast.dataset.writer import make_folder
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.learning.augmenter import Augmenter
 from diffumask_fast.learning.batches import Batches
 from diffumask_fast.learning.checkpoint import (
     CHECKPOINT,
@@ -37,7 +38,7 @@ from diffumask_fast.learning.checkpoint import (
 )
 from diffumask_fast.learning.class_lists import channels, lookup, united
 from diffumask_fast.learning.data import SegmentationData, open_data
-from diffumask_fast.learning.options import LearnOptions, TrainOptions
+from diffumask_fast.learning.options import LearnOptions, TrainOptions, chosen_augmentations
 from diffumask_fast.learning.segmenters import (
     RECORD,
     STRIDE,
@@ -155,7 +156,9 @@ class _Training:
         stage, plan = self.stages[state.stage], self.plan
         table = channels(self.classes)[lookup(stage.data.classes, self.classes)]
         seed = (plan["seed"], state.stage)
-        batches = Batches(stage.data, table, plan["batch_size"], tuple(plan["size"]), seed)
+        augmentations = chosen_augmentations(plan["augment"])
+        augmenter = Augmenter(stage.data, augmentations, _number(*seed)) if augmentations else None
+        batches = Batches(stage.data, table, plan["batch_size"], tuple(plan["size"]), seed, augmenter)
         half = plan["dtype"] == "bf16"
         segmenter.model.train()
         for images, labels in _ahead(batches, state.step, stage.steps):
