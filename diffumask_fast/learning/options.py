@@ -210,3 +210,30 @@ class TrainOptions(Options):
     device: str = option("auto", "auto, cpu or cuda.")
     save_every: int = option(200, "Steps after which the state is saved.", whole(1))
     reading: ReadOptions = ReadOptions()
+
+
+@dataclass(frozen=True)
+class PruneOptions(Options):
+    """Which samples are pruned; recorded in the new dataset."""
+
+    alpha: float = option(0.7, "Share of each class that is pruned: the lowest in rank.", number(0, 1, ends=False))
+    rank: str = option(
+        "cross-validation", "cross-validation: IoU with what a segmenter that has not seen it predicts; or quality.",
+        one_of("cross-validation", "quality"),
+    )  # fmt: skip
+    folds: int = option(3, "Parts of the cross-validation: as many segmenters are trained.", whole(2))
+    learning: LearnOptions = LearnOptions()
+
+
+@dataclass(frozen=True)
+class FilterOptions(Options):
+    """What to filter, how, and where to."""
+
+    source: Path = argument("Dataset to filter.", "IN")
+    out: Path = argument("Folder of the new dataset; run again to finish it.")
+    pruning: PruneOptions = PruneOptions()
+    export_cleanlab: Path | None = option(
+        None, "Write labels and pred_probs as cleanlab.segmentation takes them: FILE.npz."
+    )
+    device: str = option("auto", "auto, cpu or cuda.")
+    reading: ReadOptions = ReadOptions()

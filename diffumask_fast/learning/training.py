@@ -89,7 +89,7 @@ def train(options: TrainOptions, *, progress: ProgressBar = lambda total: Progre
     reading = {"max_pixels": options.reading.max_pixels}
     first = open_data(options.data, split=options.split, **reading)
     more = open_data(options.finetune_on, split=options.finetune_split, **reading) if options.finetune_on else None
-    steps, lr = _steps(options.learning, len(first)), _rate(options.learning)
+    steps, lr = steps_and_rate(options.learning, len(first))
     stages = [Stage(first, steps, lr)]
     if more is not None:
         stages.append(Stage(more, options.finetune_steps, options.finetune_lr or lr / 5))
@@ -242,16 +242,18 @@ def _number(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4])
 
 
-def _steps(options: LearnOptions, images: int) -> int:
+def steps_and_rate(options: LearnOptions, images: int) -> tuple[int, float]:
+    """Return the number of steps on so many images, and the highest learning rate.
+
+    Raises:
+        DiffuMaskError: both steps and epochs are given.
+    """
+    rate = options.lr or RATES.get(options.segmenter, RATE)
     if options.epochs is None:
-        return options.steps or STEPS
+        return options.steps or STEPS, rate
     if options.steps is not None:
         raise DiffuMaskError("`steps` and `epochs` say the same thing twice: give one of them")
-    return -(-options.epochs * images // options.batch_size)
-
-
-def _rate(options: LearnOptions) -> float:
-    return options.lr or RATES.get(options.segmenter, RATE)
+    return -(-options.epochs * images // options.batch_size), rate
 
 
 def _plan(stages: list[Stage], options: LearnOptions, device: torch.device) -> dict[str, Any]:
