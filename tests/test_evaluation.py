@@ -206,7 +206,7 @@ def test_a_sheet_is_written_over_our_own_alone(scenes, tmp_path):
 
 
 def test_what_cannot_be_judged_is_one_sentence(tmp_path):
-    with pytest.raises(DiffuMaskError, match="no segmenter other"):
+    with pytest.raises(DiffuMaskError, match="other is no segmenter"):
         evaluate(EvaluateOptions("other", tmp_path))
     with pytest.raises(DiffuMaskError, match="generate"):
         evaluate(EvaluateOptions("mini-oracle", tmp_path))

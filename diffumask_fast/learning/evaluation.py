@@ -185,8 +185,8 @@ def judge_masks(
     Raises:
         DiffuMaskError: there is no finished dataset, the oracle does not know a class, or an option is for others.
     """
-    for name in ("split", "merge", "unseen"):
-        if getattr(options, name):
+    for name, value in (("split", None), ("merge", ""), ("unseen", ""), ("others", "refuse")):
+        if getattr(options, name) != value:
             raise DiffuMaskError(f"`{name}` is for a segmenter that is judged: {ORACLE} judges masks, leave it out.")
     if options.sheet is not None:
         check_own(options.sheet)

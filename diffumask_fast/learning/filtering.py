@@ -100,12 +100,12 @@ def rank(scores: Scores, alpha: float) -> dict[str, list[Verdict]]:
     for key, classes in scores.items():
         for name, score in classes.items():
             by_class[name].append((score, key))
-    verdicts: dict[str, list[Verdict]] = {key: [] for key in scores}
+    verdicts: dict[tuple[str, str], Verdict] = {}
     for name, ranked in by_class.items():
         most = int(alpha * len(ranked) + 1e-9)
         for place, (score, key) in enumerate(sorted(ranked), 1):
-            verdicts[key].append(Verdict(name, place, len(ranked), score, place <= most))
-    return verdicts
+            verdicts[key, name] = Verdict(name, place, len(ranked), score, place <= most)
+    return {key: [verdicts[key, name] for name in classes] for key, classes in scores.items()}
 
 
 def _qualities(options: FilterOptions) -> Scores:
