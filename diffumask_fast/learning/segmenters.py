@@ -71,7 +71,7 @@ class TransformersSegmenter:
                 at least is not 255.
         """
         if self.side:
-            pixels, labels = self._resized(pixels), _nearest(labels, self.side)
+            pixels, labels = _resized(pixels, self.side), _nearest(labels, self.side)
         if not self.by_masks:
             return self.model(pixel_values=pixels, labels=labels).loss
         some = (labels != IGNORE).flatten(1).any(1)  # without any mask some versions of their loss fail
@@ -93,7 +93,7 @@ class TransformersSegmenter:
         height, width = images.shape[1:3]
         pixels = normalised(torch.from_numpy(np.ascontiguousarray(images)).to(self.device).permute(0, 3, 1, 2))
         if self.side:
-            found = self._probabilities(self._resized(pixels))
+            found = self._probabilities(_resized(pixels, self.side))
             return F.interpolate(found, (height, width), mode="bilinear", align_corners=False)
         pixels = F.pad(pixels, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
         return self._probabilities(pixels)[..., :height, :width]
@@ -135,10 +135,6 @@ class TransformersSegmenter:
         scores = torch.einsum("bqc,bqhw->bchw", classes, masks)
         return scores / scores.sum(1, keepdim=True).clamp(min=1e-12)
 
-    def _resized(self, pixels: Tensor) -> Tensor:
-        size = (self.side, self.side)
-        return F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
-
 
 def normalised(images: Tensor) -> Tensor:
     """Return images [B, 3, H, W] of values from 0 to 255 as the models take them, float32."""
@@ -163,7 +159,7 @@ def new_segmenter(name: str, classes: Mapping[int, str], side: int) -> Transform
     labels = dict(enumerate(classes[value] for value in sorted(classes)))
     if len(labels) < 2:
         raise DiffuMaskError("there is no class to learn beside the background: name data with a class")
-    words = {"id2label": labels, "label2id": {label: value for value, label in labels.items()}}
+    words: dict[str, Any] = {"id2label": labels, "label2id": {label: value for value, label in labels.items()}}
     if name == "tiny":
         model = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(**TINY, **words))
     elif name in FAMILIES:
@@ -241,6 +237,10 @@ def _needing_scipy(family: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise DiffuMaskError(f'{family} needs scipy: pip install "diffumask-fast[learn]"') from error
+
+
+def _resized(pixels: Tensor, side: int) -> Tensor:
+    return F.interpolate(pixels, (side, side), mode="bilinear", align_corners=False, antialias=True)
 
 
 def _nearest(labels: Tensor, side: int) -> Tensor:

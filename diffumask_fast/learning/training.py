@@ -86,12 +86,12 @@ def train(options: TrainOptions, *, progress: ProgressBar = lambda total: Progre
         DiffuMaskError: data or segmenter cannot be read, the folder holds another training or something else, or the
             loss is no number any more.
     """
-    reading = {"max_pixels": options.reading.max_pixels}
-    first = open_data(options.data, split=options.split, **reading)
-    more = open_data(options.finetune_on, split=options.finetune_split, **reading) if options.finetune_on else None
+    most = options.reading.max_pixels
+    first = open_data(options.data, split=options.split, max_pixels=most)
     steps, lr = steps_and_rate(options.learning, len(first))
     stages = [Stage(first, steps, lr)]
-    if more is not None:
+    if options.finetune_on is not None:
+        more = open_data(options.finetune_on, split=options.finetune_split, max_pixels=most)
         stages.append(Stage(more, options.finetune_steps, options.finetune_lr or lr / 5))
     return train_stages(
         stages, options.out, options.learning, device=options.device, save_every=options.save_every, progress=progress
@@ -227,8 +227,8 @@ def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Move averaged weights towards the model's; its running statistics are averages already."""
     for mean, part in zip(average.parameters(), model.parameters(), strict=True):
         mean.lerp_(part, 1 - decay)
-    for mean, part in zip(average.buffers(), model.buffers(), strict=True):
-        mean.copy_(part)
+    for statistics, current in zip(average.buffers(), model.buffers(), strict=True):
+        statistics.copy_(current)
 
 
 def _smoothed(state: State, loss: float) -> float:
