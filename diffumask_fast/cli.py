@@ -6,13 +6,13 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from diffumask_fast.bench.options import BenchOptions, CompareOptions, TuneOptions
 from diffumask_fast.console import log_to, progress_bar, run_program, say, stoppable
-from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.errors import DiffuMaskError, as_flags
 from diffumask_fast.export.options import ExportOptions
 from diffumask_fast.flags import with_flags
 from diffumask_fast.generation.options import GenerateOptions
@@ -41,8 +41,8 @@ def generate(options: GenerateOptions, log: LogFlag = None, as_json: JsonFlag = 
     if as_json:
         say(json.dumps(summary))
     else:
-        accepted = f"{summary['accepted']} of {summary['images']} images accepted"
-        say(f"{accepted}, {summary['images_per_s']:.2f} images/s. Look at {options.out / 'preview.png'}.")
+        rate = f"{summary['images_per_s']:.2f} images/s" if summary["drawn"] else "complete: nothing was left to draw"
+        say(_closing(summary, f", {rate}"))
 
 
 @app.command()
@@ -66,7 +66,7 @@ def remask(
     if as_json:
         say(json.dumps(summary))
     else:
-        say(f"{summary['accepted']} of {summary['images']} images accepted. Look at {out / 'preview.png'}.")
+        say(_closing(summary))
 
 
 @app.command()
@@ -228,6 +228,13 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
         say(__version__)
         raise typer.Exit()
+
+
+def _closing(summary: dict[str, Any], rate: str = "") -> str:
+    """Say what a dataset holds, where to look, and what to change where that is nothing."""
+    advice = f"To accept more, {as_flags(summary['advice'])}. " if summary["advice"] else ""
+    accepted = f"{summary['accepted']} of {summary['images']} images accepted"
+    return f"{accepted}{rate}. {advice}Look at {Path(summary['folder']) / 'preview.png'}."
 
 
 def main() -> None:

@@ -7,6 +7,9 @@ from typing import Any
 
 from diffumask_fast.learning.options import EvaluateOptions
 
+# What a figure's name does not say.
+NOTES = {"best_threshold_iou": "(the maps alone, each image's cut at its own best threshold; masks may be better)"}
+
 
 def table(figures: dict[str, Any], options: EvaluateOptions) -> Iterator[str]:
     """Yield lines: figures of all images, then those of each class, then what was taken for what.
@@ -20,7 +23,8 @@ def table(figures: dict[str, Any], options: EvaluateOptions) -> Iterator[str]:
     share, confusion = figures.pop("ignored_share"), figures.pop("confusion", None)
     figures.pop("boundary_iou", None)  # the same figure as the one that has its width in its name
     for name, value in figures.items():
-        yield f"{name:26} {value if isinstance(value, int) else number(value)}"
+        note = f"  {NOTES[name]}" if name in NOTES else ""
+        yield f"{name:26} {value if isinstance(value, int) else number(value)}{note}"
     if share:
         counted = "counted as background" if options.ignored_is_background else "left out"
         yield f"{share:.2%} of the masks' pixels are 255, and {counted}."
