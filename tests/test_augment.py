@@ -233,7 +233,7 @@ def test_others_read_it(tmp_path):
         ({"splice": "1000x2=0.1"}, "`splice` must be"),
         ({"splice_size": "half"}, "`splice_size` must be one of same, full"),
         ({"blur": -0.1}, "`blur` must be a number from 0 to 100"),
-        ({"blur_lengths": "22-6"}, "`blur_lengths` must be two numbers LOW-HIGH between 1 and 512, such as 6-22"),
+        ({"blur_lengths": "22-6"}, "`blur_lengths` must be two numbers LOW-HIGH between 1 and 128, such as 6-22"),
         ({"blur_lengths": "6"}, "`blur_lengths` must be"),
         ({"occlude_area": "0.5-1.5"}, "`occlude_area` must be two numbers LOW-HIGH between 0 and 1"),
         ({"occlude_area": "nan-1"}, "`occlude_area` must be"),
