@@ -28,9 +28,9 @@ from diffumask_fast.prompts.vocabulary import Vocabulary
 HOW = AugmentationOptions(splice="1x2=0.3,2x2=0.4", blur=0.5, occlude=0.75, perspective=1.5)
 
 
-def dataset(folder, change=lambda sample: sample, num=12):
+def dataset(folder, change=lambda sample: sample, num=12, **keywords):
     vocabulary = Vocabulary.parse("dog,car")
-    with open_run(folder, requests(num), {"seed": 0}, {"torch": "2"}, 5, vocabulary=vocabulary) as run:
+    with open_run(folder, requests(num, **keywords), {"seed": 0}, {"torch": "2"}, 5, vocabulary=vocabulary) as run:
         for index in run.missing_shards():
             run.write(index, [change(draw(request)) for request in run.requests_of(index)])
     return folder
@@ -54,6 +54,9 @@ def test_the_default_makes_of_60000_images_what_the_papers_program_makes():
 
 def test_new_rows_follow_their_image_and_say_what_they_are_made_of(tmp_path):
     source = rows(dataset(tmp_path / "a"))
+    path = tmp_path / "a" / "dataset.json"
+    drifted = json.loads(path.read_text()) | {"drift": [{"environment": {"torch": "3"}, "shards": [1]}]}
+    path.write_text(json.dumps(drifted))
     kept = [row for row in source.values() if row.accepted]
     assert len(kept) == 9
     summary = augmented(tmp_path / "a", tmp_path / "b")
@@ -82,7 +85,7 @@ def test_new_rows_follow_their_image_and_say_what_they_are_made_of(tmp_path):
             assert row.key.startswith(f"{row.sources[0]}.") and row.prompt == source[row.sources[0]].prompt
     manifest = json.loads((tmp_path / "b" / "dataset.json").read_text())
     assert manifest["plan"]["rows"] == 42 and manifest["plan"]["shards"] == 9
-    assert manifest["source"]["plan"] == json.loads((tmp_path / "a" / "dataset.json").read_text())["plan"]
+    assert manifest["source"] == {"plan": drifted["plan"], "drift": drifted["drift"]} and "drift" not in manifest
     recorded = {"seed": 0, "originals": True, "all": False, **dataclasses.asdict(HOW)}
     assert manifest["options"] == {"seed": 0, "shard_size": 5, "augment": recorded}
 
@@ -137,6 +140,24 @@ def test_another_seed_or_option_is_named(tmp_path):
     assert contents(tmp_path / "b") == before
     augmented(source, tmp_path / "d", seed=1)
     assert contents(tmp_path / "d")["data/shard-00001.parquet"] != before["data/shard-00001.parquet"]
+
+
+def test_shards_made_of_another_dataset_are_not_taken(tmp_path):
+    augmented(dataset(tmp_path / "a"), tmp_path / "b")
+    augmented(dataset(tmp_path / "c", negative_prompt="blurry"), tmp_path / "d")
+    shard = "data/shard-00002.parquet"
+    (tmp_path / "b" / shard).write_bytes((tmp_path / "d" / shard).read_bytes())
+    with pytest.raises(DiffuMaskError, match="shard-00002.parquet .* was not written for its place"):
+        augmented(tmp_path / "a", tmp_path / "b")
+
+
+def test_classes_are_those_that_are_left(tmp_path):
+    source = rows(dataset(tmp_path / "a"))
+    how = AugmentationOptions("none", blur=0, occlude=1, occlude_area="1-1", perspective=0)
+    augmented(tmp_path / "a", tmp_path / "b", how, originals=False)
+    made = rows(tmp_path / "b").values()
+    assert {source[row.sources[0]].classes == row.classes for row in made} == {True, False}
+    assert all(row.classes == source[row.sources[1]].classes for row in made)
 
 
 def test_rejected_rows_and_rows_without_the_originals(tmp_path):
@@ -233,7 +254,7 @@ def test_others_read_it(tmp_path):
         ({"splice": "1000x2=0.1"}, "`splice` must be"),
         ({"splice_size": "half"}, "`splice_size` must be one of same, full"),
         ({"blur": -0.1}, "`blur` must be a number from 0 to 100"),
-        ({"blur_lengths": "22-6"}, "`blur_lengths` must be two numbers LOW-HIGH between 1 and 512, such as 6-22"),
+        ({"blur_lengths": "22-6"}, "`blur_lengths` must be two numbers LOW-HIGH between 1 and 128, such as 6-22"),
         ({"blur_lengths": "6"}, "`blur_lengths` must be"),
         ({"occlude_area": "0.5-1.5"}, "`occlude_area` must be two numbers LOW-HIGH between 0 and 1"),
         ({"occlude_area": "nan-1"}, "`occlude_area` must be"),
