@@ -125,7 +125,7 @@ def filter_command(options: FilterOptions, log: LogFlag = None, as_json: JsonFla
 def evaluate(options: EvaluateOptions, as_json: JsonFlag = False) -> None:
     """Judge the masks of a dataset, or a segmenter by data with masks."""
     from diffumask_fast.learning import evaluation
-    from diffumask_fast.learning.tables import table
+    from diffumask_fast.learning.figures import table
 
     figures = evaluation.evaluate(options, progress=progress_bar)
     if as_json:
