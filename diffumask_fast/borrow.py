@@ -40,6 +40,30 @@ def patched(name: str, values: Mapping[Any, Any]) -> Iterator[None]:
 
 
 @contextmanager
+def patched_but_in_copies(name: str, owner: Any, value: Any) -> Iterator[None]:
+    """Let an attribute of an object be another value inside the context, and its own in copies that are made there.
+
+    Args:
+        name: of the attribute.
+        owner: whose it is; of a class that is copied by its `__getstate__`, as classes without one of their own are.
+        value: what stands in the attribute's place.
+    """
+    had, kept = name in vars(owner), vars(owner).get(name)
+    kind: Any = type(owner)
+
+    def __getstate__() -> Any:
+        state = kind.__getstate__(owner)
+        if isinstance(state, dict):
+            state = {key: kept if key == name else one for key, one in state.items() if key != "__getstate__"}
+            if not had:
+                del state[name]
+        return state
+
+    with patched(name, {owner: value}), patched("__getstate__", {owner: __getstate__}):
+        yield
+
+
+@contextmanager
 def patched_environment(name: str, value: str) -> Iterator[None]:
     """Let a variable of the process's environment be another one inside the context.
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from diffumask_fast.attention.call import Denoiser
 from diffumask_fast.attention.choice import check_attention, set_attention
-from diffumask_fast.attention.collect import collect_maps
+from diffumask_fast.attention.collect import checked_unet, collect_maps
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.engines.compiled import CompiledEngine, compile_pipe
 from diffumask_fast.engines.worker import IN_FLIGHT, StreamWorker, Turn, to_host
@@ -120,7 +120,12 @@ class DiffuMaskPipeline:
 
     @classmethod
     def from_pipe(cls, pipe: DiffusersPipeline) -> DiffuMaskPipeline:
-        """Compose a pipeline that is already loaded; it is used as it is and stays usable by itself."""
+        """Compose a pipeline that is already loaded; it is used as it is and stays usable by itself.
+
+        Raises:
+            DiffuMaskError: its denoiser is no UNet2DConditionModel.
+        """
+        checked_unet(pipe)
         return cls(pipe)
 
     def to(self, *args: Any, **kwargs: Any) -> DiffuMaskPipeline:

@@ -10,7 +10,7 @@ from conftest import NOISE, draw, footprint, make_unet, relative, sharpen
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 
-from diffumask_fast import collect_maps
+from diffumask_fast import DiffuMaskPipeline, collect_maps
 from diffumask_fast.attention.phrases import PhraseNotFound, phrase_columns
 from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.errors import DiffuMaskError
@@ -385,3 +385,69 @@ def test_a_unet_of_another_kind_is_refused_by_name(tiny_sd):
     tiny_sd.unet = torch.nn.DataParallel(tiny_sd.unet)
     with pytest.raises(DiffuMaskError, match="the UNet of StableDiffusionPipeline is a DataParallel"):
         collect_maps(tiny_sd, ["dog"])
+
+
+def of_another_kind():
+    """Return a pipeline of videos, and Kandinsky 3, which has no vae_scale_factor."""
+    blocks = dict(down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), sample_size=8, layers_per_block=1)
+    blocks |= dict(up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"), block_out_channels=(32, 64), norm_num_groups=8)
+    video = diffusers.UNet3DConditionModel(**blocks, cross_attention_dim=32, attention_head_dim=16)
+    blocks = dict(in_channels=4, time_embedding_dim=4, groups=2, attention_head_dim=4, layers_per_block=1)
+    kandinsky = diffusers.Kandinsky3UNet(**blocks, block_out_channels=(8, 16), cross_attention_dim=4)
+    scheduler = diffusers.DDPMScheduler()
+    text = dict(tokenizer=None, text_encoder=None, scheduler=scheduler)
+    return [
+        diffusers.TextToVideoSDPipeline(**text, unet=video, vae=None),
+        diffusers.Kandinsky3Pipeline(**text, unet=kandinsky, movq=None),
+    ]
+
+
+def test_videos_and_kandinsky_are_refused_when_they_are_given():
+    for pipe, kind in zip(of_another_kind(), ("UNet3DConditionModel", "Kandinsky3UNet"), strict=True):
+        refused = f"the UNet of {type(pipe).__name__} is a {kind}"
+        with pytest.raises(DiffuMaskError, match=refused):
+            collect_maps(pipe, ["dog"])
+        with pytest.raises(DiffuMaskError, match=refused):
+            DiffuMaskPipeline.from_pipe(pipe)
+
+
+class OneAfterTheOther(diffusers.StableDiffusionPipeline):
+    """Encodes the negative text first, by a call of its own."""
+
+    @torch.no_grad()
+    def __call__(self, text, negative, num_inference_steps, generator, output_type):
+        return self.loop(self.encode(negative), self.encode(text), num_inference_steps, generator)
+
+    def encode(self, text):
+        return self.encode_prompt(text, "cpu", 1, False)[0]
+
+    def loop(self, negative, own, steps, generator):
+        latents = torch.randn(1, 4, 8, 8, generator=generator)
+        self.scheduler.set_timesteps(steps)
+        for t in self.scheduler.timesteps:
+            noise = self.unet(torch.cat([latents] * 2), t, encoder_hidden_states=torch.cat([negative, own])).sample
+            latents = self.scheduler.step(noise[:1] + 7.5 * (noise[1:] - noise[:1]), t, latents).prev_sample
+        return diffusers.ImagePipelineOutput(latents.numpy())
+
+
+class TextByName(OneAfterTheOther):
+    """Says which text it draws."""
+
+    @torch.no_grad()
+    def __call__(self, prompt, negative, num_inference_steps, generator, output_type):
+        return self.loop(self.encode(negative), self.encode(prompt), num_inference_steps, generator)
+
+
+def test_texts_that_are_encoded_one_after_the_other(tiny_sd, recording):
+    texts = ("a dog", "dog dog a cat")
+    pipe = OneAfterTheOther(**tiny_sd.components, requires_safety_checker=False)
+    with pytest.raises(DiffuMaskError, match="OneAfterTheOther encodes several texts .* by the name prompt"):
+        with collect_maps(pipe, ["dog"]):
+            draw(pipe, texts[0], negative=texts[1])
+    pipe = TextByName(**tiny_sd.components, requires_safety_checker=False)
+    with recording(pipe.unet) as recorder:
+        draw(pipe, texts[0], negative=texts[1])
+    with collect_maps(pipe, ["dog"]) as maps:
+        draw(pipe, texts[0], negative=texts[1])
+    truth = recorder.maps(phrase_columns(pipe.tokenizer, [texts[0]], ["dog"], length=77), slice(1, 2))
+    assert all(relative(a, b) < 1e-5 for a, b in zip(maps.levels.values(), truth, strict=True))

@@ -8,12 +8,14 @@ from conftest import draw, make_unet, relative
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from fake_cuda import WAITS, fake_cuda
 from test_optimized_unet import inputs, same
+from test_tap import layers, merge
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffumask_fast.attention.call import UNetCall
 from diffumask_fast.attention.collect import collect_maps
+from diffumask_fast.attention.phrases import phrase_columns
 from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.engines import compiled, cuda_graphs
 from diffumask_fast.engines.compiled import CompiledDenoiser, compile_pipe
@@ -72,6 +74,48 @@ def test_a_change_that_cannot_be_compiled_is_one_sentence():
     unet.time_proj.forward = torch._dynamo.disable(unet.time_proj.forward)
     with pytest.raises(DiffuMaskError, match="cannot compile this UNet as it was changed .*: use `engine=torch`$"):
         CompiledDenoiser(unet)(UNetCall(**inputs(unet)))
+
+
+def traced(unet):
+    """Return a compiled denoiser whose graphs run as they were traced: what is asked of tokens is asked there."""
+    found = CompiledDenoiser(unet)
+    found.model.compile(fullgraph=True, dynamic=False, backend="eager")
+    return found
+
+
+@pytest.mark.parametrize("propagate", ["none", "auto"])
+@pytest.mark.parametrize("name", ["attn1", "attn2"])
+def test_merged_tokens_say_what_they_say_without_a_compiler(tiny_sd, recording, name, propagate):
+    unet = tiny_sd.unet = copy.deepcopy(tiny_sd.unet)
+    for attn in layers(unet, name, "fine"):
+        merge(attn, 2)
+    with recording(unet) as recorder:
+        plain = draw(tiny_sd, "a dog")
+    steps = []
+    drawn = dict(prompt="a dog", callback_on_step_end=lambda *rest: steps.append(1) or rest[-1])
+    if (name, propagate) == ("attn1", "none"):
+        with collect_maps(tiny_sd, ["dog"], propagate=propagate, denoiser=traced(unet)) as maps:
+            assert relative(torch.from_numpy(draw(tiny_sd, **drawn)), torch.from_numpy(plain)) < 1e-5
+        truth = recorder.maps(phrase_columns(tiny_sd.tokenizer, ["a dog"], ["dog"], length=77), slice(1, 2))
+        assert all(relative(a, b) < 1e-5 for a, b in zip(maps.levels.values(), truth, strict=True))
+        return
+    refused = "self-attention of level 0 does not run on" if name == "attn1" else "no cross-attention of level 0 ran on"
+    with pytest.raises(DiffuMaskError, match=f"{refused} all of its pixels"):
+        with collect_maps(tiny_sd, ["dog"], propagate=propagate, denoiser=traced(unet)):
+            draw(tiny_sd, **drawn)
+    assert not steps
+
+
+def test_merged_tokens_of_one_layer_leave_the_mean_of_the_others(tiny_sd, recording):
+    unet = tiny_sd.unet = copy.deepcopy(tiny_sd.unet)
+    merge(layers(unet, "attn2", "one")[0], 2)
+    with recording(unet) as recorder:
+        draw(tiny_sd, "a dog")
+    with collect_maps(tiny_sd, ["dog"], denoiser=traced(unet)) as maps:
+        draw(tiny_sd, "a dog")
+    recorder.cross = [p for p in recorder.cross if p.shape[2] != 32]
+    truth = recorder.maps(phrase_columns(tiny_sd.tokenizer, ["a dog"], ["dog"], length=77), slice(1, 2))
+    assert all(relative(a, b) < 1e-5 for a, b in zip(maps.levels.values(), truth, strict=True))
 
 
 def test_an_engine_path_is_for_other_engines(tmp_path):

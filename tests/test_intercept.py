@@ -129,13 +129,42 @@ def test_rows_of_the_prompts_are_known_where_negative_ones_are_returned_first(ti
         assert relative(found, expected) < 1e-5 < 0.05 < relative(wrong, expected)
 
 
-def test_a_copy_of_the_pipeline_made_in_the_context_is_plain(tiny_sd):
-    plain = draw(tiny_sd, "the cat")
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_of_the_pipeline_made_in_the_context_is_plain(tiny_sd, copied):
+    plain, before = draw(tiny_sd, "the cat"), vars(tiny_sd).keys() - {"_interrupt"}
     with collect_maps(tiny_sd, ["dog"]) as maps:
-        twin = copy.deepcopy(tiny_sd)
+        twin = copied(tiny_sd)
+        assert vars(twin).keys() - {"_interrupt"} == before
         image = draw(tiny_sd, PROMPT)
+        assert maps.store.calls == 3
         assert np.array_equal(draw(twin, "the cat"), plain) and maps.store.calls == 3
     assert np.array_equal(draw(twin, "the cat"), plain) and np.array_equal(draw(twin, PROMPT), image)
     with collect_maps(twin, ["cat"]) as maps:
         draw(twin, "the cat")
     assert maps.store.calls == 3
+
+
+def test_a_copy_encodes_by_its_own_text_encoder(tiny_sd):
+    with collect_maps(tiny_sd, ["dog"]):
+        twin = copy.copy(tiny_sd)
+        draw(tiny_sd, PROMPT)
+    twin.text_encoder = copy.deepcopy(tiny_sd.text_encoder)
+    torch.nn.init.normal_(twin.text_encoder.get_input_embeddings().weight)
+    assert not torch.equal(*(pipe.encode_prompt("a dog", "cpu", 1, False)[0] for pipe in (twin, tiny_sd)))
+
+
+class CopiesItself(diffusers.StableDiffusionPipeline):
+    def __copy__(self):
+        twin = type(self).__new__(type(self))
+        vars(twin).update(vars(self))
+        return twin
+
+
+def test_a_copy_that_kept_our_encode_prompt_is_refused(tiny_sd):
+    pipe = CopiesItself(**tiny_sd.components, requires_safety_checker=False)
+    with collect_maps(pipe, ["dog"]):
+        twin = copy.copy(pipe)
+        draw(pipe, PROMPT)
+    with pytest.raises(DiffuMaskError, match="CopiesItself that was copied while .* copy it outside"):
+        draw(twin, PROMPT)
+    draw(copy.copy(pipe), PROMPT)

@@ -43,13 +43,13 @@ def test_each_step_of_a_schedule_is_made_once(copied):
     assert Steps(timesteps).advance(4) and Steps(None).advance(4)
 
 
-def call(embeds, negative=None):
-    return PipelineCall(None, [["dog"]] * len(embeds), torch.zeros(len(embeds), 7, 1), embeds, negative)
+def call(embeds, is_doubled=False):
+    return PipelineCall(None, [["dog"]] * len(embeds), torch.zeros(len(embeds), 7, 1), embeds, is_doubled)
 
 
 def test_the_rows_of_the_prompts_are_found_where_they_stand():
     embeds, other = torch.randn(2, 7, 16), torch.randn(2, 7, 16)
-    made = call(embeds, other)
+    made = call(embeds)
     for blocks, first in (([other, embeds], 2), ([embeds, other, other], 0), ([embeds], 0), ([other], None)):
         assert made.first_row(torch.cat(blocks)) == first
     assert made.first_row(torch.randn(2, 9, 16)) is None
@@ -58,7 +58,7 @@ def test_the_rows_of_the_prompts_are_found_where_they_stand():
 
 def test_where_negative_prompts_are_the_prompts_the_first_rows_are_theirs():
     embeds = torch.randn(2, 7, 16)
-    assert call(embeds, embeds.clone()).first_row(torch.cat([embeds] * 3)) == 2
+    assert call(embeds, True).first_row(torch.cat([embeds] * 3)) == 2
     assert call(embeds).first_row(torch.cat([embeds] * 2)) == 0
 
 

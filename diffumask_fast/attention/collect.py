@@ -11,11 +11,12 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from diffumask_fast.attention.call import Denoiser, UNetCall
-from diffumask_fast.attention.encoded import encoded_positions
-from diffumask_fast.attention.intercept import Encoded, encoding_method, intercepted
+from diffumask_fast.attention.encoded import Encoded, as_list, encoded_positions
+from diffumask_fast.attention.intercept import encoding_method, intercepted
 from diffumask_fast.attention.options import Aggregation, MapOptions, Propagate
 from diffumask_fast.attention.phrases import per_prompt, token_columns
 from diffumask_fast.attention.pipeline_call import PipelineCall
+from diffumask_fast.attention.prompt_rows import prompt_rows
 from diffumask_fast.attention.running import is_called_back, running_call
 from diffumask_fast.attention.store import MapStore, PhraseMaps
 from diffumask_fast.attention.tap import Levels
@@ -90,6 +91,7 @@ class Collector:
         self._unet = unet
         self._borrowed = ExitStack()
         self._call: PipelineCall | None = None
+        self._prompts: list[str] = []
         self._store: MapStore | None = None
         self._seen = NOT_CALLED
 
@@ -136,13 +138,20 @@ class Collector:
             self._seen = "prompts were encoded, but not by a call of the pipeline"
             return
         outer = None if self._call is None else self._call.frame
+        prompts, asked = as_list(encoded.arguments.get("prompt")), frame.f_locals.get("prompt")
+        if frame is outer and asked is None and prompts != self._prompts:
+            raise DiffuMaskError(
+                f"{type(self.pipe).__name__} encodes several texts one after the other, and which of them it draws is "
+                "not known: let its call take the one to draw by the name prompt"
+            )
         if outer is not None and (frame is outer or is_called_back(self.pipe, frame, outer)):
             return
-        prompt = encoded.arguments.get("prompt")
-        asked = frame.f_locals.get("prompt")
-        if asked is not None and _as_list(asked) != _as_list(prompt):
+        if asked is not None and as_list(asked) != prompts:
+            if self._call is None:
+                self._seen = "the pipeline's call encoded other texts than its prompt"
             return
         self._end_call()
+        self._prompts = prompts
         self._store, self._seen = None, "the pipeline's last call failed before it drew"
         if frame.f_locals.get("padding_mask_crop") is not None:
             raise DiffuMaskError(
@@ -152,30 +161,20 @@ class Collector:
         self._call = self._begin(frame, encoded)
 
     def _begin(self, frame: FrameType, encoded: Encoded) -> PipelineCall:
-        arguments, embeds = encoded.arguments, encoded.embeds
-        copies, given = arguments.get("num_images_per_prompt") or 1, arguments.get("prompt_embeds")
-        if given is not None and self.token_indices is None:
+        if encoded.given is not None and self.token_indices is None:
             raise DiffuMaskError(
                 "with prompt_embeds the words are unknown: give token_indices=, the token positions of each phrase"
             )
-        prompts = [] if given is not None else _as_list(arguments["prompt"])
-        num = len(given) if given is not None else len(prompts)
-        if embeds.shape[0] != num * copies:
-            raise DiffuMaskError(
-                f"{type(self.pipe).__name__} encoded {num} prompts, {copies} images of each, to {embeds.shape[0]} "
-                "rows, and which of them are of the prompts is not known: use another pipeline"
-            )
-        phrases = per_prompt(self.phrases, num)
-        length = embeds.shape[1]
+        rows = prompt_rows(self.pipe, encoded)
+        phrases, length = per_prompt(self.phrases, encoded.num), rows.embeds.shape[1]
         if self.token_indices is not None:
             indices = _indices_per_prompt(self.token_indices, phrases)
         else:
-            second = _as_list(arguments.get("prompt_2"))
-            indices = encoded_positions(self.pipe, encoded.ids, prompts, phrases, length, second)
+            indices = encoded_positions(self.pipe, encoded, phrases, length)
         select = token_columns(indices, length=length, pad_to=self.pad_to)
-        select = select.repeat_interleave(copies, 0).to(embeds.device)
-        phrases = [row for row in phrases for _ in range(copies)]
-        return PipelineCall(frame, phrases, select, embeds.detach(), encoded.negative)
+        select = select.repeat_interleave(encoded.copies, 0).to(rows.embeds.device)
+        phrases = [row for row in phrases for _ in range(encoded.copies)]
+        return PipelineCall(frame, phrases, select, rows.embeds, rows.is_doubled)
 
     def belongs(self, arguments: dict[str, Any]) -> bool:
         """Tell whether a UNet call makes a step of the prompts that the pipeline's call encoded.
@@ -248,10 +247,6 @@ def checked_unet(pipe: Any) -> torch.nn.Module:
             "which draws one image for each prompt, and not from a wrapper around one"
         )
     return unet
-
-
-def _as_list(prompt: Any) -> list[str]:
-    return [prompt] if isinstance(prompt, str) else list(prompt or [])
 
 
 def _indices_per_prompt(indices: TokenIndices, rows: list[list[str]]) -> list[list[list[int]]]:

@@ -2,37 +2,21 @@
 
 import functools
 import inspect
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from diffumask_fast.borrow import MODULE_CALL, patched
+from diffumask_fast.attention.encoded import Encoded, TextCall
+from diffumask_fast.borrow import MODULE_CALL, patched, patched_but_in_copies
 from diffumask_fast.errors import DiffuMaskError
 
 UNET_ARGUMENTS = tuple(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]
-GUIDANCE = "do_classifier_free_guidance"
 TEXT_ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-
-
-class Encoded(NamedTuple):
-    """What a pipeline encoded.
-
-    Args:
-        arguments: of encode_prompt.
-        embeds: [n, T, E], of the prompts alone.
-        negative: [n, T, E], of the negative prompts, where the pipeline gives them apart.
-        ids: name of a tokenizer -> the ids that its text encoder was given, call by call.
-    """
-
-    arguments: dict[str, Any]
-    embeds: Tensor
-    negative: Tensor | None
-    ids: dict[str, list[Tensor]]
 
 
 class Listener(Protocol):
@@ -62,7 +46,7 @@ def intercepted(pipe: Any, unet: nn.Module, listener: Listener) -> Iterator[None
         )
     name = encoding_method(pipe)
     with (
-        patched(name, {pipe: _Telling(pipe, name, listener)}),
+        patched_but_in_copies(name, pipe, _Telling(pipe, name, listener)),
         patched(MODULE_CALL, {unet: _UNetCalls(unet, listener)}),
     ):
         yield
@@ -107,49 +91,52 @@ class _Telling:
         functools.update_wrapper(self, self.encode, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _observed(self.pipe) as ids:
+        if vars(self.pipe).get(self.name) is not self:
+            raise DiffuMaskError(
+                f"this {self.name} is that of a {type(self.pipe).__name__} that was copied while its maps were "
+                "collected, by a way of copying of its own: copy it outside of collect_maps"
+            )
+        with _observed(self.pipe) as calls:
             result = self.encode(*args, **kwargs)
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        embeds, negative = (result, None) if isinstance(result, Tensor) else (result[0], result[1])
-        if isinstance(result, Tensor) and bound.arguments.get(GUIDANCE):
-            # prompts and negative prompts come joined, in an order that is the pipeline's own
-            bound.arguments[GUIDANCE] = False
-            embeds = self.encode(*bound.args, **bound.kwargs)
-        negative = negative if isinstance(negative, Tensor) and negative.shape == embeds.shape else None
-        self.listener.take_prompts(Encoded(dict(bound.arguments), embeds, negative, ids))
-        return result
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Leave a copy of the pipeline an encode_prompt of its own."""
-        twin = memo.get(id(self.pipe))
-        return self.encode if twin is None else types.MethodType(getattr(type(twin), self.name), twin)
+        def encode(changed: dict[str, Any]) -> Any:
+            again = inspect.BoundArguments(self.signature, {**bound.arguments, **changed})
+            return self.encode(*again.args, **again.kwargs)
+
+        self.listener.take_prompts(Encoded(dict(bound.arguments), result, calls, encode))
+        return result
 
 
 @contextmanager
-def _observed(pipe: Any) -> Iterator[dict[str, list[Tensor]]]:
-    """Note the ids that a pipeline's text encoders are given."""
-    ids: dict[str, list[Tensor]] = {}
+def _observed(pipe: Any) -> Iterator[dict[str, list[TextCall]]]:
+    """Note what a pipeline's text encoders are given, and what they give."""
+    seen_by: dict[str, list[TextCall]] = {}
     calls: dict[Any, Any] = {}
 
-    def noting(encoder: nn.Module, seen: list[Tensor]) -> Callable[..., Any]:
+    def noting(encoder: nn.Module, seen: list[TextCall]) -> Callable[..., Any]:
         plain = vars(encoder).get(MODULE_CALL) or encoder._call_impl
 
         def call(*args: Any, **kwargs: Any) -> Any:
             given = args[0] if args else kwargs.get("input_ids")
+            output = plain(*args, **kwargs)
             if isinstance(given, Tensor) and given.ndim == 2 and not given.is_floating_point():
-                seen.append(given)
-            return plain(*args, **kwargs)
+                leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+                states = [x for x in leaves if x.ndim == 3 and x.shape[:2] == given.shape]
+                # copies, for compiled code may write its next results over them
+                seen.append(TextCall(given, [x.detach().clone() for x in states]))
+            return output
 
         return call
 
     for name, tokenizer in TEXT_ENCODERS.items():
         encoder = getattr(pipe, name, None)
         if isinstance(encoder, nn.Module) and getattr(pipe, tokenizer, None) is not None:
-            ids[tokenizer] = []
-            calls[encoder] = noting(encoder, ids[tokenizer])
+            seen_by[tokenizer] = []
+            calls[encoder] = noting(encoder, seen_by[tokenizer])
     with patched(MODULE_CALL, calls):
-        yield ids
+        yield seen_by
 
 
 class _UNetCalls:

@@ -1,20 +1,13 @@
 """From a phrase to its token columns: whole words among the token ids that were encoded."""
 
-import re
-import unicodedata
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffumask_fast.attention.spelling import UNKNOWN, Speller
 from diffumask_fast.errors import DiffuMaskError
-
-END_OF_WORD = "</w>"  # CLIP's
-BYTES = "Ġ"  # before a word of byte-level BPE
-STARTS_OF_WORD = ("▁", BYTES)  # the first is SentencePiece's
-WITHIN_WORD = "##"  # WordPiece's
-IDEOGRAPHS = "\u2e80"  # from here on scripts whose words are not parted by spaces
 
 
 class PhraseNotFound(DiffuMaskError):
@@ -23,17 +16,11 @@ class PhraseNotFound(DiffuMaskError):
     Attributes are `phrase`, `prompt`, and `truncated`: the phrase is in the prompt, but past its last token.
     """
 
-    def __init__(self, phrase: str, prompt: str, length: int, truncated: bool) -> None:
+    def __init__(self, phrase: str, prompt: str, length: int, truncated: bool, unknown: bool = False) -> None:
         why = f"only past token {length}, where the prompt is cut off" if truncated else "not there as whole words"
+        why = "not known to the tokenizer" if unknown else why
         super().__init__(f"the phrase {phrase!r} is {why}, in the prompt {prompt!r}: reword or shorten the prompt")
         self.phrase, self.prompt, self.truncated = phrase, prompt, truncated
-
-
-class Word(NamedTuple):
-    """A word among tokens; its text is None where a token of it is unknown, or where it only parts other words."""
-
-    text: str | None
-    positions: list[int]
 
 
 def per_prompt(phrases: str | Sequence[str] | Sequence[Sequence[str]], num: int) -> list[list[str]]:
@@ -106,16 +93,18 @@ def phrase_positions(
     Raises:
         PhraseNotFound: a phrase is not among the ids.
     """
-    wanted = {phrase: [w.text for w in _words(tokenizer, _ids(tokenizer, phrase))] for p in phrases for phrase in p}
+    speller = Speller(tokenizer)
+    wanted = {phrase: speller.words(phrase) for row in phrases for phrase in row}
     indices: list[list[list[int]]] = []
     for prompt, ids, row in zip(prompts, encoded, phrases, strict=True):
-        words = list(_words(tokenizer, ids))
+        spelt = speller.spelt(ids)
         indices.append([])
         for phrase in row:
-            found = _occurrences(words, wanted[phrase])
+            found = spelt.occurrences(wanted[phrase])
             if not found:
-                whole = list(_words(tokenizer, _ids(tokenizer, prompt)))
-                raise PhraseNotFound(phrase, prompt, len(ids), truncated=bool(_occurrences(whole, wanted[phrase])))
+                whole = speller.spelt(speller.ids(prompt))
+                truncated, unknown = bool(whole.occurrences(wanted[phrase])), UNKNOWN in wanted[phrase]
+                raise PhraseNotFound(phrase, prompt, len(ids), truncated, unknown)
             indices[-1].append(found)
     return indices
 
@@ -147,86 +136,3 @@ def token_columns(indices: Sequence[Sequence[Sequence[int]]], *, length: int, pa
                 raise DiffuMaskError(f"token positions {list(positions)} are not among 0 to {length - 1}")
             select[b, list(positions), column] = 1 / len(positions)
     return select
-
-
-def spelling(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Return the plain letters and digits of tokens, in small letters; those that stand for bytes have none."""
-    special, mark = set(tokenizer.all_special_ids), _word_mark(tokenizer)
-    pieces = [
-        _piece(token, mark)[1] for one, token in zip(ids, _tokens(tokenizer, ids), strict=True) if one not in special
-    ]
-    plain = "".join(piece for piece in pieces if not re.fullmatch("<0x[0-9A-F]{2}>", piece))
-    return "".join(c for c in plain.lower() if c.isascii() and c.isalnum())
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _words(tokenizer: Any, ids: Sequence[int]) -> Iterator[Word]:
-    """Join tokens to words, by the marks of the tokenizer's kind, and where letters and other characters meet."""
-    added, special = set(tokenizer.get_added_vocab().values()), set(tokenizer.all_special_ids)
-    unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    mark = _word_mark(tokenizer)
-    word = Word("", [])
-    ended = True
-    for position, (one, token) in enumerate(zip(ids, _tokens(tokenizer, ids), strict=True)):
-        if one in unknown:
-            starts, piece, ends = mark == WITHIN_WORD, None, mark == WITHIN_WORD
-        elif one in special or one in added:
-            starts, piece, ends = True, None if one in special else token, True
-        else:
-            starts, piece, ends = _piece(token, mark)
-        if word.positions and (ended or starts or not _joined(word.text, piece, mark)):
-            yield word
-            word = Word("", [])
-        text = None if word.text is None or piece is None else word.text + piece.casefold()
-        word, ended = Word(text, [*word.positions, position]), ends
-    if word.positions:
-        yield word
-
-
-def _tokens(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    tokens = tokenizer.convert_ids_to_tokens(list(ids))
-    return [token.decode("utf-8", "replace") if isinstance(token, bytes) else token for token in tokens]
-
-
-def _piece(token: str, mark: str) -> tuple[bool, str, bool]:
-    """Return whether a word starts with a token, the token's own characters, and whether a word ends with it."""
-    if mark == END_OF_WORD:
-        return False, token.removesuffix(mark), token.endswith(mark)
-    if mark == WITHIN_WORD:
-        return not token.startswith(mark), token.removeprefix(mark), False
-    return token.startswith(mark), token.removeprefix(mark), False
-
-
-def _word_mark(tokenizer: Any) -> str:
-    """Return what marks words in a tokenizer's tokens, found on its tokens for two short words."""
-    last = (_tokens(tokenizer, _ids(tokenizer, "a a")) or [""])[-1]
-    if last.endswith(END_OF_WORD):
-        return END_OF_WORD
-    return next((mark for mark in STARTS_OF_WORD if last.startswith(mark)), WITHIN_WORD)
-
-
-def _joined(text: str | None, piece: str | None, mark: str) -> bool:
-    """Tell whether two neighbours are of one word as far as their characters say."""
-    if not text or not piece or mark not in STARTS_OF_WORD:  # other tokenizers part such words themselves
-        return True
-    pair = text[-1], piece[0]
-    if mark == BYTES:  # whose other characters stand for bytes
-        return all(c.isalnum() or not c.isascii() for c in pair)
-    return all(unicodedata.category(c)[0] in "LMN" and c < IDEOGRAPHS for c in pair)
-
-
-def _occurrences(words: Sequence[Word], wanted: Sequence[str | None]) -> list[int]:
-    """Return the positions of all tokens of the wanted words in a row, without overlaps; an unknown word is none."""
-    positions: list[int] = []
-    at = 0
-    while wanted and None not in wanted and at + len(wanted) <= len(words):
-        here = words[at : at + len(wanted)]
-        if [word.text for word in here] == list(wanted):
-            positions += [position for word in here for position in word.positions]
-            at += len(wanted)
-        else:
-            at += 1
-    return positions

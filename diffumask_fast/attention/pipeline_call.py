@@ -18,7 +18,7 @@ class PipelineCall:
         phrases: of each of the Bc images.
         select: [Bc, T, K], their columns.
         embeds: [Bc, T, E], what the prompts were encoded to.
-        negative: [Bc, T, E], what the negative prompts were encoded to, where that is known.
+        is_doubled: other rows were encoded to the same.
     """
 
     def __init__(
@@ -27,13 +27,13 @@ class PipelineCall:
         phrases: list[list[str]],
         select: Tensor,
         embeds: Tensor,
-        negative: Tensor | None = None,
+        is_doubled: bool = False,
     ) -> None:
         self.frame = frame
         self.phrases = phrases
         self.select = select
         self.embeds = embeds
-        self.negative = negative
+        self.is_doubled = is_doubled
         self.store: MapStore | None = None
         self.steps = Steps(None)
         self.seen = f"prompts were encoded to {tuple(embeds.shape)}, but the UNet was not called"
@@ -43,8 +43,7 @@ class PipelineCall:
         """Return the first row of a UNet call that is of these prompts; None where there is none."""
         blocks = self.blocks(encoder_hidden_states)
         # where prompts and negative prompts are the same, the unconditional rows are the first ones, as they always are
-        same = len(blocks) > 1 and self.negative is not None and torch.equal(self.negative, self.embeds)
-        return blocks[same] if blocks else None
+        return blocks[len(blocks) > 1 and self.is_doubled] if blocks else None
 
     def blocks(self, encoder_hidden_states: Tensor) -> list[int]:
         """Return the first rows of all blocks of a UNet call that are of these prompts.

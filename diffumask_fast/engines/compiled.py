@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffumask_fast.attention.call import Results, UNetCall
+from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.borrow import many_shapes
 from diffumask_fast.engines.cpu_forwards import TransformedWeights
 from diffumask_fast.engines.cuda_graphs import Answer, Graphs, captured_state, runs_as_graph
@@ -112,6 +113,11 @@ class CompiledDenoiser:
             results = self._replay(graphs, inputs, kept, equal)
         return call.cut(results, by_halves=by_halves)
 
+    @property
+    def unpropagated(self) -> frozenset[str]:
+        """The levels whose self-attention ran on other tokens than all pixels in the last call."""
+        return self.model.unpropagated
+
     def _current_graphs(self, device: torch.device) -> Graphs:
         """Return the graphs, new ones if the UNet is no longer the captured one or the number of rows has grown."""
         captured = [device, self.rows, *captured_state(self.model.unet)]
@@ -135,6 +141,7 @@ class CompiledDenoiser:
             with many_shapes():
                 return self.model(inputs, **kept)
         except torch._dynamo.exc.Unsupported as error:
+            UNetWithMaps(self.model.unet)(inputs)  # which says what it cannot run either
             cause = str(error).strip().splitlines()[0]
             raise DiffuMaskError(
                 f"`engine=compile` cannot compile this UNet as it was changed ({cause}): use `engine=torch`"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffumask_fast.attention.call import Results, UNetCall
 from diffumask_fast.attention.processor import MapProcessor, draws_like
 from diffumask_fast.attention.tap import Place, Tap
-from diffumask_fast.attention.unet import UNetWithMaps, latent_shape
+from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.borrow import patched
 from diffumask_fast.engines.cpu_forwards import cheaper_forwards, has_amx
 from diffumask_fast.errors import DiffuMaskError
@@ -67,7 +67,8 @@ class OptimizedUNet(UNetWithMaps):
             twins: the conditional rows are the second half, and both halves are equal in all but the text.
             weights: of the UNet's convolutions, from TransformedWeights; on the CPU only.
         """
-        tap = _TextTap(call.select, call.prior, call.first, latent_shape(call))
+        rows, _, h, w = call.latents.shape  # numbers under the compiler too, which makes code for each set of shapes
+        tap = _TextTap(call.select, call.prior, call.first, (rows, h, w))
         if text is not None:
             tap.text = dict(zip(self._cross(), text, strict=True))
         forwards = cheaper_forwards(self.unet, weights) if call.latents.device.type == "cpu" else {}
