@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from diffumask_fast.learning.options import EvaluateOptions
 from diffumask_fast.learning.figures import table
+from diffumask_fast.learning.options import EvaluateOptions
 
 FIGURES = {
     "n": 2, "miou": 0.51234, "per_class_iou": {"dog": 0.5, "cat": None}, "ignored_share": 0.125,
