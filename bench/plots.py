@@ -8,6 +8,9 @@ from typing import Any
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.own_files import SIGN, check_own
 
+PLOTS = ("throughput", "memory", "stages", "speedups")
+NOTES = {".png": "Software", ".svg": "Creator"}  # where each kind says who wrote it
+
 
 def needs_matplotlib() -> None:
     """Raise a DiffuMaskError when matplotlib is not there."""
@@ -53,6 +56,17 @@ def draw(rows: Sequence[dict], folder: Path) -> list[Path]:
     return written
 
 
+def check_places(folder: Path) -> None:
+    """Look for files that `draw` may not replace, before anything is measured.
+
+    Raises:
+        DiffuMaskError: there is one.
+    """
+    for name in PLOTS:
+        for suffix in NOTES:
+            check_own(folder / f"{name}{suffix}")
+
+
 def overview(rows: Sequence[dict], path: Path, digest: str) -> None:
     """Draw the speed-ups of the README, and write the rows' digest into the file.
 
@@ -91,10 +105,9 @@ def _figure() -> tuple[Any, Any]:
 
 
 def _save(figure: Any, stem: Path) -> list[Path]:
-    notes = {".png": "Software", ".svg": "Creator"}
-    paths = [stem.with_suffix(suffix) for suffix in notes]
+    paths = [stem.with_suffix(suffix) for suffix in NOTES]
     for path in paths:
         check_own(path)
     for path in paths:
-        figure.savefig(path, dpi=120, metadata={notes[path.suffix]: SIGN})
+        figure.savefig(path, dpi=120, metadata={NOTES[path.suffix]: SIGN})
     return paths

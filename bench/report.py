@@ -12,6 +12,7 @@ from diffumask_fast.bench.rows import append_rows, describe, environment, result
 from diffumask_fast.console import say
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.models.device import resolve_device
+from diffumask_fast.own_files import check_no_link
 
 STOPPED = 130
 
@@ -45,11 +46,14 @@ def measure(options: BenchOptions, *, as_json: bool = False) -> int:
                 f"The suite {options.suite} has no `{'rows' if name == 'names' else name}`: leave it out."
             )
     if options.plot is not None:
-        from diffumask_fast.bench.plots import needs_matplotlib
+        from diffumask_fast.bench.plots import check_places, needs_matplotlib
 
         needs_matplotlib()
-    if options.output is not None and options.output.is_file():
-        read_rows(options.output)  # what is no file of rows is not appended to
+        check_places(options.plot)
+    if options.output is not None:
+        check_no_link(options.output)
+        if options.output.is_file() or options.output.is_dir():
+            read_rows(options.output)  # what is no file of rows is not appended to
     device = resolve_device(options.device)
     path = options.output or results_file(device)
     rows, code = [], 0

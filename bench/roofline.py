@@ -21,6 +21,7 @@ from diffumask_fast.kernels import tuned
 from diffumask_fast.kernels.attend_triton import constants, two_powers
 from diffumask_fast.kernels.inputs import CANDIDATES, CRF, LABELS
 from diffumask_fast.kernels.shapes import KEYS, MODELS, STABLE_DIFFUSION, Layer, Model
+from diffumask_fast.own_files import check_own
 
 PHRASES = (1, 5, 16)  # of the table's columns
 BOUND = 0.002  # share of the UNet's time that maps may add
@@ -350,6 +351,7 @@ def main() -> None:
     """Write the page to the file named on the command line."""
     if len(sys.argv) != 2:
         sys.exit("usage: python -m diffumask_fast.bench.roofline docs/notes/kernels.md")
+    check_own(Path(sys.argv[1]), _HEAD.splitlines()[0])
     Path(sys.argv[1]).write_text(account() + "\n" + compiled(), encoding="utf-8")
 
 

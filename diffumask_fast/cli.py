@@ -6,13 +6,13 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from diffumask_fast.bench.options import BenchOptions, CompareOptions, TuneOptions
 from diffumask_fast.console import log_to, progress_bar, run_program, say, stoppable
-from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.errors import DiffuMaskError, as_flags
 from diffumask_fast.export.options import ExportOptions
 from diffumask_fast.flags import with_flags
 from diffumask_fast.generation.options import GenerateOptions
@@ -28,6 +28,9 @@ app = typer.Typer(
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 LogFlag = Annotated[Path | None, typer.Option(help="Append a log to this file.")]
 
+# What a figure's name does not say.
+NOTES = {"best_threshold_iou": "(the maps alone, each image's cut at its own best threshold; masks may be better)"}
+
 
 @app.command()
 @with_flags
@@ -41,8 +44,8 @@ def generate(options: GenerateOptions, log: LogFlag = None, as_json: JsonFlag = 
     if as_json:
         say(json.dumps(summary))
     else:
-        accepted = f"{summary['accepted']} of {summary['images']} images accepted"
-        say(f"{accepted}, {summary['images_per_s']:.2f} images/s. Look at {options.out / 'preview.png'}.")
+        rate = f"{summary['images_per_s']:.2f} images/s" if summary["drawn"] else "complete: nothing was left to draw"
+        say(_closing(summary, f", {rate}"))
 
 
 @app.command()
@@ -66,7 +69,7 @@ def remask(
     if as_json:
         say(json.dumps(summary))
     else:
-        say(f"{summary['accepted']} of {summary['images']} images accepted. Look at {out / 'preview.png'}.")
+        say(_closing(summary))
 
 
 @app.command()
@@ -80,8 +83,7 @@ def augment(options: AugmentOptions, as_json: JsonFlag = False) -> None:
     if as_json:
         say(json.dumps(summary))
     else:
-        accepted = f"{summary['accepted']} of {summary['images']} images accepted"
-        say(f"{accepted}. Look at {options.out / 'preview.png'}.")
+        say(_closing(summary))
 
 
 @app.command()
@@ -97,7 +99,8 @@ def evaluate(options: EvaluateOptions, as_json: JsonFlag = False) -> None:
     agreement, ious, share = (figures.pop(name) for name in ("per_class_agreement", "per_class_iou", "ignored_share"))
     del figures["boundary_iou"]  # the same figure as the one that has its width in its name
     for name, value in figures.items():
-        say(f"{name:24} {value if isinstance(value, int) else _number(value)}")
+        note = f"  {NOTES[name]}" if name in NOTES else ""
+        say(f"{name:24} {value if isinstance(value, int) else _number(value)}{note}")
     if share:
         counted = "counted as background" if options.ignored_is_background else "left out"
         say(f"{share:.2%} of the masks' pixels are 255, and {counted}.")
@@ -200,6 +203,13 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
         say(__version__)
         raise typer.Exit()
+
+
+def _closing(summary: dict[str, Any], rate: str = "") -> str:
+    """Say what a dataset holds, where to look, and what to change where that is nothing."""
+    advice = f"To accept more, {as_flags(summary['advice'])}. " if summary["advice"] else ""
+    accepted = f"{summary['accepted']} of {summary['images']} images accepted"
+    return f"{accepted}{rate}. {advice}Look at {Path(summary['folder']) / 'preview.png'}."
 
 
 def _number(value: float | None) -> str:

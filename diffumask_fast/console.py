@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 import typer
 
 from diffumask_fast.errors import DiffuMaskError, is_out_of_memory
+from diffumask_fast.own_files import check_no_link
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -57,7 +58,8 @@ def run_program(program: typer.Typer, arguments: Sequence[str] | None = None, *,
     terminal = _Terminal(logging.WARNING)
     logger.addHandler(terminal)
     warnings.filterwarnings("ignore", "Image size .* decompression bomb")
-    flags = _flags_of(program, sys.argv[1:] if arguments is None else arguments)
+    command, name = _command_of(program, sys.argv[1:] if arguments is None else arguments)
+    flags = {flag for parameter in command.params for flag in parameter.opts}
     try:
         code = program(arguments, standalone_mode=False)
         sys.stdout.flush()
@@ -69,25 +71,59 @@ def run_program(program: typer.Typer, arguments: Sequence[str] | None = None, *,
         if isinstance(error, OSError) and error.errno == errno.EPIPE:  # who reads our output has left
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        _fail(_sentence(error, flags, dash), code=getattr(error, "exit_code", 1))
+        if hasattr(error, "format_message"):  # typer's: the command line was not understood
+            # a flag or an argument with a wrong value is a failure, as where our own options refuse it
+            is_value = hasattr(error, "param_hint") and not hasattr(error, "param_type")
+            _fail(_usage(error, command, name), code=1 if is_value else 2)
+        _fail(_sentence(error, flags, dash))
     finally:
         logger.removeHandler(terminal)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _flags_of(program: typer.Typer, arguments: Sequence[str]) -> set[str]:
-    """Return the flags of the command that is called."""
+def _command_of(program: typer.Typer, arguments: Sequence[str]) -> tuple[Any, str]:
+    """Return the command that is called, and the words that call it ("bench compare")."""
     command: Any = typer.main.get_command(program)
+    names = []
     for word in arguments:
-        command = getattr(command, "commands", {}).get(word, command)
-    return {flag for parameter in command.params for flag in parameter.opts}
+        if word in getattr(command, "commands", {}):
+            command = command.commands[word]
+            names.append(word)
+    return command, " ".join(names)
+
+
+def _usage(error: Any, command: Any, name: str) -> str:
+    """Say what of a command line was not understood.
+
+    Args:
+        error: typer's.
+        command: that was called.
+        name: the words that call it.
+    """
+    help_ = f"{name} --help".strip()
+    if flag := getattr(error, "option_name", None):
+        if hasattr(error, "possibilities"):
+            near = " or ".join(sorted(error.possibilities or []))
+            return f"There is no flag {flag}{f' (is it {near}?)' if near else ''}: {help_} lists all flags."
+        if any(flag in parameter.opts and parameter.is_flag for parameter in command.params):
+            return f"{flag} takes no value: write it alone."
+        return f"{flag} needs a value: {help_} tells which."
+    if getattr(error, "param", None) is not None:
+        parameter = error.param
+        is_flag = parameter.param_type_name == "option"
+        shown = parameter.opts[0] if is_flag else parameter.metavar or parameter.name.upper()
+        if hasattr(error, "param_type"):
+            return f"{shown} is missing: {help_} tells what it is."
+        return f"The value of {shown} is wrong ({error.message.rstrip('.')}): {help_} tells what it may be."
+    if found := re.search(r"extra argument.*? \((.*)\)$", error.message):
+        return f"There is an argument too many ({found[1]}): {help_} tells which {name or 'it'} takes."
+    if found := re.search("No such command '(.*)'", error.message):
+        return f"There is no command {found[1]}: {help_} lists all."
+    return f"No command is named: {help_} lists all."
 
 
 def _sentence(error: Exception, flags: set[str], dash: str) -> str:
     """Say what an error means that is none of our own."""
-    if usage := getattr(error, "format_message", None):  # the command line was not understood
-        context: Any = getattr(error, "ctx", None)
-        return f"{usage()} See {context.command_path if context else 'the program'} --help."
     logger.info("what happened", exc_info=error)
     if is_out_of_memory(error):
         batch = f"--batch{dash}size"
@@ -160,6 +196,7 @@ class _LogFile(logging.Handler):
         super().__init__()
         self.path = path
         self.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
+        check_no_link(path)
         try:
             if path.is_file() and (head := path.open("rb").read(64)) and not LOG_LINE.match(head):
                 raise DiffuMaskError(f"{path} is there and no log of ours: choose another file.")

@@ -3,21 +3,27 @@
 import re
 
 
+def as_flags(sentence: str, dash: str = "-") -> str:
+    """Return a sentence with its parameters written as flags: --steps, --size 64x64.
+
+    Args:
+        sentence: with its parameters as `size` or `size=64x64`.
+        dash: what joins the words of a flag.
+    """
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        return f"--{name.replace('_', dash)}" + (f" {value}" if value else "")
+
+    return re.sub(r"`([a-z][a-z_]*)(?:=([^`]*))?`", flag, sentence)
+
+
 class DiffuMaskError(Exception):
     """Say in one sentence what is wrong and what to do about it; it names parameters so: `size`, `size=64x64`."""
 
     def as_flags(self, dash: str = "-") -> str:
-        """Return the sentence with its parameters written as flags: --steps, --size 64x64.
-
-        Args:
-            dash: what joins the words of a flag.
-        """
-
-        def flag(found: re.Match[str]) -> str:
-            name, value = found.groups()
-            return f"--{name.replace('_', dash)}" + (f" {value}" if value else "")
-
-        return re.sub(r"`([a-z][a-z_]*)(?:=([^`]*))?`", flag, str(self))
+        """Return the sentence with its parameters written as flags."""
+        return as_flags(str(self), dash)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""Files are written over only where we wrote them: each kind of ours bears a sign."""
+"""Files are written over only where we wrote them: each kind of ours bears a sign; links are not followed."""
 
 from pathlib import Path
 
@@ -29,3 +29,13 @@ def check_own(path: Path, sign: str = SIGN) -> None:
         raise DiffuMaskError(f"{path} cannot be written: {getattr(error, 'strerror', error)}") from error
     if not ours:
         raise DiffuMaskError(f"{path} is there and was not written by this program: move it away, or name another")
+
+
+def check_no_link(path: Path) -> None:
+    """Raise where a path is a link to a file, a folder or nothing: what is written would land elsewhere.
+
+    Raises:
+        DiffuMaskError: it is such a link.
+    """
+    if path.is_symlink() and (path.is_file() or path.is_dir() or not path.exists()):
+        raise DiffuMaskError(f"{path} is a link, and writing does not follow links: move it away")

@@ -246,11 +246,14 @@ class DiffuMaskPipeline:
         """
         requests = list(requests)
         size = self.batch_size(batch_size, kwargs.get("height"), kwargs.get("width"))
-        return self.stream_batches(
+        results = self.stream_batches(
             (requests[start : start + size] for start in range(0, len(requests), size)), mask, maps=maps,
             num_phrases=max((len(request.phrases) for request in requests), default=1),
             use_negative_prompts=any(request.negative_prompt for request in requests), **kwargs,
         )  # fmt: skip
+        if not any(kwargs.get(name) is not None for name in SCHEDULES):
+            try_scheduler(self.pipe, steps_and_guidance(self.pipe, self.info.defaults | kwargs)["num_inference_steps"])
+        return results
 
     def stream_batches(
         self,
@@ -275,8 +278,6 @@ class DiffuMaskPipeline:
         """
         if taken := kwargs.keys() & TAKEN:
             raise DiffuMaskError(f"stream takes {', '.join(sorted(taken))} from its requests: leave it out.")
-        if not any(kwargs.get(name) is not None for name in SCHEDULES):
-            try_scheduler(self.pipe, steps_and_guidance(self.pipe, self.info.defaults | kwargs)["num_inference_steps"])
         options = self.map_options(maps), mask or MaskOptions()
         return self._draw_batches(batches, *options, num_phrases, use_negative_prompts, kwargs)
 

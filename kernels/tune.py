@@ -21,12 +21,14 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.kernels import attend_sdpa, tuned
 from diffumask_fast.kernels.inputs import CRF, attention_input, filter_input, step_input
 from diffumask_fast.kernels.shapes import KEYS, STABLE_DIFFUSION
+from diffumask_fast.own_files import check_own
 
 logger = logging.getLogger("diffumask_fast")
 Timer = Callable[[Callable[[], object]], Any]
 Entries = dict[str, list[dict[str, Any]]]
 LAYERS = [layer.shape for model in STABLE_DIFFUSION for layer in model.layers]
 IMAGES, PHRASES, SIDE = 8, 1, 512
+SIGN = '{"when": {"'  # in the first bytes of every table
 CALLS, REPLAYS = 20, 9  # calls in a graph, replays of the graph
 RADII = {8: [1, 16], 32: [17, 4096]}  # of the guided filter: one cell of SD 1.5's finest map is 8 pixels
 
@@ -73,8 +75,11 @@ def tune(
         The device's entries, kernel -> list.
 
     Raises:
-        DiffuMaskError: there is no GPU, or the file cannot be written.
+        DiffuMaskError: there is no GPU, the file is there and no table of ours, or it cannot be written.
     """
+    if file is not None:
+        check_own(file, SIGN)
+    table_at(file or tuned.FILE)
     if not torch.cuda.is_available():
         raise DiffuMaskError(
             "tune times kernels on an NVIDIA GPU, and torch sees none here: run it where there is one."
@@ -254,8 +259,7 @@ def write(file: Path, device: str, entries: Entries) -> None:
 
     The device's older entries follow the new ones, without those of the same facts.
     """
-    source = file if file.exists() else tuned.FILE
-    table = json.loads(source.read_text(encoding="utf-8"))
+    table = table_at(file)
     kept = table.get(device, {})
     for kernel, new in entries.items():
         measured = [entry["when"] for entry in new]
@@ -263,13 +267,30 @@ def write(file: Path, device: str, entries: Entries) -> None:
     table[device] = kept
     part = file.with_name(f".{file.name}.part")
     try:
-        with part.open("w", encoding="utf-8") as stream:
+        part.unlink(missing_ok=True)
+        with part.open("x", encoding="utf-8") as stream:  # a link that somebody has put there is not followed
             stream.write(as_text(table))
             stream.flush()
             os.fsync(stream.fileno())
         part.replace(file)
     except OSError as error:
         raise DiffuMaskError(f"Cannot write {file} ({error.strerror}): choose another `out`.") from error
+
+
+def table_at(file: Path) -> tuned.Table:
+    """Read the table at a path; where nothing is, `tuned.json`.
+
+    Raises:
+        DiffuMaskError: what is there is no such table.
+    """
+    try:
+        table = json.loads((file if file.exists() else tuned.FILE).read_text(encoding="utf-8"))
+        entries = [entry for kernels in table.values() for listed in kernels.values() for entry in listed]
+        if all(isinstance(entry["when"], dict) and isinstance(entry["launch"], dict) for entry in entries):
+            return table
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise DiffuMaskError(f"{file} is there and no table of launch configurations: move it away, or name another `out`.")
 
 
 def as_text(table: dict[str, dict[str, list[dict[str, Any]]]]) -> str:

@@ -58,6 +58,8 @@ def test_a_finished_run_is_left_alone(finished):
     before = contents(out)
     again = json.loads(call("generate", out, "--num", 7, "--shard-size", 3, "--seed", 5, "--json", *QUICK).stdout)
     assert again["drawn"] == 0 and again["images"] == 7 and contents(out) == before
+    text = call("generate", out, "--num", 7, "--shard-size", 3, "--seed", 5, *QUICK).stdout
+    assert f"of 7 images accepted, complete: nothing was left to draw. Look at {out / 'preview.png'}." in text
 
 
 def test_a_changed_option_is_named(finished):
@@ -86,6 +88,15 @@ def test_a_run_killed_twice_ends_with_the_same_bytes(finished, tmp_path):
     call(*command[1:])
     reference, killed = contents(finished[0]), contents(out)
     assert killed == reference
+
+
+def test_the_closing_line_says_which_limit_rejects_everything(tmp_path):
+    limits = ["--min-quality", 1, "--min-area", 0, "--max-area", 1]
+    text = call("generate", tmp_path / "out", "--num", 2, "--classes", "dog", *limits, *QUICK).stdout
+    assert "0 of 2 images accepted" in text and "To accept more, lower --min-quality." in text
+    text = call("remask", tmp_path / "out", tmp_path / "new", *limits).stdout
+    assert "0 of 2 images accepted. To accept more, lower --min-quality." in text
+    assert "To accept more" not in call("remask", tmp_path / "out", tmp_path / "all", "--min-area", 0).stdout
 
 
 def test_two_classes_per_image(tmp_path):
@@ -181,7 +192,7 @@ def test_a_model_that_draws_black_is_stopped(tmp_path):
 
 
 def test_an_unknown_flag_is_wrong_usage(tmp_path):
-    assert "No such option" in call("generate", tmp_path, "--nope", code=2).stderr
+    assert "There is no flag --nope" in call("generate", tmp_path, "--nope", code=2).stderr
 
 
 def test_masks_of_a_plain_model_folder(tiny_folder, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from diffumask_fast.cli import app
 from diffumask_fast.console import log_to, printable, run_program, say
 from diffumask_fast.errors import DiffuMaskError
 
@@ -71,14 +72,49 @@ def test_memory_names_the_batch_size_and_the_log_where_there_are_such_flags(caps
     assert called(fail, "--batch-size", "2") == 1 and "--log FILE" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--no\x1b[31m"], ["a", "b"], []])
-def test_wrong_usage_is_two(capsys, arguments):
-    def command(name: str) -> None:
-        """Nothing."""
+def command(name: str, size: float = 1.0, wide: bool = False) -> None:
+    """Nothing."""
 
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--no\x1b[31m"], "There is no flag --no\\x1b[31m: "),
+        (["a", "--siz", "2"], "There is no flag --siz (is it --size?): --help lists all flags."),
+        (["a", "b"], "There is an argument too many (b): --help tells which it takes."),
+        ([], "NAME is missing: --help tells what it is."),
+        (["a", "--size"], "--size needs a value: --help tells which."),
+        (["a", "--wide=2"], "--wide takes no value: write it alone."),
+    ],
+)
+def test_wrong_usage_is_two(capsys, arguments, words):
     assert called(command, *arguments) == 2
     text = capsys.readouterr().err
-    assert text.count("\n") == 1 and "--help" in text and "\x1b" not in text
+    assert text.startswith(words) and text.count("\n") == 1 and "\x1b" not in text
+
+
+def test_a_wrong_value_is_one_where_typer_reads_it_too(capsys):
+    assert called(command, "a", "--size", "wide") == 1
+    text = capsys.readouterr().err
+    assert text.startswith("The value of --size is wrong (") and text.endswith("): --help tells what it may be.\n")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["nope"], "There is no command nope: --help lists all."),
+        (["bench", "nope"], "There is no command nope: bench --help lists all."),
+        (["bench", "compare", "a"], "AFTER is missing: bench compare --help tells what it is."),
+        (["bench", "compare", "a", "b", "c"], "There is an argument too many (c): bench compare --help tells which "),
+        (["generate", "x", "--num"], "--num needs a value: generate --help tells which."),
+        ([], "No command is named: --help lists all."),
+    ],
+)
+def test_the_command_that_was_meant_is_named(capsys, arguments, words):
+    with pytest.raises(SystemExit) as caught:
+        run_program(app, arguments)
+    text = capsys.readouterr().err
+    assert caught.value.code == 2 and text.startswith(words) and text.count("\n") == 1
 
 
 def test_a_stopped_command_is_130():
@@ -126,6 +162,10 @@ def test_a_log_is_appended_to_our_own_alone(tmp_path, no_handlers):
     (tmp_path / "notes").write_text("2026: mine")
     with pytest.raises(DiffuMaskError, match="notes is there and no log of ours"):
         log_to(tmp_path / "notes")
+    (tmp_path / "link.log").symlink_to("elsewhere")
+    with pytest.raises(DiffuMaskError, match="link.log is a link, and writing does not follow links"):
+        log_to(tmp_path / "link.log")
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_traceback_in_the_log_cannot_forge_lines(tmp_path, no_handlers):

@@ -194,6 +194,8 @@ def test_the_command(scenes, tmp_path):
     table = CliRunner().invoke(app, ["evaluate", "mini-oracle", str(scenes)])
     assert table.exit_code == 0 and "pottedplant" in table.stdout and "class_agreement" in table.stdout
     assert "boundary_iou_3px_at_128 " in table.stdout and "boundary_iou_ratio_0.02 " in table.stdout
+    line = next(line for line in table.stdout.splitlines() if line.startswith("best_threshold_iou"))
+    assert line.endswith("(the maps alone, each image's cut at its own best threshold; masks may be better)")
     assert "boundary_iou " not in table.stdout and "255" not in table.stdout
 
 

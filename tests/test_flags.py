@@ -54,6 +54,17 @@ def test_the_options_of_maps_are_flags_of_generate_alone():
     assert not names & {flag.name for flag in COMMANDS["remask"].params}
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_value_is_read_by_our_own_options(name):
+    """No value of a flag is wrong usage: what is not allowed is refused in our words, as in Python."""
+    command = COMMANDS[name]
+    flags = [flag for flag in command.params if flag.param_type_name == "option" and not flag.is_flag]
+    given = [part for flag in flags for part in (flag.opts[0], "abc")]
+    places = ["abc"] * sum(flag.param_type_name == "argument" for flag in command.params)
+    context = command.make_context(name, [*given, *places])
+    assert {str(context.params[flag.name]) for flag in flags} <= {"abc"}
+
+
 @dataclass(frozen=True)
 class Inner(Options):
     colour: Literal["red", "blue"] = option("red", "red or blue.", one_of("red", "blue"))

@@ -7,10 +7,14 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from diffumask_fast import pipeline
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.generation import job
 from diffumask_fast.generation.generate import run_generate, tell_new_names
 from diffumask_fast.generation.options import GenerateOptions
 from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.pipeline import DiffuMaskPipeline
+from diffumask_fast.prompts.planner import plan
 from diffumask_fast.prompts.vocabulary import Vocabulary
 
 
@@ -68,9 +72,28 @@ def test_a_rejected_first_batch_stops_a_run_but_not_its_end(tiny_folder, tmp_pat
 
 def test_small_shards_are_judged_together_and_none_is_written(tiny_folder, tmp_path):
     picky = options(tmp_path / "out", tiny_folder, mask=MaskOptions(min_area=0.999, max_area=1.0), shard_size=1)
-    with pytest.raises(DiffuMaskError, match="6 of the first 6 images were rejected.*check `model`"):
+    with pytest.raises(DiffuMaskError, match="6 of the first 6.*; lower `min_area`, or check `model`"):
         run_generate(picky, silent)
     assert not list((tmp_path / "out").rglob("*.parquet"))
+
+
+def test_one_s_own_limit_that_rejects_everything_is_named(tiny_folder, tmp_path):
+    picky = options(tmp_path / "out", tiny_folder, num=3, mask=MaskOptions(min_quality=1.0, min_area=0, max_area=1.0))
+    summary = run_generate(picky, silent)
+    assert (summary["accepted"], summary["advice"]) == (0, "lower `min_quality`")
+    assert run_generate(picky, silent)["advice"] == "lower `min_quality`"
+    assert run_generate(options(tmp_path / "b", tiny_folder, num=3), silent)["advice"] == ""
+
+
+def test_the_scheduler_is_tried_once_and_before_anything_is_written(tiny_folder, tmp_path, monkeypatch):
+    tried = []
+    for module in (job, pipeline):
+        monkeypatch.setattr(module, "try_scheduler", lambda pipe, steps: tried.append(steps))
+    run_generate(options(tmp_path / "out", tiny_folder, num=2), silent)
+    assert tried == [2]
+    request = plan(Vocabulary.parse("dog"), 1)[0]
+    pipe = DiffuMaskPipeline.from_pretrained(str(tiny_folder), device="cpu")
+    assert len(list(pipe.stream([request], num_inference_steps=3))) == 1 and tried == [2, 3]
 
 
 def test_the_libraries_speak_again_after_a_run(tiny_folder, tmp_path):

@@ -11,7 +11,8 @@ import diffumask_fast
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("errors",),
-    ("options", "borrow", "kernels", "flags", "console", "own_files"),
+    ("own_files",),
+    ("options", "borrow", "kernels", "flags", "console"),
     ("pictures",),
     ("masks", "attention", "prompts"),
     ("mini",),

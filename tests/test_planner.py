@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from diffumask_fast.dataset.shard_check import digest_plan
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.prompts.planner import Plan, Recipe, article, load_scenes, plan
 from diffumask_fast.prompts.vocabulary import Vocabulary
@@ -122,6 +123,30 @@ def test_templates_are_filled_literally(tmp_path):
     path.write_text("5,odd,{scene} {objects} {0} %s\n")
     template = "{objects}, photo"
     assert plan(Vocabulary.from_file(path), 1, templates=[template])[0].prompt == "a {scene} {objects} {0} %s, photo"
+
+
+PLANS = {
+    "de78f008da5c011883f7a6ddf835f5fc1255cd03128a7f48510b86746e546a63": lambda: plan(Vocabulary.voc(), 500),
+    "02a3f70fa2e08915bae4faef10c851360336f07ca7eeafa587a9fbeb6a127862": lambda: plan(
+        Vocabulary.voc(), 300, seed=7, classes_per_image=2
+    ),
+    "ad2ac4ebbd0f4d8fec0fcac286a01788b3f5f2df36aa45b22faa06bf209b5e3f": lambda: plan(
+        Vocabulary.parse("dog,car,zebra"), 100, seed=2**62, classes_per_image=3, negative_prompt="blurred",
+        templates=["{objects}, photo", "a drawing of {objects} {scene}"], scenes=["here", "on the moon"],
+    ),
+    "d079eba38420ed346c7e5dbaafa80189f9820af2b2b5202149da6730ef756af0": lambda: plan(
+        Vocabulary.parse("potted plant,犬,naïve art,x-ray_2"), 200, seed=1, scenes={"in the sky": ["犬"], "far": []}
+    ),
+    "f09edbcadc26e4f83931c06c121f76fd584a2a7cad3eec9ac20bc021800ea743": lambda: plan(
+        Vocabulary.parse("bird,boat"), 150, seed=3, fits=lambda prompt, phrases: "the" not in prompt
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sha256", PLANS)
+def test_no_version_plans_otherwise(sha256):
+    # the hashes of the version that first wrote datasets: another plan could not finish what was begun
+    assert digest_plan(PLANS[sha256](), 64).sha256 == sha256
 
 
 @pytest.mark.parametrize(

@@ -39,5 +39,8 @@ def test_what_others_drew_is_not_replaced(tmp_path):
         (tmp_path / name).write_bytes(theirs)
         with pytest.raises(DiffuMaskError, match=f"{name} is there and was not written by this program"):
             plots.draw(ROWS, tmp_path)
+        with pytest.raises(DiffuMaskError, match=name):
+            plots.check_places(tmp_path)
         assert (tmp_path / name).read_bytes() == theirs
         (tmp_path / name).write_bytes(ours)
+    plots.check_places(tmp_path)

@@ -3,7 +3,7 @@
 import torch
 
 from diffumask_fast.masks.options import MaskOptions
-from diffumask_fast.masks.rejection import rejections
+from diffumask_fast.masks.rejection import advice, rejections
 
 
 def test_reasons():
@@ -47,3 +47,28 @@ def test_a_poor_mask_is_rejected_where_that_is_asked_for():
     assert rejections(images, mask, ids, names, MaskOptions(), quality) == ["", ""]
     reasons = rejections(images, mask, ids, names, MaskOptions(min_quality=0.5), quality)
     assert reasons == ["the mask of car has quality 0.31, less than 0.50", ""]
+
+
+def test_one_s_own_limit_is_the_one_to_move():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(3, -1, -1, 3)
+    mask = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    mask[:, :8] = 12
+
+    def told(**limits):
+        options = MaskOptions(**limits)
+        reasons = rejections(images, mask, torch.tensor([[12]] * 3), [["dog"]] * 3, options, torch.full((3, 1), 0.4))
+        assert all(reasons) == bool(limits)
+        return advice(reasons, options)
+
+    assert told() == ""
+    assert told(min_quality=0.9) == "lower `min_quality`"
+    assert told(min_area=0.7) == "lower `min_area`"
+    assert told(max_area=0.2) == "raise `max_area`"
+
+
+def test_the_most_common_reason_counts_and_a_default_is_not_one_s_own():
+    empty, small = "dog has no pixel in the mask", "dog covers 0.10% of the image, less than 0.50%"
+    poor = [f"the mask of dog has quality 0.{number}, less than 0.90" for number in range(10, 13)]
+    assert advice([empty, *poor, "", "", "", ""], MaskOptions(min_quality=0.9)) == "lower `min_quality`"
+    assert advice([empty] * 4 + poor, MaskOptions(min_quality=0.9)) == ""
+    assert advice([small], MaskOptions()) == advice([], MaskOptions(min_quality=0.9)) == ""

@@ -111,3 +111,12 @@ def test_rows_are_not_appended_to_another_s_file(tmp_path):
     with pytest.raises(DiffuMaskError, match="notes line 1 is no row"):
         report.measure(BenchOptions("masks", output=tmp_path / "notes"))
     assert (tmp_path / "notes").read_text() == "my notes\n"
+
+
+def test_rows_go_neither_through_a_link_nor_into_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "run", stopping([ROW]))
+    (tmp_path / "link.jsonl").symlink_to("elsewhere")
+    for path, words in ((tmp_path / "link.jsonl", "is a link, and writing"), (tmp_path, "Cannot read the rows in")):
+        with pytest.raises(DiffuMaskError, match=words):
+            report.measure(BenchOptions("scaling", device="cpu", output=path))
+    assert not (tmp_path / "elsewhere").exists()

@@ -1,11 +1,13 @@
 """prompts/request.py: a request checks itself."""
 
 import dataclasses
+import sys
+import unicodedata
 
 import pytest
 
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.prompts.request import Request
+from diffumask_fast.prompts.request import Request, is_file_stem
 
 GOOD = Request("car+dog-000003", "a photo of a car and a dog", "", ("car", "dog"), (7, 12), seed=0)
 
@@ -47,3 +49,14 @@ def test_refuses(change):
 @pytest.mark.parametrize("prompt", ['say "hi", ../../etc', "a 犬 in the snow\nsecond line", ""])
 def test_takes_any_readable_prompt(prompt):
     assert dataclasses.replace(GOOD, prompt=prompt).prompt == prompt
+
+
+@pytest.mark.parametrize("also", ["_-", "_-+."])
+def test_letters_of_any_script_are_safe_in_a_file_name(also):
+    every = [chr(number) for number in range(sys.maxunicode + 1)]
+    kinds = {letter: unicodedata.category(letter)[0] for letter in every}
+    assert {letter for letter in every if is_file_stem(letter)} == {letter for letter in every if kinds[letter] in "LN"}
+    assert {letter for letter in every if is_file_stem(f"a{letter}", also)} == {
+        letter for letter in every if kinds[letter] in "LMN" or letter in also
+    }
+    assert is_file_stem("a" * 200) and not is_file_stem("a" * 201) and not is_file_stem("é" * 101)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 from killed import kill_at
@@ -45,6 +47,27 @@ def test_a_whole_run(tmp_path):
     assert manifest["classes"][1] == {"id": 7, "name": "car", "phrase": "car"}
     assert (manifest["plan"]["rows"], manifest["plan"]["shards"]) == (7, 3)
     assert finish(tmp_path / "a" / "deep") == files == finish(tmp_path / "b")
+
+
+class Counted(Sequence):
+    """A plan that counts how often each request is made."""
+
+    def __init__(self, plan):
+        self.plan, self.made = plan, Counter()
+
+    def __len__(self):
+        return len(self.plan)
+
+    def __getitem__(self, index):
+        self.made.update([index])
+        return self.plan[index]
+
+
+def test_opening_plans_each_request_once(tmp_path):
+    finish(tmp_path)
+    plan = Counted(requests(7))
+    begin(tmp_path, plan=plan).close()
+    assert plan.made == dict.fromkeys(range(7), 1) | {7: 1}  # the last one ends the sequence
 
 
 def test_killed_four_times_ends_with_the_same_bytes(tmp_path):

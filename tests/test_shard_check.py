@@ -12,7 +12,7 @@ from test_run import OPTIONS, begin, finish
 
 from diffumask_fast.dataset.reader import open_shard, read_manifest, read_rows, shard_paths
 from diffumask_fast.dataset.schema import SCHEMA
-from diffumask_fast.dataset.shard_check import finished_shards, plan_digest
+from diffumask_fast.dataset.shard_check import digest_plan, finished_shards, names_digest
 from diffumask_fast.dataset.writer import MARK, shard_path, write_shard
 from diffumask_fast.errors import DiffuMaskError
 
@@ -167,8 +167,17 @@ def test_a_missing_shard_is_named(run):
 
 def test_a_plan_has_each_key_once():
     with pytest.raises(DiffuMaskError, match="each key once"):
-        plan_digest([*requests(2), *requests(1)])
-    assert plan_digest(requests(2)) != plan_digest(requests(3))
+        digest_plan([*requests(2), *requests(1)], 3)
+    assert digest_plan(requests(2), 3).sha256 != digest_plan(requests(3), 3).sha256
+
+
+@pytest.mark.parametrize("num", [1, 3, 6, 7])
+def test_the_digest_of_a_plan_knows_each_shard(num):
+    names = [(request.key, request.seed) for request in requests(num)]
+    digest = digest_plan(iter(requests(num)), 3)
+    assert digest.shards == [names_digest(names[start : start + 3]) for start in range(0, num, 3)]
+    assert digest.sha256 == digest_plan(requests(num), 64).sha256
+    assert names_digest(names) != names_digest([(key, seed + 1) for key, seed in names])
 
 
 def test_of_a_large_run_pages_are_not_all_read(run, monkeypatch):

@@ -88,6 +88,35 @@ def test_a_failed_write_leaves_the_old_table_and_is_one_sentence(tmp_path, monke
     assert file.read_bytes() == before
 
 
+FOREIGN = {
+    "text": "my notes", "nothing": "", "list": "[1, 2]", "object": '{"a": {"b": 1}}',
+    "half": '{"x": {"attend": [{"when": {"n": 1}}]}}',
+    "more": '{"note": 1, "x": {"y": [{"when": {"n": 1}, "launch": {}}]}}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FOREIGN.values(), ids=FOREIGN)
+def test_a_file_that_is_no_table_is_never_replaced(tmp_path, text):
+    file = tmp_path / "mine.json"
+    file.write_text(text)
+    said = refused("tune", "--quick", "--out", file)
+    assert str(file) in said and "move it away" in said
+    assert file.read_text() == text and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_link_is_no_place_for_a_table(tmp_path):
+    write(tmp_path / "table.json", "GPU", {})
+    before = (tmp_path / "table.json").read_bytes()
+    (tmp_path / "link.json").symlink_to("table.json")
+    with pytest.raises(DiffuMaskError, match="link.json is there and was not written by this program"):
+        tune.tune(tmp_path / "link.json", quick=True, only_this_device=False)
+    assert (tmp_path / "table.json").read_bytes() == before
+    (tmp_path / "other").write_text("mine")
+    (tmp_path / ".new.json.part").symlink_to("other")
+    write(tmp_path / "new.json", "GPU", {})
+    assert (tmp_path / "other").read_text() == "mine" and not (tmp_path / "new.json").is_symlink()
+
+
 def test_the_committed_table_is_as_tune_would_write_it():
     text = tuned.FILE.read_text(encoding="utf-8")
     assert as_text(json.loads(text)) == text

@@ -121,8 +121,18 @@ def test_bad_files_are_refused(tmp_path, text, word):
 def test_unreadable_file(tmp_path):
     path = tmp_path / "binary.txt"
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DiffuMaskError, match="cannot read the class list"):
+    with pytest.raises(DiffuMaskError, match="cannot read the class list .*UTF-8 with one class a line"):
         Vocabulary.from_file(path)
+    for name in ("nofile.txt", "lists/nofile", str(tmp_path / "no.csv")):
+        with pytest.raises(DiffuMaskError, match="nofile|no.csv") as caught:
+            Vocabulary.parse(name)
+        text = caught.value.as_flags()
+        assert (
+            f"{name}, which is neither a class nor a file: give names such as dog,cat, or voc, or a text file" in text
+        )
+        assert "one class a line, as name (dog) or as id,name,phrase (30,dgs,guide dog)" in text and "--" not in text
+    path.write_text("30,dgs,guide dog\ndog\n")
+    assert Vocabulary.parse(str(path)).phrases == ("guide dog", "dog")
 
 
 def test_too_many_classes():

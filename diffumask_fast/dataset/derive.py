@@ -14,7 +14,14 @@ from rich.progress import Progress
 from diffumask_fast.dataset.folder import DatasetFolder, differences
 from diffumask_fast.dataset.preview import write_preview
 from diffumask_fast.dataset.reader import Row, read_manifest, read_rows, read_shard
-from diffumask_fast.dataset.shard_check import Names, done_shards, finished_shards, mark_of, read_content
+from diffumask_fast.dataset.shard_check import (
+    Names,
+    done_shards,
+    finished_shards,
+    mark_of,
+    names_digest,
+    read_content,
+)
 from diffumask_fast.dataset.writer import dump_manifest, write_shard
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.options import MAX_PIXELS, Options
@@ -129,7 +136,7 @@ def _begin(place: DatasetFolder, manifest: dict[str, Any], names_of: Callable[[i
             f"{place.path} holds another dataset, or one made with other options: {', '.join(changes)}; use another "
             "folder"
         )
-    return done_shards(place.path, there, names_of)
+    return done_shards(place.path, there, lambda index: names_digest(names_of(index)))
 
 
 def _named(rows: Iterator[dict[str, Any]], names: Names) -> Iterator[dict[str, Any]]:

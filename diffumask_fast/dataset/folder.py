@@ -15,7 +15,7 @@ from diffumask_fast.dataset.reader import read_manifest, shard_paths
 from diffumask_fast.dataset.schema import MANIFEST, PREVIEW
 from diffumask_fast.dataset.writer import dump_manifest, explain, make_folder, temporary_path, write_file
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.own_files import check_own
+from diffumask_fast.own_files import check_no_link, check_own
 
 
 class DatasetFolder:
@@ -45,8 +45,7 @@ class DatasetFolder:
     def _check_links(self) -> None:
         """Raise where one of our names is a link, or our picture's name is another's file."""
         for place in (self.path / "data", self.path / MANIFEST):
-            if place.is_symlink():
-                raise DiffuMaskError(f"{place} is a link, and writing does not follow links: move it away")
+            check_no_link(place)
         check_own(self.path / PREVIEW)
 
     def begun(self) -> dict[str, Any] | None:

@@ -14,12 +14,12 @@ from rich.progress import Progress
 
 from diffumask_fast.borrow import patched_threads
 from diffumask_fast.dataset.derive import derive
-from diffumask_fast.dataset.reader import Row, read_manifest
+from diffumask_fast.dataset.reader import Row, read_manifest, read_rows
 from diffumask_fast.dataset.schema import encode_png
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.make import make_masks
 from diffumask_fast.masks.options import MaskOptions
-from diffumask_fast.masks.rejection import NOT_FINITE, rejections
+from diffumask_fast.masks.rejection import NOT_FINITE, advice, rejections
 from diffumask_fast.options import MAX_PIXELS
 
 BATCH = 8
@@ -48,7 +48,7 @@ def remask(
         progress: makes a progress bar of the number of shards.
 
     Returns:
-        folder, images, accepted.
+        folder, images, accepted, advice (what to change when no image is accepted).
 
     Raises:
         DiffuMaskError: as `derive`; or the source holds no maps.
@@ -65,7 +65,9 @@ def remask(
                 made = [pool.submit(_remade, batch, options, phrases, device) for batch in ahead]
                 yield from (row for batch in made for row in batch.result())
 
-        return derive(source, out, transform, options, max_pixels=max_pixels, progress=progress)
+        summary = derive(source, out, transform, options, max_pixels=max_pixels, progress=progress)
+    rejected = [] if summary["accepted"] else read_rows(out, accepted_only=False, columns=["reason"])
+    return {**summary, "advice": advice([row.reason for row in rejected], options)}
 
 
 def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:

@@ -8,7 +8,7 @@ from typing import Any
 from diffumask_fast.dataset.folder import DatasetFolder, differences
 from diffumask_fast.dataset.reader import Row, read_rows
 from diffumask_fast.dataset.schema import SCHEMA_VERSION, Sample, make_row
-from diffumask_fast.dataset.shard_check import UNRECORDED, Names, done_shards, mark_of, plan_digest
+from diffumask_fast.dataset.shard_check import UNRECORDED, PlanDigest, digest_plan, done_shards, mark_of
 from diffumask_fast.dataset.writer import dump_manifest, write_shard
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.options import checked, whole
@@ -55,6 +55,7 @@ def open_run(
     shard_size = checked("shard_size", shard_size, whole(1))
     if not requests:
         raise DiffuMaskError("a run needs at least one request")
+    plan = digest_plan(requests, shard_size)
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "model": model or {},
@@ -63,14 +64,14 @@ def open_run(
             {"id": entry.id, "name": entry.name, "phrase": entry.phrase}
             for entry in (vocabulary.entries if vocabulary else ())
         ],
-        "plan": {"rows": len(requests), "shards": -(-len(requests) // shard_size), "sha256": plan_digest(requests)},
+        "plan": {"rows": len(requests), "shards": len(plan.shards), "sha256": plan.sha256},
         "environment": environment,
     }
     # Read back, so that both sides of the comparison have JSON's types.
     manifest = json.loads(dump_manifest(manifest))
     place = DatasetFolder(folder)
     try:
-        return Run(place, requests, shard_size, *_begin(place, manifest, allow_drift, requests, shard_size))
+        return Run(place, requests, shard_size, *_begin(place, manifest, allow_drift, plan))
     except BaseException:
         place.close()
         raise
@@ -96,7 +97,7 @@ class Run:
 
     def requests_of(self, index: int) -> tuple[Request, ...]:
         """Return the requests of a shard."""
-        return _requests_of(self.requests, self.shard_size, index)
+        return tuple(self.requests[index * self.shard_size : (index + 1) * self.shard_size])
 
     def write(self, index: int, samples: Sequence[Sample]) -> Path:
         """Write a whole shard.
@@ -115,7 +116,7 @@ class Run:
     def write_rows(self, index: int, rows: Sequence[dict[str, Any]]) -> Path:
         """Write a whole shard of rows that are already encoded, as `write`."""
         names = [(row["key"], row["seed"]) for row in rows]
-        if names != _names_of(self.requests_of(index)):
+        if names != [(request.key, request.seed) for request in self.requests_of(index)]:
             raise DiffuMaskError(f"shard {index} takes the rows of its requests, all of them and in their order")
         path = write_shard(self.folder, index, rows, mark_of(self.manifest, index, names))
         self._done.add(index)
@@ -141,7 +142,7 @@ class Run:
 
 
 def _begin(
-    place: DatasetFolder, manifest: dict[str, Any], allow_drift: bool, requests: Sequence[Request], shard_size: int
+    place: DatasetFolder, manifest: dict[str, Any], allow_drift: bool, plan: PlanDigest
 ) -> tuple[dict[str, Any], set[int]]:
     """Write the manifest, or compare it with the one that is there; return the one that holds, and the shards done."""
     there = place.begun()
@@ -155,7 +156,7 @@ def _begin(
             f"{place.path} was begun in another environment: {', '.join(changes)}; with `allow_drift` the run goes on, "
             "equal up to rounding, and records it"
         )
-    done = done_shards(place.path, there, lambda index: _names_of(_requests_of(requests, shard_size, index)))
+    done = done_shards(place.path, there, plan.shards.__getitem__)
     drift = {"environment": manifest["environment"], "shards": _missing(there, done)}
     last = (there.get("drift") or [there])[-1]["environment"]
     if drift["shards"] and last != drift["environment"]:
@@ -166,14 +167,6 @@ def _begin(
 
 def _missing(manifest: dict[str, Any], done: Collection[int]) -> list[int]:
     return [index for index in range(manifest["plan"]["shards"]) if index not in done]
-
-
-def _requests_of(requests: Sequence[Request], shard_size: int, index: int) -> tuple[Request, ...]:
-    return tuple(requests[index * shard_size : (index + 1) * shard_size])
-
-
-def _names_of(requests: Sequence[Request]) -> Names:
-    return [(request.key, request.seed) for request in requests]
 
 
 def _compare(there: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from diffumask_fast.dataset.reader import BATCH, DamagedShard, open_shard, read_
 from diffumask_fast.dataset.schema import MANIFEST
 from diffumask_fast.dataset.writer import MARK, MOST_BYTES, shard_path
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.own_files import check_no_link
 from diffumask_fast.prompts.request import Request
 
 logger = logging.getLogger("diffumask_fast")
@@ -37,6 +39,14 @@ class Content:
     bytes: int
 
 
+@dataclass(frozen=True)
+class PlanDigest:
+    """Hashes of a plan: of all that it says, and of the keys and seeds of each shard."""
+
+    sha256: str
+    shards: list[bytes]
+
+
 def mark_of(manifest: dict[str, Any], index: int, names: Iterable[tuple[str, int]]) -> str:
     """Return what a shard of a dataset is marked with: a hash of the dataset, the shard's number and its rows' names.
 
@@ -50,13 +60,13 @@ def mark_of(manifest: dict[str, Any], index: int, names: Iterable[tuple[str, int
     return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
 
-def done_shards(folder: Path, manifest: dict[str, Any], planned: Callable[[int], Names]) -> set[int]:
+def done_shards(folder: Path, manifest: dict[str, Any], planned: Callable[[int], bytes]) -> set[int]:
     """Return which shards need not be made; one that is damaged is not among them, and a warning names it.
 
     Args:
         folder: of the dataset.
         manifest: of the dataset.
-        planned: gives keys and seeds of a shard.
+        planned: gives the `names_digest` of a shard.
 
     Raises:
         DiffuMaskError: there is a file that is not of this dataset, which is not to be replaced.
@@ -65,8 +75,7 @@ def done_shards(folder: Path, manifest: dict[str, Any], planned: Callable[[int],
     done, left = set(), READ_WHOLE
     for index in range(manifest["plan"]["shards"]):
         path = shard_path(folder, index)
-        if path.is_symlink():
-            raise DiffuMaskError(f"{path} is a link, and writing does not follow links: move it away")
+        check_no_link(path)
         if not path.exists():
             continue
         try:
@@ -96,7 +105,7 @@ def finished_shards(folder: str | Path, manifest: dict[str, Any]) -> list[Path]:
     marked = True
     for index, path in enumerate(paths):
         content = read_content(path)
-        _check_content(path, content, manifest, index, content.names)
+        _check_content(path, content, manifest, index)
         marked = marked and content.mark is not None
     if not marked and manifest["classes"]:
         _check_plan(folder, paths, manifest)
@@ -112,28 +121,42 @@ def _check_plan(folder: str | Path, paths: Sequence[Path], manifest: dict[str, A
         for path in paths
         for row in read_shard(path, columns)
     )
-    if plan_digest(requests) != manifest["plan"]["sha256"]:
+    if digest_plan(requests, manifest["options"]["shard_size"]).sha256 != manifest["plan"]["sha256"]:
         raise DiffuMaskError(
             f"the rows in {Path(folder) / 'data'} are not those of the run in {MANIFEST}: bring back the files as they "
             "were written"
         )
 
 
-def plan_digest(requests: Iterable[Request]) -> str:
-    """Return the hash of a plan.
+def digest_plan(requests: Iterable[Request], shard_size: int) -> PlanDigest:
+    """Return the hashes of a plan, whose requests are read once.
+
+    Args:
+        requests: all of them, in order.
+        shard_size: requests of a shard.
 
     Raises:
         DiffuMaskError: a key comes twice.
     """
-    digest = hashlib.sha256()
-    keys: set[str] = set()
-    parts = [part.name for part in fields(Request)]
+    digest, keys = hashlib.sha256(), set[str]()
+    names: list[tuple[str, int]] = []
+    shards: list[bytes] = []
+    values = attrgetter(*(part.name for part in fields(Request)))
     for request in requests:
-        digest.update(json.dumps([getattr(request, name) for name in parts]).encode())
+        digest.update(json.dumps(values(request)).encode())
         if request.key in keys:
             raise DiffuMaskError(f"two requests of a run have the same key, {request.key}: give each key once")
         keys.add(request.key)
-    return digest.hexdigest()
+        names.append((request.key, request.seed))
+        if len(names) == shard_size:
+            shards.append(names_digest(names))
+            names.clear()
+    return PlanDigest(digest.hexdigest(), [*shards, names_digest(names)] if names else shards)
+
+
+def names_digest(names: Names) -> bytes:
+    """Return the hash of the keys and seeds of a shard."""
+    return hashlib.sha256(json.dumps(names).encode()).digest()
 
 
 def check_names(folder: Path, manifest: dict[str, Any]) -> None:
@@ -162,21 +185,22 @@ def read_content(path: Path, *, whole: bool = False) -> Content:
         raise DiffuMaskError(f"{path} has {size} bytes, more than any shard: move it away")
     with open_shard(path) as file:
         names: list[tuple[str, int]] = []
-        for batch in file.iter_batches(BATCH, columns=None if whole else ["key", "seed"]):
+        for batch in file.iter_batches(BATCH, columns=None if whole else ["key", "seed"], use_threads=False):
             names += zip(batch["key"].to_pylist(), batch["seed"].to_pylist(), strict=True)
         marks = file.schema_arrow.metadata or {}
     return Content(names, marks[MARK].decode(errors="replace") if MARK in marks else None, size)
 
 
-def _check_content(path: Path, content: Content, manifest: dict[str, Any], index: int, planned: Names) -> None:
+def _check_content(
+    path: Path, content: Content, manifest: dict[str, Any], index: int, planned: bytes | None = None
+) -> None:
     """Raise unless the shard holds what is planned, and is marked so; shards of older versions bear no mark."""
     if content.mark is None:
         size = manifest["options"]["shard_size"]
-        rows = min(size, manifest["plan"]["rows"] - index * size)
-        fits = list(content.names) == list(planned) and len(content.names) == rows
+        fits = len(content.names) == min(size, manifest["plan"]["rows"] - index * size)
     else:
-        fits = content.mark == mark_of(manifest, index, content.names) and list(content.names) == list(planned)
-    if not fits:
+        fits = content.mark == mark_of(manifest, index, content.names)
+    if not fits or planned not in (None, names_digest(content.names)):
         rows = f"{content.names[0][0]} to {content.names[-1][0]}" if content.names else "no row"
         raise DiffuMaskError(
             f"{path} ({rows}) was not written for its place by the run in {MANIFEST}: move it away, or bring back the "

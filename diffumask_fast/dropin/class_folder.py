@@ -17,10 +17,13 @@ import numpy as np
 from PIL import Image
 
 from diffumask_fast.dataset.folder import differences, lock
-from diffumask_fast.dataset.writer import make_folder, write_file
+from diffumask_fast.dataset.writer import make_folder, temporary_path, write_file
 from diffumask_fast.dropin.class_maps import SIDE
 from diffumask_fast.dropin.drawing import Drawing
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.own_files import check_no_link, check_own
+
+HEAD = 350  # bytes that all our .npy have in common
 
 
 def pack_maps(maps: Mapping[int, np.ndarray]) -> bytes:
@@ -47,8 +50,16 @@ def packed_size(num_maps: int) -> int:
     return len(pack_maps({index: np.empty((SIDE, SIDE), np.float32) for index in range(num_maps)}))
 
 
+@functools.cache
+def packed_head() -> bytes:
+    """Return what pack_maps' bytes begin with, whatever the maps."""
+    return pack_maps({})[:HEAD]
+
+
 class ClassFolder:
     """That program's folder of one class; a file in it is there whole or not at all, and each .jpg has its .npy.
+
+    What this program did not write in it is never replaced, and links are not followed.
 
     Args:
         output: the folder above.
@@ -66,9 +77,11 @@ class ClassFolder:
         """Make the folder, or take the one that is there, and keep other processes from writing in it.
 
         Raises:
-            DiffuMaskError: it cannot be written, or is in use.
+            DiffuMaskError: it cannot be written, is in use, or is a link.
         """
+        check_no_link(self.path)
         for name in ("train_image", "npy"):
+            check_no_link(self.path / name)
             make_folder(self.path / name)
         descriptor = lock(self.path)
         try:
@@ -83,10 +96,11 @@ class ClassFolder:
             drawings: all that belong into the folder.
 
         Raises:
-            DiffuMaskError: it holds images that were drawn otherwise.
+            DiffuMaskError: it holds images that were drawn otherwise, or files of another program.
         """
-        for path in self.path.glob(".*.tmp"):
-            path.unlink()
+        for name in ("image_*.jpg", "image_*.npy", "prompts.jsonl"):
+            for path in self.path.glob(str(temporary_path(Path(name)))):
+                path.unlink()
         strange = {path.stem for path in self.path.glob("train_image/*.jpg")} - {drawing.stem for drawing in drawings}
         if strange:
             raise DiffuMaskError(
@@ -104,8 +118,13 @@ class ClassFolder:
             write_file(self.path / folder / name, data, temporary=self.path / f".{name}.tmp")
 
     def record(self, drawings: Sequence[Drawing]) -> None:
-        """Write prompts.jsonl: prompt, seed and settings of every image that belongs into the folder."""
+        """Write prompts.jsonl: prompt, seed and settings of every image that belongs into the folder.
+
+        Raises:
+            DiffuMaskError: there is one of another program, or it cannot be written.
+        """
         path = self.path / "prompts.jsonl"
+        check_own(path, '{"image": "image_')
         data = b"".join(self._provenance(drawing) + b"\n" for drawing in drawings)
         if not path.is_file() or path.read_bytes() != data:
             write_file(path, data)
@@ -115,17 +134,36 @@ class ClassFolder:
         return json.dumps(own | self.settings).encode()
 
     def _has(self, drawing: Drawing) -> bool:
-        path = self.path / "train_image" / f"{drawing.stem}.jpg"
-        if not path.is_file():
+        image, maps = (
+            self.path / folder / f"{drawing.stem}.{ending}"
+            for folder, ending in (("train_image", "jpg"), ("npy", "npy"))
+        )
+        size = packed_size(len(drawing.tokens))
+        head, there = _head(maps), maps.stat().st_size if maps.exists() else 0
+        if head != packed_head()[: len(head)] or there > size:
+            raise DiffuMaskError(f"{maps} was not written by this program: move it away, or give another `output`")
+        if not _head(image):
             return False
-        data = path.read_bytes()
-        if not data.endswith(b"\xff\xd9"):  # cut off, by whatever copied it
-            return False
+        data = image.read_bytes()
         if (comment := self._provenance(drawing)) not in data[:65536]:
             match = re.search(rb'\{"image": .*?\}', data[:65536])
             old, new = json.loads(match[0]) if match else {}, json.loads(comment)
             changes = [f"{name} {change}" for name, change in differences(old, new)]
             why = f"with other settings: {', '.join(changes)[:300]}" if old else "by another program"
-            raise DiffuMaskError(f"{path} was drawn {why}; give the old settings, or another `output`")
-        maps = self.path / "npy" / f"{drawing.stem}.npy"
-        return maps.is_file() and maps.stat().st_size == packed_size(len(drawing.tokens))
+            raise DiffuMaskError(f"{image} was drawn {why}; give the old settings, or another `output`")
+        return data.endswith(b"\xff\xd9") and there == size  # neither was cut off by whatever copied it
+
+
+def _head(path: Path) -> bytes:
+    """Return the first bytes of a file, none where nothing is.
+
+    Raises:
+        DiffuMaskError: there is a link, or what is no file.
+    """
+    check_no_link(path)
+    if not path.exists():
+        return b""
+    if not path.is_file():
+        raise DiffuMaskError(f"{path} is no file: move it away, or give another `output`")
+    with path.open("rb") as file:
+        return file.read(HEAD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from importlib import metadata
@@ -21,7 +22,8 @@ from diffumask_fast.errors import DiffuMaskError, is_out_of_memory
 from diffumask_fast.generation.draw import draw_shards
 from diffumask_fast.generation.job import Job, make_job, open_pipe
 from diffumask_fast.generation.options import GenerateOptions
-from diffumask_fast.masks.rejection import BROKEN
+from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.masks.rejection import BROKEN, advice
 from diffumask_fast.models.loading import quietly
 from diffumask_fast.options import MAX_PIXELS
 from diffumask_fast.pipeline import DiffuMaskPipeline
@@ -43,7 +45,7 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Progress]) 
 
     Returns:
         images, accepted, drawn (in this call), images_per_s, seconds by stage ("encode" and "write": for how long they
-        held up the drawing), dropped_captions, folder.
+        held up the drawing), dropped_captions, folder, advice (what to change when no image is accepted).
 
     Raises:
         DiffuMaskError: anything that keeps the run from starting or from going on, in one sentence.
@@ -63,11 +65,13 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Progress]) 
                 drawn, writing = _draw_missing(pipe, job, run, progress)
             seconds = time.perf_counter() - start
             accepted = sum(run.accepted_flags())
+            reasons = [] if accepted else [row.reason for row in run.rows(accepted_only=False, columns=["reason"])]
             write_preview(options.out, PREVIEW, max_pixels=max(MAX_PIXELS, job.height * job.width))
     return {
         "folder": str(options.out), "images": len(plan), "accepted": accepted, "drawn": drawn,
         "dropped_captions": plan.dropped, "images_per_s": drawn / seconds if drawn else 0.0,
         "seconds": {**pipe.seconds.as_dict(), "write": writing, "all": seconds},
+        "advice": advice(reasons, job.mask),
     }  # fmt: skip
 
 
@@ -87,7 +91,7 @@ def _draw_missing(
     """Draw and write the missing shards; return the number of images, and for how long writing held up the drawing."""
     missing, total = run.missing_shards(), job.recipe.num
     num = sum(map(job.num_rows, missing))
-    first = FirstImages(min(max(job.batch_size, FEWEST), num) if len(missing) == job.num_shards else 0)
+    first = FirstImages(min(max(job.batch_size, FEWEST), num) if len(missing) == job.num_shards else 0, job.mask)
     with progress(total) as bar, ShardWriter(run) as writer:
         task = bar.add_task("drawing", total=total, completed=total - num)
 
@@ -124,10 +128,11 @@ class FirstImages:
 
     Args:
         num: images to judge; of fewer than four, only whether all of them are broken, for a mask may fail by chance.
+        options: by which they are rejected.
     """
 
-    def __init__(self, num: int) -> None:
-        self._num = num
+    def __init__(self, num: int, options: MaskOptions) -> None:
+        self._num, self._options = num, options
         self._reasons: list[str] = []
 
     @property
@@ -148,10 +153,11 @@ class FirstImages:
         if self._num < 4:
             rejected = [reason for reason in rejected if reason in BROKEN]
         if self.judged and len(rejected) > 0.9 * self._num:
-            common = max(set(rejected), key=rejected.count)
+            common, _ = Counter(rejected).most_common(1)[0]
+            own = advice(rejected, self._options)
             raise DiffuMaskError(
                 f"{len(rejected)} of the first {self._num} images were rejected ({common}), so nothing was written; "
-                "check `model`, `dtype`, `steps` and `guidance_scale`."
+                f"{own and f'{own}, or '}check `model`, `dtype`, `steps` and `guidance_scale`."
             )
 
 

@@ -1,5 +1,6 @@
 """Which samples are rejected, judged by the image and its mask alone, without a second model."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,13 @@ from diffumask_fast.masks.options import MaskOptions
 NOT_FINITE = "the image is not finite"
 ONE_COLOUR = "the image is of one colour"
 BROKEN = (NOT_FINITE, ONE_COLOUR)  # whatever the mask: the model or its settings are at fault
+
+# Words of a reason, the option that gave it, and how that lets more images pass.
+LIMITS = (
+    (" has quality ", "min_quality", "lower"),
+    (" of the image, less than ", "min_area", "lower"),
+    (" of the image, more than ", "max_area", "raise"),
+)
 
 
 def rejections(
@@ -61,3 +69,27 @@ def _reason(
     if total > options.max_area:
         return f"the classes cover {total:.2%} of the image, more than {options.max_area:.2%}"
     return ""
+
+
+def advice(reasons: Sequence[str], options: MaskOptions) -> str:
+    """Say which of one's own limits to move for more images to be accepted.
+
+    Args:
+        reasons: of the images, as `rejections` gives them.
+        options: by which they were rejected.
+
+    Returns:
+        Such as "lower `min_quality`"; "" where the most common reason is no limit that differs from the default.
+
+    Example:
+        >>> advice(["the mask of dog has quality 0.41, less than 0.90"], MaskOptions(min_quality=0.9))
+        'lower `min_quality`'
+    """
+    for (name, verb), _ in Counter(map(_limit_of, filter(None, reasons))).most_common(1):
+        if name and getattr(options, name) != getattr(MaskOptions(), name):
+            return f"{verb} `{name}`"
+    return ""
+
+
+def _limit_of(reason: str) -> tuple[str, str]:
+    return next(((name, verb) for words, name, verb in LIMITS if words in reason), ("", ""))

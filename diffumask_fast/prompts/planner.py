@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any, overload
@@ -110,20 +110,23 @@ class Plan(Sequence[Request]):
         numbers = range(len(self))[index]
         return self._request(numbers) if isinstance(numbers, int) else tuple(map(self._request, numbers))
 
+    def __iter__(self) -> Iterator[Request]:
+        return map(self._request, range(len(self)))
+
     def _request(self, number: int) -> Request:
         seed, vocabulary = self.recipe.seed, self.recipe.vocabulary
         index, turn = divmod(number, len(vocabulary))
         first = vocabulary.entries[turn]
         entries = (first, *_others(vocabulary, first, index, seed, self.recipe.classes_per_image - 1))
-        choices = self._captions.of(entries)
+        theme = self._captions.of(entries)
         return Request(
-            key=f"{'+'.join(entry.stem for entry in entries)}-{index:06d}",
-            prompt=choices[_hash(seed, "caption", first.name, index) % len(choices)],
+            key=f"{theme.stem}-{index:06d}",
+            prompt=theme.captions[_hash(seed, "caption", first.name, index) % len(theme.captions)],
             negative_prompt=self.recipe.negative_prompt,
-            phrases=tuple(entry.phrase for entry in entries),
-            class_ids=tuple(entry.id for entry in entries),
+            phrases=theme.phrases,
+            class_ids=theme.class_ids,
             seed=_hash(seed, "image", first.name, index) >> (64 - _SEED_BITS),
-            classes=tuple(entry.name for entry in entries),
+            classes=theme.classes,
         )
 
 
@@ -169,6 +172,17 @@ def article(phrase: str) -> str:
     return f"{'an' if word.startswith(_AN) and not word.startswith(_A) else 'a'} {phrase}"
 
 
+@dataclass(frozen=True, slots=True)
+class _Theme:
+    """What all requests of the same classes share."""
+
+    stem: str  # of their keys
+    phrases: tuple[str, ...]
+    class_ids: tuple[int, ...]
+    classes: tuple[str, ...]
+    captions: list[str]
+
+
 class _Captions:
     """The captions of each combination of classes, made once."""
 
@@ -176,12 +190,18 @@ class _Captions:
         self.templates, self.fits = recipe.templates, fits
         self.scenes = _suited(_with_classes(recipe.scenes or ()), recipe.vocabulary)
         self.dropped = 0
-        self._known: dict[tuple[str, ...], list[str]] = {}
+        self._known: dict[tuple[str, ...], _Theme] = {}
 
-    def of(self, entries: tuple[ClassEntry, ...]) -> list[str]:
-        names = tuple(entry.name for entry in entries)
+    def of(self, entries: tuple[ClassEntry, ...]) -> _Theme:
+        names = tuple([entry.name for entry in entries])
         if names not in self._known:
-            self._known[names] = self._make(entries)
+            self._known[names] = _Theme(
+                stem="+".join(entry.stem for entry in entries),
+                phrases=tuple(entry.phrase for entry in entries),
+                class_ids=tuple(entry.id for entry in entries),
+                classes=names,
+                captions=self._make(entries),
+            )
         return self._known[names]
 
     def _make(self, entries: tuple[ClassEntry, ...]) -> list[str]:

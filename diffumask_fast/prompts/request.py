@@ -8,17 +8,20 @@ from diffumask_fast.errors import DiffuMaskError
 
 def is_file_stem(text: str, also: str = "_-", limit: int = 200) -> bool:
     """Tell whether text is safe in a file name everywhere: letters and digits of any script and what `also` lists."""
-    kinds = [unicodedata.category(letter)[0] for letter in text]
+    letters = text
+    for letter in also:
+        letters = letters.replace(letter, "")
+    plain = letters.isascii() and letters.isalnum()
     return (
-        all(kind in "LMN" or letter in also for kind, letter in zip(kinds, text, strict=True))
-        and kinds[:1] in (["L"], ["N"])
+        (plain or all(unicodedata.category(letter)[0] in "LMN" for letter in letters))
+        and unicodedata.category(text[:1] or "-")[0] in "LN"
         and len(text.encode()) <= limit
     )
 
 
 def check_text(text: str, what: str) -> None:
     """Raise a DiffuMaskError if text holds what no UTF-8 file can hold, or a zero byte."""
-    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+    if "\0" in text or not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise DiffuMaskError(f"{what} {text!r} is no readable text: write it in UTF-8")
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.prompts.request import check_class, check_text, is_file_stem
 
+LINE_FORMS = "as name (dog) or as id,name,phrase (30,dgs,guide dog)"
+
 
 @dataclass(frozen=True, slots=True)
 class ClassEntry:
@@ -90,8 +92,16 @@ class Vocabulary:
         """
         try:
             text = Path(path).read_text("utf-8-sig")
+        except FileNotFoundError as error:
+            raise DiffuMaskError(
+                f"cannot read {path}, which is neither a class nor a file: give names such as dog,cat, or voc, or a "
+                f"text file with one class a line, {LINE_FORMS}"
+            ) from error
         except (OSError, ValueError) as error:
-            raise DiffuMaskError(f"cannot read the class list {path}: {_first_line(error)}") from error
+            raise DiffuMaskError(
+                f"cannot read the class list {path} ({_first_line(error)}): give a text file in UTF-8 with one class a "
+                f"line, {LINE_FORMS}"
+            ) from error
         return cls(_resolve(list(_rows(text, path))))
 
     @classmethod
@@ -241,7 +251,7 @@ def _rows(text: str, path: str | Path) -> Iterator[Line]:
         elif len(fields) == 3 and fields[0].isdecimal():
             yield int(fields[0]), fields[1], fields[2]
         else:
-            raise DiffuMaskError(f"{path}, line {number}: {line!r} is neither `name` nor `id,name,phrase`")
+            raise DiffuMaskError(f"{path}, line {number}: {line!r} is no class: write {LINE_FORMS}")
 
 
 def _resolve(rows: list[Line], known: "Vocabulary | None" = None) -> tuple[ClassEntry, ...]:
