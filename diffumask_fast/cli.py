@@ -80,8 +80,7 @@ def augment(options: AugmentOptions, as_json: JsonFlag = False) -> None:
     if as_json:
         say(json.dumps(summary))
     else:
-        accepted = f"{summary['accepted']} of {summary['images']} images accepted"
-        say(f"{accepted}. Look at {options.out / 'preview.png'}.")
+        say(_closing(summary))
 
 
 @app.command()
