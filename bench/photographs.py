@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from diffumask_fast.bench.baselines import dense_crf, missing
 from diffumask_fast.bench.rows import environment, row
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.learning.evaluation import binary_iou, boundary
+from diffumask_fast.learning.metrics import binary_iou, boundary
 from diffumask_fast.masks.crf import PRESETS, SIDE, crf
 from diffumask_fast.masks.make import make_masks, refine_maps
 from diffumask_fast.masks.options import MaskOptions

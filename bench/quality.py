@@ -13,7 +13,8 @@ from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.bench.rows import environment, row
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.learning.evaluation import binary_iou, boundary, predict
+from diffumask_fast.learning.evaluation import predict
+from diffumask_fast.learning.metrics import binary_iou, boundary
 from diffumask_fast.masks.make import make_masks, quantise_maps
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.mini.oracle import load_oracle

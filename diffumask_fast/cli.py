@@ -16,7 +16,7 @@ from diffumask_fast.errors import DiffuMaskError, as_flags
 from diffumask_fast.export.options import ExportOptions
 from diffumask_fast.flags import with_flags
 from diffumask_fast.generation.options import GenerateOptions
-from diffumask_fast.learning.options import EvaluateOptions
+from diffumask_fast.learning.options import AugmentOptions, EvaluateOptions, FilterOptions, TrainOptions
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import ReadOptions
 
@@ -27,9 +27,6 @@ app = typer.Typer(
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 LogFlag = Annotated[Path | None, typer.Option(help="Append a log to this file.")]
-
-# What a figure's name does not say.
-NOTES = {"best_threshold_iou": "(the maps alone, each image's cut at its own best threshold; masks may be better)"}
 
 
 @app.command()
@@ -74,26 +71,67 @@ def remask(
 
 @app.command()
 @with_flags
+def augment(options: AugmentOptions, as_json: JsonFlag = False) -> None:
+    """Make new images of a dataset's: splices, blur, occlusion, perspective; as a dataset, with its own images."""
+    from diffumask_fast.learning import augment as augmenting
+
+    with stoppable("Stopped; run the same command again to finish."):
+        summary = augmenting.augment(options, progress=progress_bar)
+    if as_json:
+        say(json.dumps(summary))
+    else:
+        say(_closing(summary))
+
+
+@app.command()
+@with_flags
+def train(options: TrainOptions, log: LogFlag = None, as_json: JsonFlag = False) -> None:
+    """Train a segmenter on a dataset."""
+    log_to(log)
+    from diffumask_fast.learning.training import train as learn
+
+    with stoppable("Stopped; run the same command again to finish."):
+        summary = learn(options, progress=progress_bar)
+    if as_json:
+        say(json.dumps(summary))
+    else:
+        say(f"{summary['steps']} steps on {summary['images']} images; the loss is {summary['loss']:.3f}.")
+        say(f"Judge it with evaluate {shlex.quote(str(options.out))} DATA")
+
+
+@app.command("filter")
+@with_flags
+def filter_command(options: FilterOptions, log: LogFlag = None, as_json: JsonFlag = False) -> None:
+    """Reject what ranks lowest in its class, by cross-validation or by quality."""
+    log_to(log)
+    from diffumask_fast.learning import filtering
+
+    with stoppable("Stopped; run the same command again to finish."):
+        summary = filtering.filter_dataset(options, progress=progress_bar)
+    if as_json:
+        say(json.dumps(summary))
+        return
+    say(f"{'class':24} {'images':>7} {'pruned':>7} {'lowest kept':>12}")
+    for name, row in summary["per_class"].items():
+        lowest = "-" if row["lowest_kept"] is None else f"{row['lowest_kept']:.3f}"
+        say(f"{name:24} {row['images']:7} {row['pruned']:7} {lowest:>12}")
+    accepted = f"{summary['accepted']} of {summary['images']} images accepted"
+    say(f"{accepted}. Look at {options.out / 'preview.png'}.")
+
+
+@app.command()
+@with_flags
 def evaluate(options: EvaluateOptions, as_json: JsonFlag = False) -> None:
-    """Judge the masks of a dataset."""
+    """Judge the masks of a dataset, or a segmenter by data with masks."""
     from diffumask_fast.learning import evaluation
+    from diffumask_fast.learning.figures import table
 
     figures = evaluation.evaluate(options, progress=progress_bar)
     if as_json:
         say(json.dumps(figures))
         return
-    agreement, ious, share = (figures.pop(name) for name in ("per_class_agreement", "per_class_iou", "ignored_share"))
-    del figures["boundary_iou"]  # the same figure as the one that has its width in its name
-    for name, value in figures.items():
-        note = f"  {NOTES[name]}" if name in NOTES else ""
-        say(f"{name:24} {value if isinstance(value, int) else _number(value)}{note}")
-    if share:
-        counted = "counted as background" if options.ignored_is_background else "left out"
-        say(f"{share:.2%} of the masks' pixels are 255, and {counted}.")
-    say()
-    say(f"{'class':24} {'IoU':>5} {'agreement':>10}")
-    for name, iou in ious.items():
-        say(f"{name:24} {_number(iou)} {_number(agreement.get(name)):>10}")
+    for line in table(figures, options):
+        say(line)
 
 
 @app.command()
@@ -196,10 +234,6 @@ def _closing(summary: dict[str, Any], rate: str = "") -> str:
     advice = f"To accept more, {as_flags(summary['advice'])}. " if summary["advice"] else ""
     accepted = f"{summary['accepted']} of {summary['images']} images accepted"
     return f"{accepted}{rate}. {advice}Look at {Path(summary['folder']) / 'preview.png'}."
-
-
-def _number(value: float | None) -> str:
-    return "    -" if value is None else f"{value:5.3f}"
 
 
 def main() -> None:

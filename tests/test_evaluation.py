@@ -14,14 +14,8 @@ from typer.testing import CliRunner
 from diffumask_fast.cli import app
 from diffumask_fast.dataset.run import open_run
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.learning.evaluation import (
-    Metrics,
-    best_threshold_iou,
-    binary_iou,
-    boundary,
-    evaluate,
-    official_width,
-)
+from diffumask_fast.learning.evaluation import Metrics, best_threshold_iou, evaluate
+from diffumask_fast.learning.metrics import binary_iou, boundary, official_width
 from diffumask_fast.learning.options import EvaluateOptions
 from diffumask_fast.masks.make import refine_maps
 from diffumask_fast.masks.options import MaskOptions
@@ -214,7 +208,7 @@ def test_a_sheet_is_written_over_our_own_alone(scenes, tmp_path):
 
 
 def test_what_cannot_be_judged_is_one_sentence(tmp_path):
-    with pytest.raises(DiffuMaskError, match="no segmenter other"):
+    with pytest.raises(DiffuMaskError, match="other is no segmenter"):
         evaluate(EvaluateOptions("other", tmp_path))
     with pytest.raises(DiffuMaskError, match="generate"):
         evaluate(EvaluateOptions("mini-oracle", tmp_path))

@@ -13,7 +13,7 @@ from diffumask_fast.cli import app
 from diffumask_fast.export.options import ExportOptions
 from diffumask_fast.flags import with_flags
 from diffumask_fast.generation.options import GenerateOptions
-from diffumask_fast.learning.options import EvaluateOptions
+from diffumask_fast.learning.options import AugmentOptions, EvaluateOptions, TrainOptions
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import Options, argument, one_of, option, whole
 
@@ -29,9 +29,11 @@ def flat(kind):
 
 KINDS = {
     "generate": GenerateOptions, "remask": MaskOptions, "evaluate": EvaluateOptions, "export": ExportOptions,
-    "bench": BenchOptions, "compare": CompareOptions, "tune": TuneOptions,
+    "augment": AugmentOptions, "train": TrainOptions, "bench": BenchOptions, "compare": CompareOptions,
+    "tune": TuneOptions,
 }  # fmt: skip
-OTHERS = {"generate": {"log", "as_json"}, "remask": {"source", "out", "device", "max_pixels", "as_json"}}
+OTHERS = {name: {"log", "as_json"} for name in ("generate", "train")}
+OTHERS |= {"remask": {"source", "out", "device", "max_pixels", "as_json"}}
 
 
 @pytest.mark.parametrize("command, kind", KINDS.items())

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 from diffumask_fast.dataset.reader import read_rows
-from diffumask_fast.learning.evaluation import binary_iou
+from diffumask_fast.learning.metrics import binary_iou
 from diffumask_fast.mini import folder
 from diffumask_fast.mini.oracle import WEIGHTS, Oracle, augment, load_oracle, take_weights
 from diffumask_fast.mini.world import VOC, World, load_sprites

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,7 @@ from diffumask_fast.dataset.shard_check import (
     names_digest,
     read_content,
 )
-from diffumask_fast.dataset.writer import write_shard
+from diffumask_fast.dataset.writer import dump_manifest, write_shard
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.options import MAX_PIXELS, Options
 
@@ -60,47 +61,82 @@ def derive(
             something else, or is one folder with the source.
     """
     source, out = Path(source), Path(out)
-    _check_apart(source, out)
+    check_apart(source, out)
     there = read_manifest(source)
     paths = finished_shards(source, there)
     manifest = {**there, "options": {**there["options"], **asdict(options)}}
-    with DatasetFolder(out) as place, progress(len(paths)) as bar:
-        done = _begin(place, manifest, paths)
-        task = bar.add_task("shards", total=len(paths))
-        for index, path in enumerate(paths):
+
+    def names_of(index: int) -> Names:
+        return read_content(paths[index]).names
+
+    def rows_of(index: int) -> Iterator[dict[str, Any]]:
+        with _naming(paths[index]):
+            yield from _named(transform(read_shard(paths[index], max_pixels=max_pixels)), names_of(index))
+
+    return write_derived(out, manifest, names_of, rows_of, max_pixels=max_pixels, progress=progress)
+
+
+def write_derived(
+    out: Path,
+    manifest: dict[str, Any],
+    names_of: Callable[[int], Names],
+    rows_of: Callable[[int], Iterator[dict[str, Any]]],
+    *,
+    max_pixels: int = MAX_PIXELS,
+    progress: Callable[[int], Progress] = lambda total: Progress(disable=True),
+) -> dict[str, Any]:
+    """Write the shards of a dataset that is made of another one; run again, it goes on with those that are missing.
+
+    Args:
+        out: folder of the new one.
+        manifest: its `dataset.json`, written before the first shard.
+        names_of: gives the keys and seeds of a shard's rows.
+        rows_of: makes a shard's rows, under those names.
+        max_pixels: of a picture that is decoded for the preview.
+        progress: makes a progress bar of the number of shards.
+
+    Returns:
+        folder, images, accepted.
+
+    Raises:
+        DiffuMaskError: `out` cannot be written, is in use, or holds something else.
+    """
+    manifest = json.loads(dump_manifest(manifest))  # JSON's types, as in the one that may be there
+    shards = manifest["plan"]["shards"]
+    with DatasetFolder(out) as place, progress(shards) as bar:
+        done = _begin(place, manifest, names_of)
+        task = bar.add_task("shards", total=shards)
+        for index in range(shards):
             if index not in done:
-                names = read_content(path).names
-                with _naming(path):
-                    rows = _named(transform(read_shard(path, max_pixels=max_pixels)), names)
-                    write_shard(out, index, rows, mark_of(manifest, index, names))
+                write_shard(out, index, rows_of(index), mark_of(manifest, index, names_of(index)))
             bar.advance(task)
         flags = [row.accepted for row in read_rows(out, accepted_only=False, columns=["accepted"])]
         write_preview(out, PREVIEW, max_pixels=max_pixels)
     return {"folder": str(out), "images": len(flags), "accepted": sum(flags)}
 
 
-def _check_apart(source: Path, out: Path) -> None:
+def check_apart(source: Path, out: Path) -> None:
+    """Raise where two datasets are one folder, or one lies in the other."""
     old, new = source.resolve(), out.resolve()
     if old == new or old in new.parents or new in old.parents:
         raise DiffuMaskError(f"{out} and {source} are one folder, or one lies in the other: name a folder of its own")
 
 
-def _begin(place: DatasetFolder, manifest: dict[str, Any], sources: Sequence[Path]) -> set[int]:
+def _begin(place: DatasetFolder, manifest: dict[str, Any], names_of: Callable[[int], Names]) -> set[int]:
     """Write the manifest, or check that the one that is there is the same; return the shards that are done."""
     there = place.begun()
     if there is None:
         place.write_manifest(manifest)
         return set()
-    changes = [
-        f"`{name.removeprefix('options.')}` {change}" if name.startswith("options.") else f"{name} {change}"
-        for name, change in differences(there, manifest)
-    ]
+    found = dict(differences(there, manifest))
+    options = [f"`{name.split('.')[-1]}` {change}" for name, change in found.items() if name.startswith("options.")]
+    changes = options or [f"{name} {change}" for name, change in found.items()]
     if changes:
         raise DiffuMaskError(
             f"{place.path} holds another dataset, or one made with other options: {', '.join(changes)}; use another "
             "folder"
         )
-    return done_shards(place.path, there, lambda index: names_digest(read_content(sources[index]).names))
+    return done_shards(place.path, there, lambda index: names_digest(names_of(index)))
 
 
 def _named(rows: Iterator[dict[str, Any]], names: Names) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffumask_fast.dataset.schema import MANIFEST, SCHEMA, SCHEMA_VERSION, decode_maps, decode_png
+from diffumask_fast.dataset.schema import (
+    AUGMENTED_SCHEMA,
+    MANIFEST,
+    SCHEMA,
+    SCHEMA_VERSION,
+    decode_maps,
+    decode_png,
+)
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.options import MAX_PIXELS
 
@@ -111,8 +118,9 @@ def read_rows(
         raise DiffuMaskError(f"{folder} holds no data/shard-*.parquet: name the folder that generate wrote")
     wanted = None
     if columns is not None:
-        if unknown := set(columns) - set(SCHEMA.names):
-            raise DiffuMaskError(f"rows have no column {min(unknown)}: name some of {', '.join(SCHEMA.names)}")
+        if unknown := set(columns) - set(AUGMENTED_SCHEMA.names):
+            names = ", ".join(AUGMENTED_SCHEMA.names)
+            raise DiffuMaskError(f"rows have no column {min(unknown)}: name some of {names}")
         wanted = list(dict.fromkeys([*columns, "accepted", *(["map_sizes"] if "maps" in columns else [])]))
     for path in paths:
         for row in read_shard(path, wanted, max_pixels):
@@ -129,7 +137,7 @@ def read_shard(path: Path, columns: Iterable[str] | None = None, max_pixels: int
     """
     with open_shard(path) as file:
         for batch in file.iter_batches(BATCH, columns=None if columns is None else list(columns)):
-            yield from _rows_of(batch, path, max_pixels)
+            yield from rows_of(batch, path, max_pixels)
 
 
 @contextmanager
@@ -150,7 +158,7 @@ def open_shard(path: Path) -> Iterator[pq.ParquetFile]:
                 raise DiffuMaskError(
                     f"{path} has schema version {version}, newer than this program's {SCHEMA_VERSION}: update it"
                 )
-            if not file.schema_arrow.equals(SCHEMA):
+            if not any(file.schema_arrow.equals(schema) for schema in (SCHEMA, AUGMENTED_SCHEMA)):
                 raise ValueError("other columns than a dataset's")
             yield file
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -166,8 +174,8 @@ def _cause(error: Exception) -> str:
     return " ".join(str(error).split())[:100] or type(error).__name__
 
 
-def _rows_of(batch: pa.RecordBatch, path: Path, max_pixels: int) -> Iterator[Row]:
-    """Yield the rows of a batch; maps stay arrays, for a list of Python numbers takes eight times the memory."""
+def rows_of(batch: pa.RecordBatch, path: Path, max_pixels: int) -> Iterator[Row]:
+    """Yield the rows of a shard's batch; maps stay arrays, for a list of numbers takes eight times the memory."""
     if "maps" not in batch.schema.names:
         for values in batch.to_pylist():
             yield Row(values, path, max_pixels)

@@ -35,12 +35,14 @@ _FIELDS = [
     ("accepted", pa.bool_()),
     ("reason", pa.string()),
 ]
+# How a row was made of others: the kind of augmentation, "" for none, and the keys of those others.
+_AUGMENTED_FIELDS = [*_FIELDS, ("augmentation", pa.string()), ("sources", pa.list_(pa.string()))]
 
 
-def _datasets_features() -> dict[str, Any]:
+def _datasets_features(columns: Sequence[tuple[str, pa.DataType]]) -> dict[str, Any]:
     """Return the columns as the `datasets` library notes them, so that it hands out pictures instead of bytes."""
     features: dict[str, object] = {}
-    for name, kind in _FIELDS:
+    for name, kind in columns:
         if kind == _PICTURE:
             features[name] = {"_type": "Image"}
             continue
@@ -54,13 +56,13 @@ def _datasets_features() -> dict[str, Any]:
     return features
 
 
-SCHEMA = pa.schema(
-    _FIELDS,
-    metadata={
-        "schema_version": str(SCHEMA_VERSION),
-        "huggingface": json.dumps({"info": {"features": _datasets_features()}}),
-    },
-)
+def _schema(columns: Sequence[tuple[str, pa.DataType]]) -> pa.Schema:
+    note = json.dumps({"info": {"features": _datasets_features(columns)}})
+    return pa.schema(columns, metadata={"schema_version": str(SCHEMA_VERSION), "huggingface": note})
+
+
+SCHEMA = _schema(_FIELDS)
+AUGMENTED_SCHEMA = _schema(_AUGMENTED_FIELDS)
 
 
 class Sample(Protocol):

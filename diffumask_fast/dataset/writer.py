@@ -6,14 +6,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffumask_fast.dataset.schema import SCHEMA
+from diffumask_fast.dataset.schema import AUGMENTED_SCHEMA, SCHEMA
 from diffumask_fast.errors import DiffuMaskError
 
 MARK = b"run"  # in a shard's metadata: for which run, and which place in it, it was written
@@ -36,7 +36,7 @@ def write_shard(folder: str | Path, index: int, rows: Iterable[dict[str, Any]], 
     Args:
         folder: of the dataset.
         index: of the shard.
-        rows: as `make_row` makes them.
+        rows: as `make_row` makes them; with the columns of augmented rows, all have them.
         mark: what `shard_check.mark_of` gives, by which the shard is known again.
 
     Returns:
@@ -46,7 +46,11 @@ def write_shard(folder: str | Path, index: int, rows: Iterable[dict[str, Any]], 
         DiffuMaskError: the folder cannot be written, or the shard becomes too large; nothing is left of the attempt.
     """
     path, rows = shard_path(folder, index), iter(rows)
-    schema = SCHEMA if mark is None else SCHEMA.with_metadata({**SCHEMA.metadata, MARK: mark})
+    first = list(islice(rows, 1))
+    schema = AUGMENTED_SCHEMA if first and "augmentation" in first[0] else SCHEMA
+    if mark is not None:
+        schema = schema.with_metadata({**schema.metadata, MARK: mark})
+    rows = chain(first, rows)
     with new_file(path) as file, pq.ParquetWriter(
         file, schema, compression="zstd", compression_level=3, use_dictionary=False, version="2.6",
         write_page_checksum=True,

@@ -1,29 +1,29 @@
-"""Judge masks by their IoU with the masks that a segmenter predicts from the images."""
+"""Judge masks by the masks that mini's oracle predicts from the images."""
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from rich.progress import Progress
-from torch.nn import functional as F
 
 from diffumask_fast.dataset.preview import colour, overlay, sheet, tile, write_png
 from diffumask_fast.dataset.reader import Row, read_manifest, read_shard
 from diffumask_fast.dataset.shard_check import finished_shards
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.learning.data import Example
+from diffumask_fast.learning.metrics import binary_iou, boundary, boundary_width, official_width
 from diffumask_fast.learning.options import EvaluateOptions
 from diffumask_fast.masks.make import IGNORE, refine_maps
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.own_files import check_own
 
-MODELS = ("mini-oracle",)
+ORACLE = "mini-oracle"
 VISIBLE = 0.01  # the share of the image above which an object counts as seen
 WORST = 20
 BATCH_PIXELS = 3 * 8 * 1024 * 1024  # and channels; larger images come fewer at a time
@@ -39,6 +39,9 @@ class Segmenter(Protocol):
 
     def masks(self, images: np.ndarray, batch: int = 32) -> np.ndarray:
         """Return masks uint8 [B, H, W] of images uint8 [B, H, W, 3]; H and W are multiples of 16."""
+
+
+Item = TypeVar("Item", Row, Example)
 
 
 class Judged(NamedTuple):
@@ -140,7 +143,25 @@ def evaluate(
     progress: Callable[[int | None], Progress] = lambda total: Progress(disable=True),
     batch: int = 32,
 ) -> dict[str, Any]:
-    """Judge the masks of a finished dataset by the masks that a segmenter predicts of its images.
+    """Judge a dataset's masks by mini's oracle (`judge_masks`), or a segmenter by data (`judge_segmenter`).
+
+    Raises:
+        DiffuMaskError: there is no such segmenter or data, or they do not fit together.
+    """
+    if options.model == ORACLE:
+        return judge_masks(options, progress=progress, batch=batch)
+    from diffumask_fast.learning.segmenter_evaluation import judge_segmenter
+
+    return judge_segmenter(options, progress=progress, batch=batch)
+
+
+def judge_masks(
+    options: EvaluateOptions,
+    *,
+    progress: Callable[[int | None], Progress] = lambda total: Progress(disable=True),
+    batch: int = 32,
+) -> dict[str, Any]:
+    """Judge the masks of a finished dataset by the masks that the oracle predicts of its images.
 
     Pixels that are 255 in a mask are left out of every figure, or count as background if that is asked for. Images
     whose sides are no multiples of 16 are padded by their edge pixels for the segmenter.
@@ -162,10 +183,11 @@ def evaluate(
         pixels that are 255. A figure that no image has is None.
 
     Raises:
-        DiffuMaskError: there is no such segmenter or finished dataset, or it knows none of the classes.
+        DiffuMaskError: there is no finished dataset, the oracle does not know a class, or an option is for others.
     """
-    if options.model not in MODELS:
-        raise DiffuMaskError(f"There is no segmenter {options.model} in this version: use {', '.join(MODELS)}.")
+    for name, value in (("split", None), ("merge", ""), ("unseen", ""), ("others", "refuse")):
+        if getattr(options, name) != value:
+            raise DiffuMaskError(f"`{name}` is for a segmenter that is judged: {ORACLE} judges masks, leave it out.")
     if options.sheet is not None:
         check_own(options.sheet)
     from diffumask_fast.mini.oracle import load_oracle
@@ -178,20 +200,20 @@ def evaluate(
     total = manifest["plan"]["rows"]
     with progress(total) as bar:
         task = bar.add_task("judging", total=total)
-        for part in _batches((row for row in rows if row.accepted or not options.accepted), batch):
+        for part in batches((row for row in rows if row.accepted or not options.accepted), batch):
             for row, truth in zip(part, predict(segmenter, [row.image for row in part]), strict=True):
                 metrics.update(row, truth, segmenter.class_ids, refinement)
             bar.advance(task, len(part))
     if not metrics.foreground:
         raise DiffuMaskError(f"{options.data} holds no row to judge: let rejected rows count too, or draw more.")
     if options.sheet is not None:
-        write_png(options.sheet, sheet([_worst_tile(judged) for judged in metrics.worst], columns=3))
+        write_png(options.sheet, sheet([worst_tile(judged) for judged in metrics.worst], columns=3))
     return metrics.compute()
 
 
-def _batches(rows: Iterable[Row], most: int) -> Iterator[list[Row]]:
-    """Put rows together, so many at most, and so many pixels unless it is one row."""
-    part: list[Row] = []
+def batches(rows: Iterable[Item], most: int) -> Iterator[list[Item]]:
+    """Put rows or examples together, so many at most, and so many pixels unless it is one."""
+    part: list[Item] = []
     pixels = 0
     for row in rows:
         if part and (len(part) == most or pixels + row.image.size > BATCH_PIXELS):
@@ -213,35 +235,6 @@ def predict(segmenter: Segmenter, images: list[np.ndarray]) -> list[np.ndarray]:
         predicted = segmenter.masks(np.pad(np.stack([images[index] for index in indices]), edges, "edge"))
         masks |= {index: mask[:height, :width] for index, mask in zip(indices, predicted, strict=True)}
     return [masks[index] for index in range(len(images))]
-
-
-def binary_iou(mask: np.ndarray, truth: np.ndarray) -> float:
-    """Return the IoU of two bool arrays; 1 where both are empty."""
-    union = np.count_nonzero(mask | truth)
-    return np.count_nonzero(mask & truth) / union if union else 1.0
-
-
-def boundary_width(shape: Sequence[int]) -> int:
-    """Return 3 pixels at 128, in proportion to the shorter side: the width that this project's figures have."""
-    return max(1, round(3 * min(shape) / 128))
-
-
-def official_width(shape: Sequence[int]) -> int:
-    """Return 0.02 of the diagonal: the width of Boundary IoU's authors."""
-    return max(1, round(0.02 * math.hypot(*shape)))
-
-
-def boundary(mask: np.ndarray, width: int | None = None) -> np.ndarray:
-    """Return the pixels of a mask that are near its outside (Boundary IoU, Cheng et al., CVPR 2021).
-
-    Args:
-        mask: [H, W] bool.
-        width: how many rows or columns from the outside; beyond the image is outside. `boundary_width` when None.
-    """
-    width = width or boundary_width(mask.shape)
-    outside = F.pad(torch.from_numpy(~mask)[None, None].float(), (width,) * 4, value=1.0)
-    near = F.max_pool2d(outside, 2 * width + 1, 1)[0, 0] > 0
-    return mask & near.numpy()
 
 
 def best_threshold_iou(row: Row, truth: np.ndarray, options: MaskOptions, known: np.ndarray | None = None) -> float:
@@ -266,6 +259,6 @@ def _mask_options(options: Mapping[str, Any]) -> MaskOptions:
     return MaskOptions(**{name: options[name] for name in ("refine", "radius", "eps") if name in options})
 
 
-def _worst_tile(judged: Judged) -> Image.Image:
+def worst_tile(judged: Judged) -> Image.Image:
     pictures = (judged.image, overlay(judged.image, judged.mask), colour(judged.mask), colour(judged.truth))
     return tile(pictures, f"{judged.key}  IoU {judged.iou:.2f}")

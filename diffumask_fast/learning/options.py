@@ -1,18 +1,239 @@
-"""The options of `diffumask-fast evaluate`."""
+"""The options of what datasets are for."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
+from typing import Any, Literal
 
-from diffumask_fast.options import Options, ReadOptions, argument, option
+from diffumask_fast.options import (
+    Options,
+    Reader,
+    ReadOptions,
+    argument,
+    number,
+    one_of,
+    option,
+    pixel_size,
+    required,
+    whole,
+)
+
+MOST_COPIES = 100  # new images of one kind for each image
 
 
 @dataclass(frozen=True)
 class EvaluateOptions(Options):
-    """Whose masks to judge, and by which segmenter."""
+    """Whose masks to judge by mini's oracle, or which segmenter to judge by whose masks."""
 
-    model: str = argument("mini-oracle: the judge of mini's world.")
-    data: Path = argument("Dataset whose masks are judged.")
-    accepted: bool = option(False, "Leave out rejected rows.")
-    ignored_is_background: bool = option(False, "Count 255 in masks as background, in place of leaving it out.")
+    model: str = argument("mini-oracle, the judge of mini's world; or a folder that train wrote.")
+    data: Path = argument(
+        "Whose masks mini-oracle judges; or what a segmenter is judged by: also VOC's or Cityscapes' layout."
+    )
+    accepted: bool = option(False, "mini-oracle: leave out rejected rows. By others only accepted ones are looked at.")
+    ignored_is_background: bool = option(False, "mini-oracle: count 255 as background, in place of leaving it out.")
+    split: str | None = option(None, "Of a layout: the part to judge by, such as val.")
+    merge: str = option("", "Count several classes as one: human=person,rider;vehicle=car,bus.")
+    unseen: str = option("", "Classes that were learnt without masks, with commas: gives seen, unseen, harmonic mean.")
+    others: str = option(
+        "refuse", "Classes of the data that the model lacks: refuse, background or ignored.",
+        one_of("refuse", "background", "ignored"),
+    )  # fmt: skip
+    device: str = option("auto", "auto, cpu or cuda.")
     sheet: Path | None = option(None, "Write the twenty worst images into this PNG file.")
+    reading: ReadOptions = ReadOptions()
+
+
+def splice_shares(text: str) -> dict[tuple[int, int], Fraction]:
+    """Read `2x2=1/20,3x3=0.1`: (rows, columns) -> new images for each image.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    shares = {}
+    for part in text.replace(" ", "").split(",") if text.strip() not in ("", "0", "none") else ():
+        grid, _, share = part.partition("=")
+        rows, _, columns = grid.partition("x")
+        numbers = int(rows), int(columns)
+        if min(numbers) < 1 or max(numbers) > 64 or numbers == (1, 1) or numbers in shares:
+            raise ValueError(grid)
+        shares[numbers] = Fraction(share)
+        if not 0 <= shares[numbers] <= MOST_COPIES:
+            raise ValueError(share)
+    return shares
+
+
+def _splices() -> Reader:
+    def read(value: Any) -> str:
+        try:
+            shares = splice_shares(value)
+        except (ValueError, AttributeError, ZeroDivisionError, OverflowError) as error:
+            raise ValueError("none, or grids (rows x columns) with their shares, such as 2x2=1/20,3x3=0.1") from error
+        return ",".join(f"{rows}x{columns}={share}" for (rows, columns), share in shares.items()) or "none"
+
+    return read
+
+
+def span(text: str) -> tuple[float, float]:
+    """Read `6-22`: two numbers."""
+    low, high = map(float, text.split("-"))
+    return low, high
+
+
+def _span(low: float, high: float, example: str) -> Reader:
+    """Allow two numbers in a range, the smaller one first, as "LOW-HIGH" or as a pair."""
+
+    def read(value: Any) -> str:
+        try:
+            text = value if isinstance(value, str) else "-".join(f"{number:g}" for number in value)
+            first, last = span(text)
+            if low <= first <= last <= high:
+                return f"{first:g}-{last:g}"
+        except (TypeError, ValueError):
+            pass
+        raise ValueError(f"two numbers LOW-HIGH between {low} and {high}, such as {example}")
+
+    return read
+
+
+@dataclass(frozen=True)
+class AugmentationOptions(Options):
+    """How often and how strongly images are augmented.
+
+    Shares are new images for each image that is there; in training they are probabilities, at most 1.
+
+    Args:
+        splice: how often images are tiled into one, by grid, rows x columns. The default is what the paper's program
+            makes of its 60,000 images: 1,500 of 1x2 and 2x1 each, 3,000, 4,000, 3,000 and 1,000 of the others.
+        splice_size: "same" makes the tiles smaller, so that the result has the size of its first tile; "full" leaves
+            them as they are, as the paper's program does.
+        blur: how often images are blurred by a Gaussian.
+        blur_lengths: of the Gaussian's kernel in pixels, the shortest and the longest, at a shorter side of 512;
+            elsewhere in proportion. Lengths are odd, and at least 3.
+        occlude: how often a patch of another image covers a part, with its labels.
+        occlude_area: the smallest and the largest share of the image that a patch covers.
+        perspective: how often images are seen from another side.
+        perspective_shift: how far each corner moves at most, as a share of the side.
+
+    Raises:
+        DiffuMaskError: a value is not one of those above.
+
+    Example:
+        >>> AugmentationOptions(splice="2x2=0.1", blur=0).splice
+        '2x2=1/10'
+    """
+
+    splice: str = option(
+        "1x2=1/40,2x1=1/40,2x2=1/20,3x3=1/15,5x5=1/20,8x8=1/60", "Share of splices by grid, or none.", _splices()
+    )
+    splice_size: Literal["same", "full"] = option(
+        "same", "same: tiles shrink; full: the picture grows.", one_of("same", "full")
+    )
+    blur: float = option(0.25, "Share of blurred images.", number(0, MOST_COPIES))
+    blur_lengths: str = option("6-22", "Kernel lengths in pixels at 512, LOW-HIGH.", _span(1, 128, "6-22"))
+    occlude: float = option(0.25, "Share of images with a patch of another one.", number(0, MOST_COPIES))
+    occlude_area: str = option("0.05-0.3", "Share of the image under a patch, LOW-HIGH.", _span(0, 1, "0.05-0.3"))
+    perspective: float = option(0.25, "Share of images seen from another side.", number(0, MOST_COPIES))
+    perspective_shift: float = option(0.15, "Largest shift of a corner, as a share of the side.", number(0, 0.24))
+
+
+@dataclass(frozen=True)
+class AugmentOptions(Options):
+    """What to augment, and where to; shares are new images for each image that is there."""
+
+    source: Path = argument("Dataset to augment.", "IN")
+    out: Path = argument("Folder of the new dataset; run again to finish it.")
+    augmentations: AugmentationOptions = AugmentationOptions()
+    seed: int = option(0, "Of all that is drawn at random.", whole(0, 2**63 - 1))
+    originals: bool = option(True, "Keep the images of IN beside the new ones.")
+    all: bool = option(False, "Rejected rows too.")
+    reading: ReadOptions = ReadOptions()
+
+
+AUGMENTATIONS = ("splice", "blur", "occlude", "perspective")
+
+
+def _augmentations() -> Reader:
+    """Allow none, all, or some of their names with commas; they are kept in one order."""
+
+    def read(value: Any) -> str:
+        given = [name.strip() for name in str(value).split(",")]
+        names = {"none": [], "all": list(AUGMENTATIONS)}.get(str(value).strip(), given)
+        if set(names) - set(AUGMENTATIONS):
+            raise ValueError(f"none, all, or some of {', '.join(AUGMENTATIONS)}")
+        return ",".join(name for name in AUGMENTATIONS if name in names) or "none"
+
+    return read
+
+
+def chosen_augmentations(names: str) -> AugmentationOptions | None:
+    """Return the default shares of the augmentations that are named, none of the others; None for "none"."""
+    if names == "none":
+        return None
+    off: dict[str, Any] = {"splice": "none", "blur": 0.0, "occlude": 0.0, "perspective": 0.0}
+    return AugmentationOptions(**{name: value for name, value in off.items() if name not in names.split(",")})
+
+
+@dataclass(frozen=True)
+class LearnOptions(Options):
+    """How a segmenter is trained; all of it is recorded with the segmenter."""
+
+    segmenter: str = option("tiny", "tiny; segformer, upernet, mask2former or eomt from scratch; a folder; a hub id.")
+    steps: int | None = option(None, "Number of batches; 2400 unless epochs are given.", whole(1))
+    epochs: int | None = option(None, "Times that each image is seen, in place of steps.", whole(1))
+    batch_size: int = option(16, "Images in a batch.", whole(1))
+    lr: float | None = option(None, "Highest learning rate; 2e-3 for tiny, 1e-4 for others.", number(0, 1, ends=False))
+    schedule: str = option("cosine", "How the learning rate falls: cosine or poly.", one_of("cosine", "poly"))
+    size: tuple[int, int] | None = option(
+        None, "HxW of the crops, multiples of 32; the first image's, 512 at most.", pixel_size()
+    )
+    augment: str = option(
+        "none", "On the fly, with commas: splice, blur, occlude, perspective; or all.", _augmentations()
+    )
+    seed: int = option(0, "Of all that is random.", whole(0))
+    dtype: str = option("auto", "auto, fp32 or bf16; auto is bf16 on CUDA alone.", one_of("auto", "fp32", "bf16"))
+
+
+@dataclass(frozen=True)
+class TrainOptions(Options):
+    """What to train on, and where the segmenter goes."""
+
+    data: Path = argument("A dataset, or a folder in VOC's or Cityscapes' layout.", "IN")
+    out: Path = required("Folder of the segmenter; run again to finish it.")
+    split: str | None = option(None, "Of a layout: the part to train on, such as train.")
+    finetune_on: Path | None = option(None, "Then go on with these data, such as real ones.")
+    finetune_split: str | None = option(None, "Of their layout: the part to train on.")
+    finetune_steps: int = option(600, "Number of batches of them.", whole(1))
+    finetune_lr: float | None = option(
+        None, "Highest learning rate there; a fifth of the first.", number(0, 1, ends=False)
+    )
+    learning: LearnOptions = LearnOptions()
+    device: str = option("auto", "auto, cpu or cuda.")
+    save_every: int = option(200, "Steps after which the state is saved.", whole(1))
+    reading: ReadOptions = ReadOptions()
+
+
+@dataclass(frozen=True)
+class PruneOptions(Options):
+    """Which samples are pruned; recorded in the new dataset."""
+
+    alpha: float = option(0.7, "Share of each class that is pruned: the lowest in rank.", number(0, 1, ends=False))
+    rank: str = option(
+        "cross-validation", "cross-validation: IoU with what a segmenter that has not seen it predicts; or quality.",
+        one_of("cross-validation", "quality"),
+    )  # fmt: skip
+    folds: int = option(3, "Parts of the cross-validation: as many segmenters are trained.", whole(2))
+    learning: LearnOptions = LearnOptions()
+
+
+@dataclass(frozen=True)
+class FilterOptions(Options):
+    """What to filter, how, and where to."""
+
+    source: Path = argument("Dataset to filter.", "IN")
+    out: Path = argument("Folder of the new dataset; run again to finish it.")
+    pruning: PruneOptions = PruneOptions()
+    export_cleanlab: Path | None = option(
+        None, "Write labels and pred_probs as cleanlab.segmentation takes them: FILE.npz."
+    )
+    device: str = option("auto", "auto, cpu or cuda.")
     reading: ReadOptions = ReadOptions()

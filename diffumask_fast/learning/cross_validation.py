@@ -1,0 +1,177 @@
+"""Segmenters that have not seen what they judge: as many as there are folds, each trained on all folds but one."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from diffumask_fast.dataset.writer import new_file
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.learning.class_lists import channels
+from diffumask_fast.learning.data import Example, SegmentationData
+from diffumask_fast.learning.options import LearnOptions
+from diffumask_fast.learning.segmenters import TransformersSegmenter, load_segmenter
+from diffumask_fast.learning.training import Stage, steps_and_rate, train_stages
+from diffumask_fast.masks.make import IGNORE
+from diffumask_fast.own_files import check_own
+
+SIGN = "diffumask-fast"  # the first member of an archive that we wrote, by which it may be written over
+Scores = dict[str, dict[str, float]]  # name of the example -> class -> score
+
+
+class Part:
+    """Some examples of data, by their numbers; with the classes of all."""
+
+    def __init__(self, data: SegmentationData, numbers: Sequence[int]) -> None:
+        self._data, self._numbers = data, numbers
+        self.classes: Mapping[int, str] = data.classes
+        self.names: Sequence[str] = [data.names[number] for number in numbers]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._data[self._numbers[index]]
+
+
+def deal(groups: Sequence[str], folds: int, seed: int) -> np.ndarray:
+    """Return the fold of each example, so that every fold holds as much of each group as the others, or one less.
+
+    Args:
+        groups: of each example, such as its first class.
+        folds: how many.
+        seed: of the order in which a group is dealt.
+
+    Raises:
+        DiffuMaskError: a group has fewer examples than there are folds, so that one would be without it.
+    """
+    members: dict[str, list[int]] = defaultdict(list)
+    for number, group in enumerate(groups):
+        members[group].append(number)
+    result = np.zeros(len(groups), int)
+    for place, (group, numbers) in enumerate(sorted(members.items())):
+        if len(numbers) < folds:
+            raise DiffuMaskError(
+                f"{group} has {len(numbers)} images for {folds} folds, and a fold would be without it: draw more of "
+                f"{group}, or give `folds={max(2, len(numbers))}`"
+            )
+        order = np.random.default_rng([seed, place]).permutation(numbers)
+        result[order] = (np.arange(len(order)) + place) % folds
+    return result
+
+
+def train_folds(
+    data: SegmentationData,
+    fold_of: np.ndarray,
+    out: Path,
+    options: LearnOptions,
+    *,
+    device: str = "auto",
+    progress: Callable[[int], Progress] = lambda total: Progress(disable=True),
+) -> list[TransformersSegmenter]:
+    """Train a segmenter for each fold on the examples of the others; run again, those that are finished are read.
+
+    Args:
+        data: all examples.
+        fold_of: the fold of each example.
+        out: folder in which each segmenter gets a folder.
+        options: how they are trained.
+        device: where.
+        progress: makes a progress bar of the number of steps of one segmenter.
+
+    Raises:
+        DiffuMaskError: as `train`.
+    """
+    segmenters = []
+    for fold in range(int(fold_of.max()) + 1):
+        part = Part(data, np.flatnonzero(fold_of != fold).tolist())
+        steps, rate = steps_and_rate(options, len(part))
+        folder = out / f"fold-{fold}"
+        train_stages([Stage(part, steps, rate)], folder, options, device=device, progress=progress)
+        segmenters.append(load_segmenter(folder))
+    return segmenters
+
+
+def held_out_predictions(
+    data: SegmentationData, fold_of: np.ndarray, segmenters: Sequence[TransformersSegmenter], device: torch.device
+) -> Iterator[tuple[Example, Tensor]]:
+    """Yield each example with its probabilities [C, H, W] by the segmenter that has not seen it."""
+    for segmenter in segmenters:
+        segmenter.model.to(device)
+    for number, fold in enumerate(fold_of):
+        example = data[number]
+        yield example, segmenters[fold].predict(example.image[None])[0].cpu()
+
+
+def agreement(example: Example, predicted: np.ndarray, value: int) -> float:
+    """Return the IoU of one class in an example's labels with a predicted mask, 0 where the labels do not show it.
+
+    What is 255 in the labels is left out.
+    """
+    known = example.labels != IGNORE
+    right, said = (known & (mask == value) for mask in (example.labels, predicted))
+    return float(np.count_nonzero(right & said) / np.count_nonzero(right | said)) if right.any() else 0.0
+
+
+class CleanlabFile:
+    """An archive of arrays (.npz, no pickle) that holds what `cleanlab.segmentation.find_label_issues` takes.
+
+    `labels` [N, H, W] uint8, numbers of the `classes`; `pred_probs` [N, C, H, W] float32; `names` of the images. What
+    is 255 in a mask gets the label that is predicted there, so that no issue is found in it. It is written image by
+    image, and is at its place when all are there.
+
+    Args:
+        path: of the file.
+        data: whose examples are added in their order.
+
+    Raises:
+        DiffuMaskError: images differ in size, or somebody else's file is there.
+    """
+
+    def __init__(self, path: Path, data: SegmentationData) -> None:
+        check_own(path, SIGN)
+        self._path, self._data, self._table = path, data, channels(data.classes)
+
+    def write(self, predictions: Iterator[tuple[Example, Tensor]]) -> Iterator[tuple[Example, Tensor]]:
+        """Pass predictions on, and write them."""
+        labels: list[np.ndarray] = []
+        with new_file(self._path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr(zipfile.ZipInfo(f"{SIGN}.npy"), _npy(np.zeros(0, np.uint8)))
+            member = zipfile.ZipInfo("pred_probs.npy")
+            with archive.open(member, "w", force_zip64=True) as stream:
+                for example, probabilities in predictions:
+                    pixels = probabilities.numpy()
+                    if not labels:
+                        self._begin(stream, pixels.shape)
+                    elif labels[0].shape != pixels.shape[1:]:
+                        raise DiffuMaskError(
+                            f"{example.name} has another size than the images before it, and cleanlab takes one array: "
+                            "leave out `export_cleanlab`, or bring all images to one size"
+                        )
+                    stream.write(np.ascontiguousarray(pixels, "<f4").tobytes())
+                    numbers = self._table[example.labels]
+                    labels.append(np.where(numbers == IGNORE, pixels.argmax(0), numbers).astype(np.uint8))
+                    yield example, probabilities
+            names = [self._data.classes[value] for value in sorted(self._data.classes)]
+            arrays = {"labels": np.stack(labels), "classes": np.array(names), "names": np.array(self._data.names)}
+            for name, values in arrays.items():
+                archive.writestr(zipfile.ZipInfo(f"{name}.npy"), _npy(values))
+
+    def _begin(self, stream: Any, shape: tuple[int, ...]) -> None:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (len(self._data), *shape)}
+        np.lib.format.write_array_header_1_0(stream, header)
+
+
+def _npy(values: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, values, allow_pickle=False)
+    return stream.getvalue()

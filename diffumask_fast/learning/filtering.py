@@ -1,0 +1,158 @@
+"""What `diffumask-fast filter` does: the paper's noise learning. In each class, what ranks lowest is pruned."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.progress import Progress
+
+from diffumask_fast.dataset.derive import check_apart, derive
+from diffumask_fast.dataset.reader import Row, read_rows
+from diffumask_fast.dataset.schema import MANIFEST
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.learning.cross_validation import (
+    CleanlabFile,
+    Scores,
+    agreement,
+    deal,
+    held_out_predictions,
+    train_folds,
+)
+from diffumask_fast.learning.data import open_data
+from diffumask_fast.learning.options import FilterOptions, PruneOptions
+from diffumask_fast.models.device import resolve_device
+from diffumask_fast.options import Options
+
+FOLDS = "folds"  # the folder in the new dataset that holds the segmenters
+
+
+@dataclass(frozen=True)
+class Recorded(Options):
+    """The options under one name in `dataset.json`."""
+
+    filter: PruneOptions
+
+
+class Verdict(NamedTuple):
+    """Where a sample stands in a class: rank 1 is the worst of `of`."""
+
+    name: str
+    rank: int
+    of: int
+    score: float
+    pruned: bool
+
+
+def filter_dataset(
+    options: FilterOptions, *, progress: Callable[[int], Progress] = lambda total: Progress(disable=True)
+) -> dict[str, Any]:
+    """Write a dataset in which what ranks lowest in its class is rejected; run again, it is finished.
+
+    The score of a sample in a class is the IoU of its mask with what a segmenter predicts that was trained on the
+    other folds (Northcutt et al., JAIR 2021, as DiffuMask takes it up), or its stored quality. A sample of several
+    classes goes if it is pruned in one of them. Pruned rows stay, with their rank as the reason; rows that were
+    rejected before stay as they are and take no part. The segmenters stay in `OUT/folds`.
+
+    Args:
+        options: the flags.
+        progress: makes progress bars.
+
+    Returns:
+        folder, images, accepted, pruned; and `per_class`: images, pruned, and the lowest score that was kept.
+
+    Raises:
+        DiffuMaskError: a class has fewer images than there are folds; or as `train` and `derive`.
+    """
+    if options.export_cleanlab is not None and options.pruning.rank == "quality":
+        raise DiffuMaskError("`export_cleanlab` needs predictions: rank by cross-validation")
+    check_apart(options.source, options.out)
+    by_quality = options.pruning.rank == "quality"
+    if not by_quality and (options.out / MANIFEST).exists() and not (options.out / FOLDS).exists():
+        raise DiffuMaskError(f"{options.out} holds another dataset: name a folder of its own")
+    scores = _qualities(options) if by_quality else _cross_validated(options, progress)
+    verdicts = rank(scores, options.pruning.alpha)
+
+    def transform(rows: Iterator[Row]) -> Iterator[dict[str, Any]]:
+        for row in rows:
+            reason = _reason(verdicts.get(row.key, []), options.pruning.rank) if row.accepted else ""
+            yield {**row.values, "accepted": False, "reason": reason} if reason else row.values
+
+    summary = derive(
+        options.source, options.out, transform, Recorded(options.pruning), max_pixels=options.reading.max_pixels,
+        progress=progress,
+    )  # fmt: skip
+    pruned = sum(any(verdict.pruned for verdict in given) for given in verdicts.values())
+    return summary | {"pruned": pruned, "per_class": _per_class(verdicts)}
+
+
+def rank(scores: Scores, alpha: float) -> dict[str, list[Verdict]]:
+    """Rank samples in each of their classes, and prune the lowest share of each; equal scores go by name.
+
+    Args:
+        scores: name of the sample -> class -> score.
+        alpha: share of each class that is pruned, rounded down.
+    """
+    by_class: dict[str, list[tuple[float, str]]] = defaultdict(list)
+    for key, classes in scores.items():
+        for name, score in classes.items():
+            by_class[name].append((score, key))
+    verdicts: dict[tuple[str, str], Verdict] = {}
+    for name, ranked in by_class.items():
+        most = int(alpha * len(ranked) + 1e-9)
+        for place, (score, key) in enumerate(sorted(ranked), 1):
+            verdicts[key, name] = Verdict(name, place, len(ranked), score, place <= most)
+    return {key: [verdicts[key, name] for name in classes] for key, classes in scores.items()}
+
+
+def _qualities(options: FilterOptions) -> Scores:
+    rows = read_rows(options.source, columns=["key", "classes", "quality"])
+    scores = {row.key: dict(zip(row.classes, row.quality, strict=True)) for row in rows}
+    if not scores:
+        raise DiffuMaskError(f"{options.source} holds no accepted row: there is nothing to rank")
+    return scores
+
+
+def _cross_validated(options: FilterOptions, progress: Callable[[int], Progress]) -> Scores:
+    """Train a segmenter for each fold, and compare each sample's mask with what is predicted for it."""
+    pruning = options.pruning
+    data = open_data(options.source, max_pixels=options.reading.max_pixels)
+    ids = {name: value for value, name in data.classes.items()}
+    classes = {row.key: list(row.classes) for row in read_rows(options.source, columns=["key", "classes"])}
+    fold_of = deal([classes[name][0] for name in data.names], pruning.folds, pruning.learning.seed)
+    device = resolve_device(options.device)
+    segmenters = train_folds(
+        data, fold_of, options.out / FOLDS, pruning.learning, device=options.device, progress=progress
+    )
+    predictions = held_out_predictions(data, fold_of, segmenters, device)
+    if options.export_cleanlab is not None:
+        predictions = CleanlabFile(options.export_cleanlab, data).write(predictions)
+    values = np.array(sorted(data.classes), np.uint8)
+    scores: Scores = {}
+    with progress(len(data)) as bar:
+        task = bar.add_task("ranking", total=len(data))
+        for example, probabilities in predictions:
+            predicted = values[probabilities.argmax(0).numpy()]
+            scores[example.name] = {name: agreement(example, predicted, ids[name]) for name in classes[example.name]}
+            bar.advance(task)
+    return scores
+
+
+def _reason(given: list[Verdict], ranked_by: str) -> str:
+    """Say in which classes a sample is pruned; "" where in none."""
+    of = "IoU" if ranked_by == "cross-validation" else "quality"
+    parts = [f"{one.rank} of {one.of} {one.name}, {of} {one.score:.3f}" for one in given if one.pruned]
+    return f"pruned: rank from the worst {'; '.join(parts)}" if parts else ""
+
+
+def _per_class(verdicts: dict[str, list[Verdict]]) -> dict[str, dict[str, Any]]:
+    table: dict[str, dict[str, Any]] = {}
+    for one in sorted(verdict for given in verdicts.values() for verdict in given):
+        row = table.setdefault(one.name, {"images": one.of, "pruned": 0, "lowest_kept": None})
+        row["pruned"] += one.pruned
+        if not one.pruned and row["lowest_kept"] is None:
+            row["lowest_kept"] = one.score
+    return table

@@ -1,0 +1,103 @@
+"""learning/cross_validation.py: nobody judges what it has seen, and cleanlab gets what it takes."""
+
+import numpy as np
+import pytest
+import torch
+from learning_samples import dataset, tiny_model
+
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.learning.cross_validation import (
+    CleanlabFile,
+    Part,
+    agreement,
+    deal,
+    held_out_predictions,
+    train_folds,
+)
+from diffumask_fast.learning.data import Example, open_data
+from diffumask_fast.learning.options import LearnOptions
+
+
+def test_folds_share_every_group():
+    groups = ["dog"] * 10 + ["car"] * 5 + ["cat"] * 3
+    fold_of = deal(groups, 3, 0)
+    for group in set(groups):
+        sizes = np.bincount(fold_of[np.array(groups) == group], minlength=3)
+        assert sizes.min() >= 1 and sizes.max() - sizes.min() <= 1
+    assert np.array_equal(fold_of, deal(groups, 3, 0)) and not np.array_equal(fold_of, deal(groups, 3, 1))
+
+
+def test_a_class_that_a_fold_would_lack_is_one_sentence():
+    with pytest.raises(DiffuMaskError, match="cat has 2 images for 3 folds, .* or give `folds=2`"):
+        deal(["dog"] * 5 + ["cat"] * 2, 3, 0)
+
+
+def test_agreement_is_the_iou_of_what_is_known():
+    labels, predicted = np.zeros((4, 4), np.uint8), np.zeros((4, 4), np.uint8)
+    labels[:2], predicted[1:3] = 12, 12
+    example = Example("a", np.zeros((4, 4, 3), np.uint8), labels)
+    assert agreement(example, predicted, 12) == pytest.approx(4 / 12)
+    labels[0] = 255
+    assert agreement(example, predicted, 12) == pytest.approx(4 / 8)
+    assert agreement(example, predicted, 7) == 0  # neither there nor predicted: the mask is empty
+    assert agreement(Example("a", example.image, np.full((4, 4), 255, np.uint8)), predicted, 12) == 0
+
+
+@pytest.fixture(scope="module")
+def folds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folds")
+    data = open_data(dataset(folder / "data", num=12))
+    learning = LearnOptions(segmenter=str(tiny_model("segformer", folder / "start")), steps=1, batch_size=2)
+    fold_of = deal(["all"] * len(data), 2, 0)
+    return data, fold_of, train_folds(data, fold_of, folder / "out", learning, device="cpu"), folder / "out"
+
+
+def test_each_segmenter_has_seen_the_other_folds_alone(folds):
+    data, fold_of, segmenters, out = folds
+    assert [path.name for path in sorted(out.iterdir())] == ["fold-0", "fold-1"]
+    part = Part(data, [3, 1])
+    assert part.names == [data.names[3], data.names[1]] and len(part) == 2 and part.classes == data.classes
+    assert np.array_equal(part[0].labels, data[3].labels)
+    for number, (example, probabilities) in enumerate(
+        held_out_predictions(data, fold_of, segmenters, torch.device("cpu"))
+    ):
+        assert example.name == data.names[number]
+        own = segmenters[fold_of[number]].predict(example.image[None])[0]
+        other = segmenters[1 - fold_of[number]].predict(example.image[None])[0]
+        assert torch.equal(probabilities, own) and not torch.equal(probabilities, other)
+
+
+def test_what_cleanlab_takes(folds, tmp_path):
+    data, fold_of, segmenters, _ = folds
+    path = tmp_path / "issues.npz"
+    for _ in range(2):  # the second time over our own file
+        predictions = held_out_predictions(data, fold_of, segmenters, torch.device("cpu"))
+        passed = list(CleanlabFile(path, data).write(predictions))
+    with np.load(path, allow_pickle=False) as stored:
+        labels, probabilities = stored["labels"], stored["pred_probs"]
+        assert stored["classes"].tolist() == ["background", "car", "dog"] and stored["names"].tolist() == data.names
+    assert labels.shape == (len(data), 24, 40) and probabilities.shape == (len(data), 3, 24, 40)
+    assert np.allclose(probabilities.sum(1), 1, atol=1e-5)
+    for number, (example, predicted) in enumerate(passed):
+        assert np.array_equal(probabilities[number], predicted.numpy())
+        for label, value in enumerate(data.classes):
+            assert (labels[number][example.labels == value] == label).all()
+        unknown = example.labels == 255
+        assert (labels[number][unknown] == predicted.argmax(0).numpy()[unknown]).all()
+
+
+def test_another_file_or_size_is_one_sentence(folds, tmp_path):
+    data, *_ = folds
+    theirs = tmp_path / "theirs.npz"
+    theirs.write_bytes(b"something")
+    with pytest.raises(DiffuMaskError, match="was not written by this program"):
+        CleanlabFile(theirs, data)
+    sizes = iter([(24, 40), (24, 41)])
+    predictions = (
+        (Example(f"a{width}", np.zeros((height, width, 3), np.uint8), np.zeros((height, width), np.uint8)), 0)
+        for height, width in sizes
+    )
+    shaped = ((example, torch.full((3, *example.labels.shape), 1 / 3)) for example, _ in predictions)
+    with pytest.raises(DiffuMaskError, match="a41 has another size"):
+        list(CleanlabFile(tmp_path / "b.npz", data).write(shaped))
+    assert not (tmp_path / "b.npz").exists()
