@@ -34,7 +34,7 @@ except Exception:
     main()
 """
 WANTED = {"foreground": 0.95, "classes": 0.92}
-# The VAE blurs outlines by this much IoU at most; 0.02 was wanted, 0.044 is what its 28 dB give (mini/README.md).
+# The VAE blurs outlines by this much IoU at most; 0.02 was wanted, 0.036 is what it costs (mini/README.md).
 LOST = 0.055
 
 
