@@ -231,7 +231,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def _closing(summary: dict[str, Any], rate: str = "") -> str:
     """Say what a dataset holds, where to look, and what to change where that is nothing."""
-    advice = f"To accept more, {as_flags(summary['advice'])}. " if summary["advice"] else ""
+    advice = f"To accept more, {as_flags(summary['advice'])}. " if summary.get("advice") else ""
     accepted = f"{summary['accepted']} of {summary['images']} images accepted"
     return f"{accepted}{rate}. {advice}Look at {Path(summary['folder']) / 'preview.png'}."
 

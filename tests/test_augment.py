@@ -11,7 +11,9 @@ from datasets import load_dataset
 from killed import kill_at
 from PIL import Image
 from samples import contents, draw, requests
+from typer.testing import CliRunner
 
+from diffumask_fast.cli import app
 from diffumask_fast.dataset.derive import derive
 from diffumask_fast.dataset.reader import read_rows
 from diffumask_fast.dataset.remask import remask
@@ -212,6 +214,15 @@ def test_datasets_that_cannot_be_augmented(tmp_path):
     assert [row.augmentation.split()[:1] for row in rows(tmp_path / "c").values()] == [
         [], ["blur"], ["perspective"], ["splice"],
     ]  # fmt: skip
+
+
+def test_the_command(tmp_path):
+    dataset(tmp_path / "a")
+    command = ["augment", str(tmp_path / "a"), str(tmp_path / "b"), "--splice", "2x2=0.4", "--blur", "1"]
+    said = CliRunner().invoke(app, command)
+    assert said.exit_code == 0 and "images accepted. Look at" in said.stdout
+    found = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert found["images"] == found["accepted"] == 9 + 4 + 9 + 2 + 2
 
 
 def test_keys_that_are_there_already():
