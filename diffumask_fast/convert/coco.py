@@ -1,7 +1,7 @@
 """COCO: one annotation for each class of an image, its pixels as run-length code, so that holes and parts are exact.
 
-Category ids are the dataset's class ids. Ignored pixels are a crowd annotation (`iscrowd` 1) of each class of their image:
-a detection there counts neither for nor against; `"ignore": 1` tells `import` what they are.
+Category ids are the dataset's class ids. Ignored pixels are a crowd annotation (`iscrowd` 1) of each class of their
+image: a detection there counts neither for nor against; `"ignore": 1` tells `import` what they are.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """COCO panoptic: a picture of segment ids for each image, id = R + 256 G + 65536 B, and a JSON file.
 
 There is one segment for each class of an image, and its id is the category's: masks tell classes apart, not objects, so
-all categories are stuff (`isthing` 0). Background is a category of its own, for what has no segment (id 0) is void, which
-here are the ignored pixels.
+all categories are stuff (`isthing` 0). Background is a category of its own, for what has no segment (id 0) is void:
+here those are the ignored pixels.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def _segment_ids(mask: np.ndarray, background: int) -> np.ndarray:
 
 
 def _segments(ids: np.ndarray) -> list[dict[str, Any]]:
-    found = [number for number in np.unique(ids).tolist() if number]
+    found = [(number, ids == number) for number in np.unique(ids).tolist() if number]
     return [
-        {"id": number, "category_id": number, "area": int((ids == number).sum()), "bbox": box(ids == number), "iscrowd": 0}
-        for number in found
+        {"id": number, "category_id": number, "area": int(pixels.sum()), "bbox": box(pixels), "iscrowd": 0}
+        for number, pixels in found
     ]

@@ -1,4 +1,4 @@
-"""Hugging Face's imagefolder: `load_dataset("imagefolder", data_dir=OUT)` gives columns image, mask, prompt and so on."""
+"""Hugging Face's imagefolder: `load_dataset("imagefolder", data_dir=OUT)` gives the columns image, mask, prompt, ..."""
 
 from __future__ import annotations
 

@@ -41,4 +41,5 @@ def _config(job: Job) -> Iterator[str]:
         yield f"{split}_dataset = dict("
         yield "    type='BaseSegDataset', data_root='.',"
         yield f"    data_prefix=dict(img_path='img_dir/{split}', seg_map_path='ann_dir/{split}'),"
-        yield f"    img_suffix='.{job.image_format}', seg_map_suffix='.png', metainfo=metainfo, reduce_zero_label=False)"
+        yield f"    img_suffix='.{job.image_format}', seg_map_suffix='.png',"
+        yield "    metainfo=metainfo, reduce_zero_label=False)"

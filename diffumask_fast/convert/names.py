@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.prompts.request import check_text, is_file_stem
@@ -64,3 +65,23 @@ def check_classes(classes: Mapping[int, str]) -> None:
     for number, name in classes.items():
         if number:
             ClassEntry(number, name, name)
+
+
+def inside(root: Path, name: object) -> Path:
+    """Return the place of a file that somebody else's list names, which is below the folder, and none of it a link.
+
+    Raises:
+        DiffuMaskError: it is no relative name, leads out of the folder, or through a link.
+    """
+    parts = name.split("/") if isinstance(name, str) else []
+    if not parts or any(part in ("", ".", "..") or set(part) & set("\\\0:") for part in parts):
+        raise DiffuMaskError(f"{str(name)[:200]!r} is no name of a file in {root}: list names below the folder alone")
+    check_text(str(name), "the file name")
+    path = root
+    for part in parts:
+        path /= part
+        if path.is_symlink():
+            raise DiffuMaskError(
+                f"{path} is a link, and links in data are not followed: put the files there themselves"
+            )
+    return path

@@ -55,7 +55,7 @@ class Target:
             raise DiffuMaskError(f"{place} is none of this program's records: name an empty folder") from error
         if changes := [f"{_title(name)} {change}" for name, change in differences(there, self.record)]:
             raise DiffuMaskError(
-                f"{self.path} holds another conversion: {', '.join(changes)}; name an empty folder, or convert as before"
+                f"{self.path} holds another conversion: {', '.join(changes)}; name an empty folder, or convert as then"
             )
         return there | ({DONE: done} if done else {})
 
@@ -161,4 +161,3 @@ def write_list(path: Path, lists: dict[str, Iterable[Any]], also: dict[str, Any]
 
 def _title(name: str) -> str:
     return "the dataset" if name.startswith("source") else f"`{name}`"
-

@@ -1,8 +1,8 @@
 """Ultralytics: one folder for two tasks, each with a file that says how to read it.
 
-data.yaml is for the segment task: a line for each part of a class, `number x y x y ...` as shares of the image, holes joined
-to the outline by cuts. semantic.yaml is for the semantic task: masks of class numbers, 255 ignored. The first has no class
-for the background and nothing that is ignored, so ignored pixels belong to no object there.
+data.yaml is for the segment task: a line for each part of a class, `number x y x y ...` as shares of the image, holes
+joined to the outline by cuts. semantic.yaml is for the semantic task: masks of class numbers, 255 ignored. The
+first has no class for the background and nothing that is ignored, so ignored pixels belong to no object there.
 """
 
 from __future__ import annotations

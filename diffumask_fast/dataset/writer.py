@@ -67,9 +67,7 @@ def dump_manifest(manifest: dict[str, Any]) -> bytes:
     return (json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def write_file(
-    path: Path, data: bytes | memoryview, *, temporary: Path | None = None, flushed: bool = True
-) -> None:
+def write_file(path: Path, data: bytes | memoryview, *, temporary: Path | None = None, flushed: bool = True) -> None:
     """Write a file whole or not at all.
 
     Args:
