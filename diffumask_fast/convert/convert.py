@@ -111,7 +111,8 @@ def _run(tasks: list[_Task], workers: int) -> Iterator[None]:
     workers = min(workers, len(tasks))
     if workers < 2:
         for task in tasks:
-            yield task.run()
+            task.run()
+            yield
         return
     # forked processes would inherit threads' locks in whatever state they are
     context = multiprocessing.get_context("spawn")

@@ -23,7 +23,7 @@ def write_items(job: Job, shard: Shard, items: Iterable[Item]) -> Iterator[dict[
         put_file(images / item.file_name, item.image)
         put_file(masks / f"{item.name}.png", mask_png(item.mask))
         files = {"file_name": f"images/{item.file_name}", "mask_file_name": f"masks/{item.name}.png"}
-        yield {"split": item.split, "line": files | item.facts | {"class_numbers": list(item.classes)}}
+        yield {"split": item.split, "line": files | dict(item.facts) | {"class_numbers": list(item.classes)}}
 
 
 def write_lists(job: Job, records: Records) -> None:

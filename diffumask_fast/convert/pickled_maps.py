@@ -105,7 +105,7 @@ def _maps(data: bytes) -> dict[int, np.ndarray]:
     for number, (step, argument, _) in enumerate(pickletools.genops(data[start:])):
         if step.name not in STEPS or number > MOST_STEPS:
             raise ValueError(f"a step {step.name} of a pickle")
-        if "PUT" in step.name and int(argument) > MOST_STEPS:  # such a place alone would fill the memory
+        if "PUT" in step.name and int(argument or 0) > MOST_STEPS:  # such a place alone would fill the memory
             raise ValueError("a place that none needs")
     stream.seek(start)
     (found,) = _Reader(stream, encoding="latin1").load().objects()
