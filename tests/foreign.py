@@ -59,3 +59,17 @@ def converted(source: Path, out: Path, to: str, **options) -> Path:
 def killed_conversion(source: Path, out: Path) -> None:
     """Called in a process of its own, which dies."""
     converted(source, out, "coco", val=0.3)
+
+
+def fill(points: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Fill a polygon by the rule of cv2.fillPoly: what is inside by the even-odd rule, and its edges."""
+    y, x = np.mgrid[:height, :width]
+    inside, edges = np.zeros((height, width), bool), np.zeros((height, width), bool)
+    for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, 0), strict=True):
+        steps = max(abs(x1 - x0), abs(y1 - y0))
+        assert min(abs(x1 - x0), abs(y1 - y0)) in (0, steps)  # straight or diagonal: no doubt which pixels it crosses
+        for step in range(steps + 1):
+            edges[y0 + np.sign(y1 - y0) * step, x0 + np.sign(x1 - x0) * step] = True
+        if y0 != y1:
+            inside ^= ((y0 <= y) != (y1 <= y)) & (x < x0 + (y - y0) * (x1 - x0) / (y1 - y0))
+    return inside | edges

@@ -21,11 +21,12 @@ from diffumask_fast.convert.target import folder, put_file, write_lines
 
 NUMBERING = "compact"
 FEWEST = 3  # points of a polygon
+MASKS = "semantic"  # a folder named masks would be taken with data.yaml as well, whose classes have other numbers
 
 
 def write_items(job: Job, shard: Shard, items: Iterable[Item]) -> Iterator[dict[str, Any]]:
     """Write images, polygons and masks; see `formats.Format`."""
-    kinds = ("images", "labels", "masks")
+    kinds = ("images", "labels", MASKS)
     folders = {split: [folder(job.out, kind, split) for kind in kinds] for split in job.splits}
     for item in items:
         images, labels, masks = folders[item.split]
@@ -39,7 +40,7 @@ def write_lists(job: Job, records: Records) -> None:
     """Write a file for each task."""
     names = list(job.classes.values())
     write_lines(job.out / "data.yaml", _description(job, names[1:]))
-    write_lines(job.out / "semantic.yaml", [*_description(job, names), "masks_dir: masks"])
+    write_lines(job.out / "semantic.yaml", [*_description(job, names), f"masks_dir: {MASKS}"])
 
 
 def _description(job: Job, names: list[str]) -> Iterator[str]:
