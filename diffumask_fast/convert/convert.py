@@ -122,8 +122,8 @@ def _run(tasks: list[_Task], workers: int) -> Iterator[None]:
                 yield done.result()
         except BrokenProcessPool as error:
             raise DiffuMaskError(
-                "a process of the conversion died, perhaps for want of memory: run the same command again with fewer "
-                "`workers`"
+                "a process of the conversion died, perhaps for want of memory: run the same again with fewer `workers` "
+                '(a script needs `if __name__ == "__main__":` to start any)'
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)

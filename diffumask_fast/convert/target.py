@@ -51,7 +51,7 @@ class Target:
         try:
             there = json.loads(place.read_text("utf-8"))
             done = there.pop(DONE, None)
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise DiffuMaskError(f"{place} is none of this program's records: name an empty folder") from error
         if changes := [f"{_title(name)} {change}" for name, change in differences(there, self.record)]:
             raise DiffuMaskError(
