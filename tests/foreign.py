@@ -6,7 +6,8 @@ import numpy as np
 from samples import Drawn
 
 from diffumask_fast.convert.convert import convert
-from diffumask_fast.convert.options import ConvertOptions
+from diffumask_fast.convert.import_folder import import_folder
+from diffumask_fast.convert.options import ConvertOptions, ImportOptions
 from diffumask_fast.dataset.reader import Row, read_rows
 from diffumask_fast.dataset.run import open_run
 from diffumask_fast.prompts.request import Request
@@ -73,3 +74,8 @@ def fill(points: np.ndarray, height: int, width: int) -> np.ndarray:
         if y0 != y1:
             inside ^= ((y0 <= y) != (y1 <= y)) & (x < x0 + (y - y0) * (x1 - x0) / (y1 - y0))
     return inside | edges
+
+
+def killed_import(source: Path, out: Path) -> None:
+    """Called in a process of its own, which dies."""
+    import_folder(ImportOptions(source, out, "voc", shard_size=4))
