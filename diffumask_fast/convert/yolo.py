@@ -44,7 +44,7 @@ def write_lists(job: Job, records: Records) -> None:
 
 
 def _description(job: Job, names: list[str]) -> Iterator[str]:
-    yield f"path: {json.dumps(str(job.out.resolve()))}  # where this folder lies"
+    yield "# No `path`: the folder that this file lies in is meant."
     yield f"train: images/{job.splits[0]}"
     yield f"val: images/{job.splits[-1]}" + ("" if len(job.splits) > 1 else "  # none was split off")
     yield "names:"
