@@ -7,6 +7,7 @@ from PIL import Image
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.learning.augmentations import (
+    _kernel,
     gaussian_blur,
     kernel_lengths,
     occlude,
@@ -122,11 +123,19 @@ def test_blur_is_the_gaussian_to_six_tenths_of_a_level(shape):
         assert np.abs(blurred - exactly_blurred(image, length)).max() < 0.6
 
 
+@pytest.mark.parametrize("length", [3, 21, 127])
+def test_weights_sum_to_one_exactly(length):
+    weights = _kernel(length, 131)
+    half = length // 2
+    assert weights.sum() == 2**16 and torch.equal(weights, weights.flip(0))  # else the sums could overflow
+    assert weights[65 - half] > 0 and not weights[: 65 - half].any()
+
+
 def test_blur_leaves_one_colour_and_its_input_as_they_are():
     images = torch.full((2, 9, 12, 3), 255, dtype=torch.uint8)
     images[1] = 1
     before = images.clone()
-    assert torch.equal(gaussian_blur(images, [3, 21]), before) and torch.equal(images, before)
+    assert torch.equal(gaussian_blur(images, [3, 127]), before) and torch.equal(images, before)
 
 
 def homography(corners, height, width):

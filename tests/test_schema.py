@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from samples import draw, requests
 
-from diffumask_fast.dataset.schema import SCHEMA, decode_maps, decode_png, encode_png, make_row
+from diffumask_fast.dataset.schema import AUGMENTED_SCHEMA, SCHEMA, decode_maps, decode_png, encode_png, make_row
 from diffumask_fast.errors import DiffuMaskError
 
 COLUMNS = "key image mask classes class_ids prompt negative_prompt seed quality maps map_sizes accepted reason"
@@ -24,6 +24,12 @@ def test_columns():
     assert SCHEMA.metadata[b"schema_version"] == b"1"
     assert SCHEMA.field("image").type == SCHEMA.field("mask").type
     assert [field.name for field in SCHEMA.field("image").type] == ["bytes", "path"]
+
+
+def test_augmented_rows_have_two_columns_more():
+    assert AUGMENTED_SCHEMA.names == [*SCHEMA.names, "augmentation", "sources"]
+    assert AUGMENTED_SCHEMA.metadata.keys() == SCHEMA.metadata.keys()
+    assert b'"sources": {"feature": {"dtype": "string"' in AUGMENTED_SCHEMA.metadata[b"huggingface"]
 
 
 def test_row_holds_the_sample():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from random import Random
 from typing import TypeVar
 
@@ -156,7 +157,7 @@ def draw_other(rng: Random, index: int, count: int) -> int:
     return other + (other >= index)
 
 
-def draw_grid(rng: Random, shares: Mapping[tuple[int, int], float]) -> tuple[int, int]:
+def draw_grid(rng: Random, shares: Mapping[tuple[int, int], Fraction]) -> tuple[int, int]:
     """Draw a grid by the grids' shares."""
     left = rng.random() * float(sum(shares.values()))
     for grid, share in shares.items():

@@ -108,7 +108,7 @@ class AugmentationOptions(Options):
         "same", "same: tiles shrink; full: the picture grows.", one_of("same", "full")
     )
     blur: float = option(0.25, "Share of blurred images.", number(0, MOST_COPIES))
-    blur_lengths: str = option("6-22", "Kernel lengths in pixels at 512, LOW-HIGH.", _span(1, 512, "6-22"))
+    blur_lengths: str = option("6-22", "Kernel lengths in pixels at 512, LOW-HIGH.", _span(1, 128, "6-22"))
     occlude: float = option(0.25, "Share of images with a patch of another one.", number(0, MOST_COPIES))
     occlude_area: str = option("0.05-0.3", "Share of the image under a patch, LOW-HIGH.", _span(0, 1, "0.05-0.3"))
     perspective: float = option(0.25, "Share of images seen from another side.", number(0, MOST_COPIES))
