@@ -1,6 +1,7 @@
 """convert/item.py: pictures as they are wanted, masks in the numbers of the format."""
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -58,6 +59,11 @@ def test_numbers_of_classes_and_ignored_pixels():
     expected = np.select([mask == 12, mask == 21, mask == 255], [1, 2, 255], 0)
     assert (item.mask == expected).all() and item.present() == [1, 2] and (mask == 255).any()
     assert item.classes == {1: "dog", 2: "traffic light"} and item.facts["seed"] == 3
+
+
+def test_facts_are_json():
+    item = make_item(row(quality=[float("nan"), 0.1 + 0.2]), "val", 7, "png", NUMBERS)
+    assert json.loads(json.dumps(dict(item.facts), allow_nan=False))["quality"] == [None, 0.3]
 
 
 def test_palette_and_grey():

@@ -18,6 +18,11 @@ def test_a_rectangle_and_a_hole_by_crossing():
     assert fill([ring], 6, 9).sum() == 28 - 6
 
 
+def test_corners_on_centres_of_pixels_leave_no_row_out():
+    diamond = fill([[2.5, 0.5, 4.5, 2.5, 2.5, 4.5, 0.5, 2.5]], 5, 5)
+    assert diamond.sum(1).tolist() == [0, 2, 4, 2, 0]
+
+
 def test_polygons_as_matplotlib_and_nearly_as_pycocotools():
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:60, :80]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +81,7 @@ def make_item(row: Row, split: str, number: int, image_format: str, numbers: Map
         image, mask = f"{picture.height}x{picture.width}", "x".join(map(str, row.mask.shape))
         raise DiffuMaskError(f"the image of {row.key} has {image} pixels and its mask {mask}: bring both to one size")
     facts = {"key": row.key, "prompt": row.prompt, "negative_prompt": row.negative_prompt, "seed": row.seed}
-    facts |= {"classes": row.classes, "quality": [round(value, 6) for value in row.quality]}
+    facts |= {"classes": row.classes, "quality": [_json_number(value) for value in row.quality]}
     return Item(
         name=file_stem(row.key),
         split=split,
@@ -125,6 +126,10 @@ def mask_png(mask: np.ndarray, palette: list[int] | None = None) -> bytes:
     stream = io.BytesIO()
     picture.save(stream, "PNG", compress_level=6)
     return stream.getvalue()
+
+
+def _json_number(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None  # JSON has no NaN
 
 
 def _renumbered(row: Row, numbers: Mapping[int, int]) -> np.ndarray:
