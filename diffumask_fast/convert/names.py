@@ -42,7 +42,7 @@ def key_of(name: str, number: int) -> str:
 
     Example:
         >>> key_of("2007_000032", 3), key_of("my dog (1)", 3)
-        ('2007_000032', 'my-dog--1--000003')
+        ('2007_000032', 'my-dog--1-000003')
     """
     check_text(name, "the name")
     if is_file_stem(name, "_-+."):
