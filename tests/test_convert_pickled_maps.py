@@ -78,6 +78,7 @@ def pickled(value):
         npy(b"\x80\x03" + b"r" + struct.pack("<I", 2**31) + b"."),  # a place that would take gigabytes
         npy(b"\x80\x03" + b"B" + struct.pack("<I", 2**31 - 1) + b"."),
         npy(b"\x80\x03" + b"N0" * 6000 + b"N."),
+        npy(pickled({0: MAPS[0]})[:2] + b"N0" + pickled({0: MAPS[0]})[2:]),  # a step that no array takes
         npy(pickled({})),
         npy(pickled([MAPS[0]])),
         npy(pickled({0: 5})),
