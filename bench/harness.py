@@ -6,8 +6,7 @@ import random
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diffumask_fast.borrow import patched_threads
 from diffumask_fast.kernels.tune import graphed
 
 CPU_PAIRS = 14
@@ -146,7 +146,7 @@ def race(
     if rounds < 1:
         raise ValueError(f"pairs is {pairs}: at least one round is needed")
     calls = graph_calls if cuda else 0
-    with _torch_threads(threads):
+    with patched_threads(threads):
         for workload in tuple(workloads.values()) * warmup:
             workload()
         if calls:
@@ -225,16 +225,6 @@ def _bounds(times: dict[str, list[float]], rounds: int, statistic: Statistic) ->
         values.append(raw - deviation)
     values.sort()
     return values[50], values[449]
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class live_tensor_bytes(TorchDispatchMode):
