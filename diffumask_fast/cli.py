@@ -12,6 +12,7 @@ import typer
 
 from diffumask_fast.bench.options import BenchOptions, CompareOptions, TuneOptions
 from diffumask_fast.console import log_to, progress_bar, run_program, say, stoppable
+from diffumask_fast.convert.options import ConvertOptions, ImportOptions
 from diffumask_fast.errors import DiffuMaskError, as_flags
 from diffumask_fast.export.options import ExportOptions
 from diffumask_fast.flags import with_flags
@@ -117,6 +118,37 @@ def filter_command(options: FilterOptions, log: LogFlag = None, as_json: JsonFla
         say(f"{name:24} {row['images']:7} {row['pruned']:7} {lowest:>12}")
     accepted = f"{summary['accepted']} of {summary['images']} images accepted"
     say(f"{accepted}. Look at {options.out / 'preview.png'}.")
+
+
+@app.command()
+@with_flags
+def convert(options: ConvertOptions, log: LogFlag = None, as_json: JsonFlag = False) -> None:
+    """Write a dataset in the format of other programs."""
+    log_to(log)
+    from diffumask_fast.convert import convert as converting
+
+    with stoppable("Stopped; run the same command again to finish."):
+        summary = converting.convert(options, progress=progress_bar)
+    if as_json:
+        say(json.dumps(summary))
+    else:
+        say(f"{summary['images']} images in {options.out}: {summary['train']} to train, {summary['val']} to validate.")
+
+
+@app.command("import")
+@with_flags
+def import_(options: ImportOptions, log: LogFlag = None, as_json: JsonFlag = False) -> None:
+    """Make a dataset of other programs' images and masks."""
+    log_to(log)
+    from diffumask_fast.convert import import_folder
+
+    with stoppable("Stopped; run the same command again to finish."):
+        summary = import_folder.import_folder(options, progress=progress_bar)
+    if as_json:
+        say(json.dumps(summary))
+    else:
+        left = f"; {summary['left_out']} without a class are left out" if summary["left_out"] else ""
+        say(f"{summary['images']} images imported{left}. Look at {options.out / 'preview.png'}.")
 
 
 @app.command()

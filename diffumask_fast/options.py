@@ -37,9 +37,9 @@ def option(default: Any, help: str, read: Reader | None = None, *, also: str | N
     return field(default=default, metadata={"help": help, "read": read, "also": also})
 
 
-def required(help: str, read: Reader | None = None) -> Any:
+def required(help: str, read: Reader | None = None, *, also: str | None = None) -> Any:
     """Return the field of an option that must be given."""
-    return field(metadata={"help": help, "read": read})
+    return field(metadata={"help": help, "read": read, "also": also})
 
 
 def argument(help: str, metavar: str | None = None) -> Any:

@@ -23,7 +23,7 @@ LAYERS = (
     ("dataset",),
     ("generation",),
     ("learning", "dropin", "doctor"),
-    ("bench",),
+    ("bench", "convert"),
     ("cli",),
     ("__main__",),
 )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -104,11 +105,18 @@ def class_names(rows: RowLookup) -> dict[int, str]:
     Raises:
         DiffuMaskError: an id or a name stands for two classes.
     """
-    pairs = [(entry["id"], entry["name"]) for entry in rows.manifest["classes"] if "id" in entry]
-    pairs += [pair for entry in rows.entries for pair in zip(entry.class_ids, entry.classes, strict=True)]
+    return named_classes(
+        rows.manifest,
+        (pair for entry in rows.entries for pair in zip(entry.class_ids, entry.classes, strict=True)),
+    )
+
+
+def named_classes(manifest: dict[str, Any], of_rows: Iterable[tuple[int, str]]) -> dict[int, str]:
+    """Return the classes of a dataset as `class_names` does, of its manifest and of (id, name) of its rows' classes."""
+    pairs = [(entry["id"], entry["name"]) for entry in manifest["classes"] if "id" in entry]
     names: dict[int, str] = {0: "background"}
     ids: dict[str, int] = {"background": 0}
-    for number, name in dict.fromkeys(pairs):
+    for number, name in dict.fromkeys(chain(pairs, of_rows)):
         if names.setdefault(number, name) != name:
             raise DiffuMaskError(f"id {number} stands for {names[number]} and for {name}: give each class its own id")
         if ids.setdefault(name, number) != number:

@@ -67,24 +67,27 @@ def dump_manifest(manifest: dict[str, Any]) -> bytes:
     return (json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def write_file(path: Path, data: bytes | memoryview, *, temporary: Path | None = None) -> None:
+def write_file(path: Path, data: bytes | memoryview, *, temporary: Path | None = None, flushed: bool = True) -> None:
     """Write a file whole or not at all.
 
     Args:
         path: of the file.
         data: its bytes.
         temporary: the name until it is whole, on the same file system; None is one beside it.
+        flushed: whether it is on the disk before it has its name; else a power cut may leave it empty.
 
     Raises:
         DiffuMaskError: it cannot be written; nothing is left of the attempt.
     """
-    with new_file(path, temporary) as file:
+    with new_file(path, temporary, flushed=flushed) as file:
         file.write(data)
 
 
 @contextmanager
-def new_file(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
+def new_file(path: Path, temporary: Path | None = None, *, flushed: bool = True) -> Iterator[BinaryIO]:
     """Give a file to write, which is at its place when the `with` statement ends, and nowhere if that fails.
+
+    Args: as of `write_file`.
 
     Raises:
         DiffuMaskError: it cannot be written; nothing is left of the attempt.
@@ -94,10 +97,12 @@ def new_file(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         with open(temporary, "xb") as file:  # a link that somebody has put there is not followed
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if flushed:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        if flushed:
+            sync_folder(path.parent)
     except OSError as error:
         _remove(temporary)
         raise explain(error, path.parent) from error

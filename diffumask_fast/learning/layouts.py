@@ -19,6 +19,7 @@ from diffumask_fast.prompts.vocabulary import Vocabulary, voc_palette
 IMAGE_MODES = ("RGB", "L", "P", "CMYK", "YCbCr", "RGBA", "LA")  # 8 bits a channel; all become RGB
 SUFFIXES = (".jpg", ".jpeg", ".png")
 BORDER = (224, 224, 192)  # VOC's colour of what is ignored, number 255 of its palette
+IGNORED = ["ignored", "224,224,192"]  # what stands for it in a labelmap.txt, for programs that read colours
 PNG_BIT_DEPTH = 24  # place of that byte in a PNG
 
 # Cityscapes' train ids, in their order, with the label id of each (the labels of the dataset's own scripts).
@@ -161,6 +162,7 @@ def _voc_classes(path: Path) -> tuple[dict[int, str], dict[int, tuple[int, ...]]
         names = {0: "background"} | {entry.id: entry.name for entry in Vocabulary.voc().entries}
         return names, {number: colours[number] for number in names} | {IGNORE: BORDER}
     lines = [line.split(":") for line in _lines(path) if not line.startswith("#")]
+    lines = [line for line in lines if line[:2] != IGNORED]
     try:
         names = {number: line[0] for number, line in enumerate(lines)}
         own = {number: tuple(map(int, line[1].split(","))) for number, line in enumerate(lines) if line[1]}

@@ -1,0 +1,141 @@
+"""One image on its way out: encoded as it is wanted, with a mask in the numbers of the format."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from diffumask_fast.convert.names import file_stem
+from diffumask_fast.dataset.reader import Row
+from diffumask_fast.dataset.schema import encode_png
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.pictures import decode_picture
+
+IGNORE = 255
+PILLOW = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "jpg": {"quality": 95, "subsampling": 0},
+    "png": {"compress_level": 6},
+    "webp": {"lossless": True},
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image to write.
+
+    Args:
+        name: of its files, without ending.
+        split: train or val.
+        number: of the item, from 1 on, over both splits.
+        image: the encoded picture.
+        suffix: of its file, with the dot.
+        mask: [H, W] uint8 in the numbers of the format: 0 background, 255 ignored.
+        classes: number -> name of the classes that it was made with.
+        facts: prompt, seed and the like, as JSON holds them.
+    """
+
+    name: str
+    split: str
+    number: int
+    image: bytes
+    suffix: str
+    mask: np.ndarray
+    classes: Mapping[int, str]
+    facts: Mapping[str, Any]
+
+    @property
+    def file_name(self) -> str:
+        """Name of the image's file."""
+        return self.name + self.suffix
+
+    def present(self) -> list[int]:
+        """Return the numbers of the classes in the mask, without background and ignored pixels."""
+        return [number for number in np.unique(self.mask).tolist() if number not in (0, IGNORE)]
+
+
+def make_item(row: Row, split: str, number: int, image_format: str, numbers: Mapping[int, int]) -> Item:
+    """Make an item of a row.
+
+    Args:
+        row: with all columns but the maps.
+        split: train or val.
+        number: of the item.
+        image_format: jpg, png or webp.
+        numbers: class id of the dataset -> number in the format.
+
+    Raises:
+        DiffuMaskError: a picture is damaged or too large, image and mask differ in size, or an id is no class.
+    """
+    stored = row.values["image"]["bytes"] or b""
+    picture = decode_picture(stored, f"the image of {row.key}", max_pixels=row.max_pixels)
+    if picture.mode != "RGB":
+        raise DiffuMaskError(f"the image of {row.key} has mode {picture.mode}: images have RGB")
+    if row.mask.shape != (picture.height, picture.width):
+        image, mask = f"{picture.height}x{picture.width}", "x".join(map(str, row.mask.shape))
+        raise DiffuMaskError(f"the image of {row.key} has {image} pixels and its mask {mask}: bring both to one size")
+    facts = {"key": row.key, "prompt": row.prompt, "negative_prompt": row.negative_prompt, "seed": row.seed}
+    facts |= {"classes": row.classes, "quality": [_json_number(value) for value in row.quality]}
+    return Item(
+        name=file_stem(row.key),
+        split=split,
+        number=number,
+        image=encode_image(stored, picture, image_format),
+        suffix=f".{image_format}",
+        mask=_renumbered(row, numbers),
+        classes={numbers[class_id]: name for class_id, name in zip(row.class_ids, row.classes, strict=True)},
+        facts=facts,
+    )
+
+
+def encode_image(stored: bytes, picture: Image.Image, image_format: str) -> bytes:
+    """Return a picture in the wanted format; stored so already, its bytes; its XMP is kept.
+
+    Args:
+        stored: its bytes.
+        picture: the same, decoded, RGB.
+        image_format: jpg, png or webp.
+    """
+    if picture.format == PILLOW[image_format]:
+        return stored
+    settings = dict(SETTINGS[image_format])
+    if xmp := picture.info.get("xmp", picture.info.get("XML:com.adobe.xmp")):
+        settings["xmp"] = xmp.encode() if isinstance(xmp, str) else xmp
+    stream = io.BytesIO()
+    picture.save(stream, PILLOW[image_format], **settings)
+    return stream.getvalue()
+
+
+def mask_png(mask: np.ndarray, palette: list[int] | None = None) -> bytes:
+    """Encode a mask as PNG: grey, its values the numbers of the classes; with a palette, in colours.
+
+    Args:
+        mask: [H, W] uint8.
+        palette: 768 numbers.
+    """
+    if palette is None:
+        return encode_png(mask)
+    picture = Image.fromarray(mask, "L")
+    picture.putpalette(palette)  # the mode becomes P
+    stream = io.BytesIO()
+    picture.save(stream, "PNG", compress_level=6)
+    return stream.getvalue()
+
+
+def _json_number(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None  # JSON has no NaN
+
+
+def _renumbered(row: Row, numbers: Mapping[int, int]) -> np.ndarray:
+    table = np.full(256, -1, np.int16)
+    table[0], table[IGNORE] = 0, IGNORE
+    table[list(numbers)] = list(numbers.values())
+    if unknown := [value for value in np.unique(row.mask).tolist() if table[value] < 0]:
+        raise DiffuMaskError(f"the mask of {row.key} holds {unknown[0]}, which is no class of the dataset")
+    return table[row.mask].astype(np.uint8)

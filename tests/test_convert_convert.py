@@ -1,0 +1,125 @@
+"""convert/convert.py: the same files whatever the number of processes, also after a kill."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from foreign import converted, dataset, killed_conversion
+from killed import kill_at
+from samples import contents
+
+from diffumask_fast.convert.convert import convert
+from diffumask_fast.convert.options import FORMATS, ConvertOptions
+from diffumask_fast.errors import DiffuMaskError
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from foreign import converted
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.options import ReadOptions
+if __name__ == "__main__":
+    source, out, to, workers, pixels = sys.argv[1:]
+    try:
+        converted(Path(source), Path(out), to, val=0.3, workers=int(workers), reading=ReadOptions(int(pixels)))
+    except DiffuMaskError as error:
+        sys.exit(str(error))
+"""
+
+
+@pytest.fixture
+def begin(tmp_path):
+    """Give a function that begins a conversion in a program of its own, which starts processes."""
+
+    def start(source, out, to, workers, pixels=10**6):
+        (tmp_path / "program.py").write_text(PROGRAM)
+        command = [sys.executable, tmp_path / "program.py", source, out, to, str(workers), str(pixels)]
+        environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return dataset(tmp_path_factory.mktemp("source") / "a")
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_again_it_does_nothing(source, tmp_path, to):
+    options = ConvertOptions(source, tmp_path / "b", to, val=0.3, workers=1)
+    summary = convert(options)
+    assert summary == {"folder": str(tmp_path / "b"), "format": to, "images": 11, "train": 8, "val": 3}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "b").rglob("*")}
+    assert convert(options) == summary
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "b").rglob("*")} == before
+    assert not any("000004" in str(path) for path in before)  # the rejected row
+    assert not any(path.name.startswith(".") for path in before)
+
+
+@pytest.mark.parametrize("to", ["coco", "webdataset"])
+def test_processes_make_no_difference(source, tmp_path, begin, to):
+    process = begin(source, tmp_path / "three", to, 3)
+    assert process.communicate()[1] == "" and process.returncode == 0
+    assert contents(converted(source, tmp_path / "one", to, val=0.3)) == contents(tmp_path / "three")
+
+
+def test_killed_it_ends_with_the_same_bytes(source, tmp_path):
+    whole = contents(converted(source, tmp_path / "whole", "coco", val=0.3))
+    # before the record, among the images of the first shard, in the second, before a list
+    for call in (1, 4, 9, 2):
+        kill_at(call, killed_conversion, source, tmp_path / "b")
+    assert contents(tmp_path / "b") != whole
+    converted(source, tmp_path / "b", "coco", val=0.3)
+    assert contents(tmp_path / "b") == whole
+
+
+def test_a_killed_parent_takes_its_processes_along(source, tmp_path, begin):
+    process = begin(source, tmp_path / "b", "voc", 2)
+    children = f"/proc/{process.pid}/task/{process.pid}/children"
+    while not (started := open(children).read().split()[1:]) and process.poll() is None:
+        time.sleep(0.02)
+    assert started
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    for _ in range(500):
+        if not any(_lives(int(child)) for child in started):
+            break
+        time.sleep(0.02)
+    assert not any(_lives(int(child)) for child in started)
+    converted(source, tmp_path / "b", "voc", val=0.3)
+    assert contents(tmp_path / "b") == contents(converted(source, tmp_path / "c", "voc", val=0.3))
+
+
+def _lives(pid):
+    try:
+        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_rejected_rows_when_they_are_asked_for(source, tmp_path):
+    out = converted(source, tmp_path / "b", "voc", all=True)
+    assert len(list((out / "JPEGImages").iterdir())) == 12
+
+
+def test_an_error_in_a_process_is_one_sentence_that_names_the_shard(source, tmp_path, begin):
+    process = begin(source, tmp_path / "b", "voc", 2, pixels=500)
+    sentence = process.communicate()[1].strip()
+    assert process.returncode == 1 and re.search(r"shard-0000\d.parquet: .*more than 500 pixels", sentence)
+    assert "\n" not in sentence and json.loads((tmp_path / "b" / "convert.json").read_text())["to"] == "voc"
+
+
+def test_folders_that_are_not_two(source, tmp_path):
+    for out in (source, source / "x", source.parent):
+        with pytest.raises(DiffuMaskError, match="one folder, or one lies in the other"):
+            converted(source, out, "voc")
+    with pytest.raises(DiffuMaskError, match="dataset.json is missing"):
+        converted(tmp_path / "nothing", tmp_path / "b", "voc")
+    with pytest.raises(DiffuMaskError, match="`to` must be one of voc, .*, not 'tfrecord'"):
+        converted(source, tmp_path / "b", "tfrecord")

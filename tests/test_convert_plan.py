@@ -1,0 +1,91 @@
+"""convert/plan.py: the split, by prompt; numbers of classes and items."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from foreign import dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffumask_fast.convert.options import ConvertOptions
+from diffumask_fast.convert.plan import choose, group_of, make_plan, number_classes, picked
+from diffumask_fast.dataset.reader import Row, read_manifest, shard_paths
+from diffumask_fast.errors import DiffuMaskError
+
+
+def planned(source, **options):
+    options = ConvertOptions(source, Path("nowhere"), "voc", **options)
+    return make_plan(read_manifest(source), options), options
+
+
+def test_images_of_one_prompt_are_on_one_side(tmp_path):
+    source = dataset(tmp_path / "a", 60)
+    plan, options = planned(source, val=0.2)
+    sides: dict[str, set[str]] = {}
+    for path in shard_paths(source):
+        for row in picked(path, options, ["key", "prompt"]):
+            sides.setdefault(row.prompt, set()).add(plan.split.of(row))
+    assert all(len(side) == 1 for side in sides.values()) and len(sides) == 30
+    assert plan.counts == {"train": 47, "val": 12}
+    other, _ = planned(source, val=0.2, seed=1)
+    assert other.counts == plan.counts and other.split.validation.isdisjoint(plan.split.validation)
+
+
+def test_prompts_that_differ_in_spaces_and_capitals_are_one():
+    rows = [
+        Row({"key": str(n), "prompt": text}) for n, text in enumerate(["A dog", " a  DOG ", "a dog.", "", "", "a\tdog"])
+    ]
+    groups = [group_of(row, 0) for row in rows]
+    assert groups[0] == groups[1] == groups[5] and len(set(groups)) == 4
+    assert groups[0] != group_of(rows[0], 1)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=30), st.floats(0.01, 0.9))
+def test_the_share_is_met_as_nearly_as_groups_allow(sizes, share):
+    chosen = choose(dict(enumerate(sizes)), share)
+    count, target = sum(sizes[group] for group in chosen), max(1, round(share * sum(sizes)))
+    assert 0 < len(chosen) < len(sizes)
+    assert count <= target or count == min(sizes)
+    left_out = [size for group, size in enumerate(sizes) if group not in chosen]
+    assert count == min(sizes) or all(count + size > target for size in left_out) or len(left_out) == 1
+
+
+def test_one_prompt_alone_is_not_split():
+    assert choose({5: 100}, 0) == frozenset()
+    with pytest.raises(DiffuMaskError, match="all images have one prompt.*`val=0`"):
+        choose({5: 100}, 0.1)
+
+
+def test_items_and_tars_are_numbered_without_gaps(tmp_path):
+    plan, options = planned(dataset(tmp_path / "a", 23), val=0.3)
+    first, tars = 1, Counter[str]()
+    for shard in plan.shards:
+        assert (shard.first, shard.tars) == (first, {"train": tars["train"], "val": tars["val"]})
+        splits = Counter(plan.split.of(row) for row in picked(shard.path, options, ["key", "prompt"]))
+        first += splits.total()
+        tars.update(set(splits))
+    assert first == 23 and plan.counts["train"] + plan.counts["val"] == 22  # one is rejected
+    assert planned(tmp_path / "a", all=True)[0].counts["train"] == 23
+
+
+def test_numbers_of_classes():
+    own, voc = {0: "background", 3: "x", 200: "y"}, {0: "background", 12: "dog"}
+    assert number_classes(own, "own") == {0: 0, 3: 3, 200: 200}
+    assert number_classes(own, "compact") == number_classes(own, "voc") == {0: 0, 3: 1, 200: 2}
+    assert number_classes(voc, "voc") == {0: 0, 12: 12} and number_classes(voc, "compact") == {0: 0, 12: 1}
+    assert number_classes({0: "background", 12: "cat"}, "voc") == {0: 0, 12: 1}
+
+
+def test_what_cannot_be_planned(tmp_path):
+    source = dataset(tmp_path / "a")
+    manifest = json.loads((source / "dataset.json").read_text())
+    manifest["options"]["augment"] = {}
+    options = ConvertOptions(source, Path("nowhere"), "voc", val=0.1)
+    with pytest.raises(DiffuMaskError, match="is augmented, so that parts of one image would be on both sides"):
+        make_plan(manifest, options)
+    (source / "data" / "shard-00001.parquet").unlink()
+    with pytest.raises(DiffuMaskError, match="is not finished"):
+        planned(source)
