@@ -1,5 +1,6 @@
 """convert/convert.py: the same files whatever the number of processes, also after a kill."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from foreign import converted, dataset, killed_conversion
@@ -40,9 +42,16 @@ def begin(tmp_path):
         (tmp_path / "program.py").write_text(PROGRAM)
         command = [sys.executable, tmp_path / "program.py", source, out, to, str(workers), str(pixels)]
         environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
-        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        begun.append(process)
+        return process
 
-    return start
+    begun = []
+    yield start
+    for process in begun:  # those it started too, whatever has failed
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +74,7 @@ def test_again_it_does_nothing(source, tmp_path, to):
 @pytest.mark.parametrize("to", ["coco", "webdataset"])
 def test_processes_make_no_difference(source, tmp_path, begin, to):
     process = begin(source, tmp_path / "three", to, 3)
-    assert process.communicate()[1] == "" and process.returncode == 0
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
     assert contents(converted(source, tmp_path / "one", to, val=0.3)) == contents(tmp_path / "three")
 
 
@@ -79,21 +88,49 @@ def test_killed_it_ends_with_the_same_bytes(source, tmp_path):
     assert contents(tmp_path / "b") == whole
 
 
-def test_a_killed_parent_takes_its_processes_along(source, tmp_path, begin):
-    process = begin(source, tmp_path / "b", "voc", 2)
-    children = f"/proc/{process.pid}/task/{process.pid}/children"
-    while not (started := open(children).read().split()[1:]) and process.poll() is None:
-        time.sleep(0.02)
-    assert started
+@pytest.mark.parametrize("moment", ["starting", "at work"])
+def test_a_killed_parent_takes_its_processes_along(tmp_path, begin, moment):
+    source, out = dataset(tmp_path / "a", 60), tmp_path / "b"
+    process, children = _begun_with_processes(begin, source, out, moment)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    for _ in range(500):
-        if not any(_lives(int(child)) for child in started):
-            break
-        time.sleep(0.02)
-    assert not any(_lives(int(child)) for child in started)
-    converted(source, tmp_path / "b", "voc", val=0.3)
-    assert contents(tmp_path / "b") == contents(converted(source, tmp_path / "c", "voc", val=0.3))
+    assert process.wait(30) == -signal.SIGKILL
+    assert _within(20, lambda: not any(map(_lives, children)))
+    assert len(list(out.glob("JPEGImages/*"))) < 59
+    converted(source, out, "voc", val=0.3)
+    assert contents(out) == contents(converted(source, tmp_path / "c", "voc", val=0.3))
+
+
+def test_nobody_else_writes_while_a_process_of_a_killed_parent_lives(tmp_path, begin):
+    source, out = dataset(tmp_path / "a", 60), tmp_path / "b"
+    process, children = _begun_with_processes(begin, source, out, "at work")
+    workers = [child for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+    assert len(workers) == 2
+    for pid in (workers[0], process.pid):
+        os.kill(pid, signal.SIGSTOP)
+    process.send_signal(signal.SIGKILL)
+    process.wait(30)
+    with pytest.raises(DiffuMaskError, match="another run is writing"):
+        converted(source, out, "voc", val=0.3)
+    os.kill(workers[0], signal.SIGCONT)
+    assert _within(20, lambda: not any(map(_lives, children)))
+    converted(source, out, "voc", val=0.3)
+
+
+def _begun_with_processes(begin, source, out, moment):
+    """Begin a conversion; return it and the processes that it started, before the first file or after it."""
+    process = begin(source, out, "voc", 2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    at_work = moment == "at work"
+    assert _within(60, lambda: list(out.glob("JPEGImages/*.png")) if at_work else len(children.read_text().split()) > 2)
+    return process, [int(child) for child in children.read_text().split()]
+
+
+def _within(seconds, condition):
+    """Wait until a condition holds; tell whether it does."""
+    end = time.monotonic() + seconds
+    while not (holds := condition()) and time.monotonic() < end:
+        time.sleep(0.005)
+    return holds
 
 
 def _lives(pid):
@@ -110,7 +147,7 @@ def test_rejected_rows_when_they_are_asked_for(source, tmp_path):
 
 def test_an_error_in_a_process_is_one_sentence_that_names_the_shard(source, tmp_path, begin):
     process = begin(source, tmp_path / "b", "voc", 2, pixels=500)
-    sentence = process.communicate()[1].strip()
+    sentence = process.communicate(timeout=60)[1].strip()
     assert process.returncode == 1 and re.search(r"shard-0000\d.parquet: .*more than 500 pixels", sentence)
     assert "\n" not in sentence and json.loads((tmp_path / "b" / "convert.json").read_text())["to"] == "voc"
 

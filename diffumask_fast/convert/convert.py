@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
@@ -19,7 +20,7 @@ from diffumask_fast.convert.formats import Format, Job, format_named
 from diffumask_fast.convert.item import Item, make_item
 from diffumask_fast.convert.options import ConvertOptions
 from diffumask_fast.convert.plan import SPLITS, Plan, Shard, Split, make_plan, number_classes, picked
-from diffumask_fast.convert.target import Target, digest, write_part
+from diffumask_fast.convert.target import Target, digest, join, write_part
 from diffumask_fast.dataset.derive import check_apart
 from diffumask_fast.dataset.reader import read_manifest
 from diffumask_fast.errors import DiffuMaskError
@@ -76,7 +77,7 @@ def _fill(target: Target, plan: Plan, options: ConvertOptions, progress: Callabl
     tasks = [_Task(job, options, plan.split, shard, numbers) for shard in plan.shards if not target.done(shard.index)]
     with progress(len(plan.shards)) as bar:
         bar_task = bar.add_task("shards", total=len(plan.shards), completed=len(plan.shards) - len(tasks))
-        for _ in _run(tasks, options.workers or len(os.sched_getaffinity(0))):
+        for _ in _run(tasks, target, options.workers or len(os.sched_getaffinity(0))):
             bar.advance(bar_task)
     kind.write_lists(job, lambda split: target.records(len(plan.shards), split))
 
@@ -106,7 +107,7 @@ class _Task:
             yield item
 
 
-def _run(tasks: list[_Task], workers: int) -> Iterator[None]:
+def _run(tasks: list[_Task], target: Target, workers: int) -> Iterator[None]:
     """Run the tasks, and yield after each."""
     workers = min(workers, len(tasks))
     if workers < 2:
@@ -116,7 +117,8 @@ def _run(tasks: list[_Task], workers: int) -> Iterator[None]:
         return
     # forked processes would inherit threads' locks in whatever state they are
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+    target.share()
+    with ProcessPoolExecutor(workers, context, _begin_process, (target.path,)) as pool:
         try:
             for done in as_completed([pool.submit(task.run) for task in tasks]):
                 yield done.result()
@@ -129,9 +131,13 @@ def _run(tasks: list[_Task], workers: int) -> Iterator[None]:
             pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """End this process as soon as the one that started it has ended, however: two may not write one file."""
+def _begin_process(out: Path) -> None:
+    """Lock the folder, and end as soon as the process that started this one has ended, however.
+
+    The pool's own pipes do not tell: each of its processes holds both ends, and waits at them for ever.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the work
+    join(out)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_exit_after, args=([parent.sentinel],), daemon=True).start()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -73,6 +75,10 @@ class Target:
                 left.unlink(missing_ok=True)
         folder(self.path, PARTS)
 
+    def share(self) -> None:
+        """Let the processes of this conversion `join`; until the last of them has ended, nobody else writes here."""
+        _share(self._descriptor)
+
     def done(self, index: int) -> bool:
         """Tell whether all files of a shard are written."""
         return part_path(self.path, index).exists()
@@ -96,6 +102,23 @@ class Target:
 
     def __exit__(self, *exception: object) -> None:
         os.close(self._descriptor)
+
+
+def join(path: Path) -> None:
+    """Lock a target's folder until this process ends, beside the conversion that it works for.
+
+    Raises:
+        BlockingIOError: that conversion has ended, and another one writes there.
+    """
+    _share(os.open(path, os.O_RDONLY))
+
+
+def _share(descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise  # elsewhere: a file system without locks
 
 
 def digest(manifest: dict[str, Any]) -> str:
