@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from samples import Drawn
 
 from diffumask_fast.convert.convert import convert
@@ -13,6 +14,7 @@ from diffumask_fast.dataset.run import open_run
 from diffumask_fast.prompts.request import Request
 
 CLASSES = {12: "dog", 21: "traffic light"}
+VOC_CLASSES = {12: "dog", 9: "chair"}
 SIZES = ((24, 40), (37, 29), (30, 30))
 REJECTED = 4
 
@@ -35,8 +37,15 @@ def drawn(index: int, classes: dict[int, str] = CLASSES) -> Drawn:
     mask[-4:, : width // 3], mask[-6:, -3:] = second, second
     mask[-3, 2] = 0
     image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    maps = np.stack([_small(mask == class_id) for class_id in classes])
     accepted = index != REJECTED
-    return Drawn(request, image, mask, [0.5, 0.25], None, accepted, "" if accepted else "too small")
+    return Drawn(request, image, mask, [0.5, 0.25], maps, accepted, "" if accepted else "too small")
+
+
+def _small(pixels: np.ndarray) -> np.ndarray:
+    """Return pixels [H, W] bool as a map [8, 8] uint8 of maximum 255."""
+    small = np.array(Image.fromarray(pixels).convert("F").resize((8, 8), Image.Resampling.BOX))
+    return np.round(small / small.max() * 255).astype(np.uint8)
 
 
 def dataset(folder: Path, num: int = 12, classes: dict[int, str] = CLASSES) -> Path:
@@ -60,6 +69,11 @@ def converted(source: Path, out: Path, to: str, **options) -> Path:
 def killed_conversion(source: Path, out: Path) -> None:
     """Called in a process of its own, which dies."""
     converted(source, out, "coco", val=0.3)
+
+
+def killed_lance(source: Path, out: Path) -> None:
+    """Called in a process of its own, which dies."""
+    converted(source, out, "lance", val=0.3)
 
 
 def fill(points: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from foreign import converted, dataset, killed_conversion
+from foreign import VOC_CLASSES, converted, dataset, killed_conversion
 from killed import kill_at
 from samples import contents
 
@@ -22,7 +22,7 @@ from diffumask_fast.errors import DiffuMaskError
 PROGRAM = """
 import sys
 from pathlib import Path
-from foreign import converted
+from foreign import VOC_CLASSES, converted
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.options import ReadOptions
 if __name__ == "__main__":
@@ -61,9 +61,13 @@ def source(tmp_path_factory):
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_again_it_does_nothing(source, tmp_path, to):
-    options = ConvertOptions(source, tmp_path / "b", to, val=0.3, workers=1)
+    if to == "reference":
+        source, val = dataset(tmp_path / "a", classes=VOC_CLASSES), 0
+    else:
+        val = 3
+    options = ConvertOptions(source, tmp_path / "b", to, val=val / 10, workers=1)
     summary = convert(options)
-    assert summary == {"folder": str(tmp_path / "b"), "format": to, "images": 11, "train": 8, "val": 3}
+    assert summary == {"folder": str(tmp_path / "b"), "format": to, "images": 11, "train": 11 - val, "val": val}
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "b").rglob("*")}
     assert convert(options) == summary
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "b").rglob("*")} == before

@@ -63,7 +63,7 @@ def test_items_and_tars_are_numbered_without_gaps(tmp_path):
     plan, options = planned(dataset(tmp_path / "a", 23), val=0.3)
     first, tars = 1, Counter[str]()
     for shard in plan.shards:
-        assert (shard.first, shard.tars) == (first, {"train": tars["train"], "val": tars["val"]})
+        assert (shard.first, shard.place) == (first, {"train": tars["train"], "val": tars["val"]})
         splits = Counter(plan.split.of(row) for row in picked(shard.path, options, ["key", "prompt"]))
         first += splits.total()
         tars.update(set(splits))

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from diffumask_fast.convert.formats import Format, Job, format_named
+from diffumask_fast.convert.formats import WITH_MAPS, Format, Job, format_named
 from diffumask_fast.convert.item import Item, make_item
 from diffumask_fast.convert.options import ConvertOptions
 from diffumask_fast.convert.plan import SPLITS, Plan, Shard, Split, make_plan, number_classes, picked
@@ -26,6 +26,7 @@ from diffumask_fast.dataset.reader import read_manifest
 from diffumask_fast.errors import DiffuMaskError
 
 COLUMNS = ("key", "image", "mask", "classes", "class_ids", "prompt", "negative_prompt", "seed", "quality")
+MAPS = ("maps", "map_sizes")
 
 
 def convert(
@@ -58,28 +59,34 @@ def convert(
     with Target(out, record | {"source": digest(manifest)}) as target:
         if (counts := target.finished) is None:
             plan = make_plan(manifest, options)
+            numbers = number_classes(plan.classes, format_named(options.to).NUMBERING)
             target.begin()
             counts = dict(plan.counts)
-            _fill(target, plan, options, progress)
+            _fill(target, plan, numbers, options, progress)
             target.finish(counts)
     return {"folder": str(out), "format": options.to, "images": sum(counts.values()), **counts}
 
 
-def _fill(target: Target, plan: Plan, options: ConvertOptions, progress: Callable[[int], Progress]) -> None:
-    kind = format_named(options.to)
-    numbers = number_classes(plan.classes, kind.NUMBERING)
+def _fill(
+    target: Target,
+    plan: Plan,
+    numbers: Mapping[int, int],
+    options: ConvertOptions,
+    progress: Callable[[int], Progress],
+) -> None:
     job = Job(
         out=options.out,
         classes={number: plan.classes[class_id] for class_id, number in numbers.items()},
         splits=tuple(split for split in SPLITS if plan.counts[split]),
         image_format=options.image_format,
+        images=sum(plan.counts.values()),
     )
     tasks = [_Task(job, options, plan.split, shard, numbers) for shard in plan.shards if not target.done(shard.index)]
     with progress(len(plan.shards)) as bar:
         bar_task = bar.add_task("shards", total=len(plan.shards), completed=len(plan.shards) - len(tasks))
         for _ in _run(tasks, target, options.workers or len(os.sched_getaffinity(0))):
             bar.advance(bar_task)
-    kind.write_lists(job, lambda split: target.records(len(plan.shards), split))
+    format_named(options.to).write_lists(job, lambda split: target.records(len(plan.shards), split))
 
 
 @dataclass(frozen=True)
@@ -98,8 +105,8 @@ class _Task:
         write_part(self.job.out, self.shard.index, kind.write_items(self.job, self.shard, self._items()))
 
     def _items(self) -> Iterator[Item]:
-        path = self.shard.path
-        for number, row in enumerate(picked(path, self.options, COLUMNS), self.shard.first):
+        path, columns = self.shard.path, COLUMNS + (MAPS if self.options.to in WITH_MAPS else ())
+        for number, row in enumerate(picked(path, self.options, columns), self.shard.first):
             try:
                 item = make_item(row, self.split.of(row), number, self.options.image_format, self.numbers)
             except DiffuMaskError as error:

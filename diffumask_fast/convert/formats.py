@@ -11,6 +11,7 @@ from diffumask_fast.convert.item import Item
 from diffumask_fast.convert.plan import Shard
 
 Records = Callable[[str], Iterable[dict[str, Any]]]  # split -> what was noted of its items, in their order
+WITH_MAPS = ("reference",)  # formats that hold the maps of the classes
 
 
 @dataclass(frozen=True)
@@ -22,18 +23,20 @@ class Job:
         classes: number in the files -> name, background included.
         splits: those that have items.
         image_format: jpg, png or webp.
+        images: their number, over all splits.
     """
 
     out: Path
     classes: Mapping[int, str]
     splits: tuple[str, ...]
     image_format: str
+    images: int
 
 
 class Format(Protocol):
     """What a module of a format has."""
 
-    NUMBERING: str  # own, compact or voc: see `plan.number_classes`
+    NUMBERING: str  # see `plan.number_classes`
 
     def write_items(self, job: Job, shard: Shard, items: Iterable[Item]) -> Iterator[dict[str, Any]]:
         """Write the files of a shard's items; yield what the lists need to know of each, `split` among it."""
@@ -44,10 +47,24 @@ class Format(Protocol):
 
 def format_named(name: str) -> Format:
     """Return the module of a format of `options.FORMATS`."""
-    from diffumask_fast.convert import coco, coco_panoptic, imagefolder, mmseg, voc, webdataset, yolo
+    if name == "reference":  # it loads torch
+        from diffumask_fast.convert import reference
+
+        return reference
+    from diffumask_fast.convert import (
+        coco,
+        coco_panoptic,
+        imagefolder,
+        label_studio,
+        lance,
+        mmseg,
+        voc,
+        webdataset,
+        yolo,
+    )
 
     modules: dict[str, Format] = {
         "voc": voc, "mmseg": mmseg, "coco": coco, "coco-panoptic": coco_panoptic, "yolo": yolo,
-        "webdataset": webdataset, "imagefolder": imagefolder,
+        "webdataset": webdataset, "imagefolder": imagefolder, "label-studio": label_studio, "lance": lance,
     }  # fmt: skip
     return modules[name]

@@ -34,26 +34,35 @@ class Item:
         name: of its files, without ending.
         split: train or val.
         number: of the item, from 1 on, over both splits.
-        image: the encoded picture.
-        suffix: of its file, with the dot.
+        stored: the picture, encoded as it is in the dataset.
+        picture: the same, decoded, RGB.
+        image_format: that it is written in: jpg, png or webp.
         mask: [H, W] uint8 in the numbers of the format: 0 background, 255 ignored.
         classes: number -> name of the classes that it was made with.
         facts: prompt, seed and the like, as JSON holds them.
+        maps: [K, h, w] uint8 of the classes, for formats that hold them, else None.
     """
 
     name: str
     split: str
     number: int
-    image: bytes
-    suffix: str
+    stored: bytes
+    picture: Image.Image
+    image_format: str
     mask: np.ndarray
     classes: Mapping[int, str]
     facts: Mapping[str, Any]
+    maps: np.ndarray | None
+
+    @property
+    def image(self) -> bytes:
+        """The encoded picture."""
+        return encode_image(self.stored, self.picture, self.image_format)
 
     @property
     def file_name(self) -> str:
         """Name of the image's file."""
-        return self.name + self.suffix
+        return f"{self.name}.{self.image_format}"
 
     def present(self) -> list[int]:
         """Return the numbers of the classes in the mask, without background and ignored pixels."""
@@ -64,14 +73,15 @@ def make_item(row: Row, split: str, number: int, image_format: str, numbers: Map
     """Make an item of a row.
 
     Args:
-        row: with all columns but the maps.
+        row: with all columns; the maps may be left out.
         split: train or val.
         number: of the item.
         image_format: jpg, png or webp.
         numbers: class id of the dataset -> number in the format.
 
     Raises:
-        DiffuMaskError: a picture is damaged or too large, image and mask differ in size, or an id is no class.
+        DiffuMaskError: a picture is damaged or too large, image and mask differ in size, an id is no class, or maps
+            are read and none are stored.
     """
     stored = row.values["image"]["bytes"] or b""
     picture = decode_picture(stored, f"the image of {row.key}", max_pixels=row.max_pixels)
@@ -80,17 +90,22 @@ def make_item(row: Row, split: str, number: int, image_format: str, numbers: Map
     if row.mask.shape != (picture.height, picture.width):
         image, mask = f"{picture.height}x{picture.width}", "x".join(map(str, row.mask.shape))
         raise DiffuMaskError(f"the image of {row.key} has {image} pixels and its mask {mask}: bring both to one size")
+    maps = row.maps if "maps" in row.values else None
+    if "maps" in row.values and maps is None:
+        raise DiffuMaskError(f"{row.key} has no maps, and this format holds maps: take another one")
     facts = {"key": row.key, "prompt": row.prompt, "negative_prompt": row.negative_prompt, "seed": row.seed}
     facts |= {"classes": row.classes, "quality": [_json_number(value) for value in row.quality]}
     return Item(
         name=file_stem(row.key),
         split=split,
         number=number,
-        image=encode_image(stored, picture, image_format),
-        suffix=f".{image_format}",
+        stored=stored,
+        picture=picture,
+        image_format=image_format,
         mask=_renumbered(row, numbers),
         classes={numbers[class_id]: name for class_id, name in zip(row.class_ids, row.classes, strict=True)},
         facts=facts,
+        maps=maps,
     )
 
 

@@ -9,6 +9,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.prompts.request import check_text, is_file_stem
 from diffumask_fast.prompts.vocabulary import ClassEntry
 
+IGNORED = "ignored"  # pixels that are, in formats that want a name for them
 LONGEST = 200  # bytes of a name, so that folders, endings and temporary names find room
 
 
@@ -60,11 +61,13 @@ def check_classes(classes: Mapping[int, str]) -> None:
         classes: number -> name; 0, the background, is passed over.
 
     Raises:
-        DiffuMaskError: a name or a number is none that a class may have.
+        DiffuMaskError: a name or a number is none that a class may have, or the name means pixels to ignore.
     """
     for number, name in classes.items():
         if number:
             ClassEntry(number, name, name)
+        if name == IGNORED:
+            raise DiffuMaskError(f"a class named {name} would be taken for pixels to ignore: give it another name")
 
 
 def inside(root: Path, name: object) -> Path:

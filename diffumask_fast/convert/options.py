@@ -4,9 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.options import Options, ReadOptions, argument, number, one_of, option, required, whole
 
-FORMATS = ("voc", "mmseg", "coco", "coco-panoptic", "yolo", "webdataset", "imagefolder")
+FORMATS = (
+    "voc", "mmseg", "coco", "coco-panoptic", "yolo", "webdataset", "imagefolder", "label-studio", "lance",
+    "reference",
+)  # fmt: skip
 IMPORTED = ("voc", "coco", "reference")
 
 
@@ -40,6 +44,11 @@ class ConvertOptions(Options):
     workers: int | None = option(None, "Processes; one for each CPU when left out.", whole(1, 256))
     all: bool = option(False, "Rejected rows too.")
     reading: ReadOptions = ReadOptions()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.to == "reference" and (self.val or self.image_format != "jpg"):
+            raise DiffuMaskError("`to=reference` has JPEG images and no splits: leave out `image_format` and `val`")
 
 
 @dataclass(frozen=True)

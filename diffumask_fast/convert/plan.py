@@ -30,13 +30,13 @@ class Shard:
         index: of the shard.
         path: of its file.
         first: number of its first item.
-        tars: for each split, how many shards before this one have items of it.
+        place: for each split, its number among the shards that have items of it, from 0 on.
     """
 
     index: int
     path: Path
     first: int
-    tars: Mapping[str, int]
+    place: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,12 @@ def make_plan(manifest: dict[str, Any], options: ConvertOptions) -> Plan:
 
 
 def _shards(paths: list[Path], counts: list[dict[str, int]]) -> Iterator[Shard]:
-    first, tars = 1, dict.fromkeys(SPLITS, 0)
+    first, place = 1, dict.fromkeys(SPLITS, 0)
     for index, (path, count) in enumerate(zip(paths, counts, strict=True)):
-        yield Shard(index, path, first, dict(tars))
+        yield Shard(index, path, first, dict(place))
         first += sum(count.values())
         for split in SPLITS:
-            tars[split] += count[split] > 0
+            place[split] += count[split] > 0
 
 
 def picked(path: Path, options: ConvertOptions, columns: Iterable[str]) -> Iterator[Row]:
@@ -163,11 +163,17 @@ def number_classes(classes: Mapping[int, str], how: str) -> dict[int, int]:
 
     Args:
         classes: id -> name.
-        how: own (the ids), compact (0, 1, 2, ... in the order of the ids), or voc: VOC's numbers where all classes are
-            VOC's, else compact.
+        how: own (the ids), compact (0, 1, 2, ... in the order of the ids), voc (VOC's numbers where all classes are
+            VOC's, else compact) or voc-only.
+
+    Raises:
+        DiffuMaskError: it is voc-only, and a class is none of VOC's.
     """
     voc = {entry.id: entry.name for entry in Vocabulary.voc().entries} | {0: "background"}
-    if how == "own" or (how == "voc" and classes.items() <= voc.items()):
+    strange = [name for class_id, name in classes.items() if voc.get(class_id) != name]
+    if how == "voc-only" and strange:
+        raise DiffuMaskError(f"{strange[0]} is none of VOC's classes, and this format has no others: take another one")
+    if how == "own" or (how.startswith("voc") and not strange):
         return {class_id: class_id for class_id in classes}
     return {class_id: number for number, class_id in enumerate(sorted(classes))}
 

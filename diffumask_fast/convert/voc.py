@@ -10,12 +10,13 @@ from typing import Any
 
 from diffumask_fast.convert.formats import Job, Records
 from diffumask_fast.convert.item import Item, mask_png
+from diffumask_fast.convert.names import IGNORED
 from diffumask_fast.convert.plan import Shard
 from diffumask_fast.convert.target import folder, put_file, write_lines
 from diffumask_fast.prompts.vocabulary import Vocabulary, voc_palette
 
 NUMBERING = "voc"
-IGNORED = ("ignored", "224,224,192")  # the palette's last colour: who reads colours must find each in the list
+IGNORED_COLOUR = "224,224,192"  # the palette's last colour: who reads colours must find each in the list
 
 
 def write_items(job: Job, shard: Shard, items: Iterable[Item]) -> Iterator[dict[str, Any]]:
@@ -46,4 +47,4 @@ def _labelmap(job: Job) -> Iterator[str]:
     yield "# label:color_rgb:parts:actions"
     for number, name in names.items():
         yield f"{name}:{','.join(map(str, palette[3 * number : 3 * number + 3]))}::"
-    yield f"{':'.join(IGNORED)}::"
+    yield f"{IGNORED}:{IGNORED_COLOUR}::"

@@ -26,13 +26,13 @@ def write_items(job: Job, shard: Shard, items: Iterable[Item]) -> Iterator[dict[
     with ExitStack() as stack:
         for item in items:
             if item.split not in tars:
-                path = job.out / f"{item.split}-{shard.tars[item.split]:06d}.tar"
+                path = job.out / f"{item.split}-{shard.place[item.split]:06d}.tar"
                 file = stack.enter_context(new_file(path, flushed=False))
                 tars[item.split] = stack.enter_context(
                     tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8")
                 )
             facts = dict(item.facts) | {"class_numbers": list(item.classes)}
-            _add(tars[item.split], f"{item.name}{item.suffix}", item.image)
+            _add(tars[item.split], item.file_name, item.image)
             _add(tars[item.split], f"{item.name}.mask.png", mask_png(item.mask))
             _add(tars[item.split], f"{item.name}.json", json.dumps(facts).encode())
             yield {"split": item.split}

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -19,9 +19,11 @@ from PIL import Image
 from diffumask_fast.dataset.folder import differences, lock
 from diffumask_fast.dataset.writer import make_folder, temporary_path, write_file
 from diffumask_fast.dropin.class_maps import SIDE
-from diffumask_fast.dropin.drawing import Drawing
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.own_files import check_no_link, check_own
+
+if TYPE_CHECKING:
+    from diffumask_fast.dropin.drawing import Drawing
 
 HEAD = 350  # bytes that all our .npy have in common
 
