@@ -7,6 +7,7 @@ place of `images`; its values are places in `names`, 255 ignored.
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from foreign import converted, dataset, fill, rows_by_name
 from PIL import Image
@@ -69,11 +70,43 @@ def test_no_folder_is_taken_for_another_task(tmp_path):
     assert described["train"] == described["val"] == "images/train"
 
 
-@pytest.mark.slow
-def test_every_polygon_and_mask_by_ultralytics(tmp_path, monkeypatch):
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
     for name, value in (("YOLO_CONFIG_DIR", str(tmp_path)), ("YOLO_OFFLINE", "1"), ("YOLO_AUTOINSTALL", "false")):
         monkeypatch.setenv(name, value)
     pytest.importorskip("ultralytics")
+
+
+@pytest.mark.slow
+def test_a_training_step_of_both_tasks_by_ultralytics(tmp_path, offline):
+    from ultralytics.cfg import get_cfg
+    from ultralytics.data.build import build_yolo_dataset
+    from ultralytics.data.utils import check_det_dataset
+    from ultralytics.nn.tasks import SegmentationModel, SemanticSegmentationModel
+
+    out = converted(dataset(tmp_path / "a"), tmp_path / "b", "yolo", val=0.3)
+    for task, name, kind, file in (
+        ("segment", "data.yaml", SegmentationModel, "yolo26n-seg.yaml"),
+        ("semantic", "semantic.yaml", SemanticSegmentationModel, "yolo26n-sem.yaml"),
+    ):
+        data, config = check_det_dataset(str(out / name), autodownload=False), get_cfg(overrides={"task": task})
+        config.imgsz = 64
+        examples = build_yolo_dataset(config, data["train"], 2, data, mode="train")
+        batch = examples.collate_fn([examples[index] for index in range(3)])
+        batch["img"] = batch["img"].float() / 255
+        model = kind(file, ch=3, nc=len(data["names"]), verbose=False)
+        model.args, model.names = config, data["names"]
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        optimizer = torch.optim.SGD(model.train().parameters(), 1e-3)
+        loss, _ = model.loss(batch)
+        loss.sum().backward()
+        optimizer.step()
+        assert loss.isfinite().all() and loss.sum() > 0
+        assert sum((new != old).any().item() for new, old in zip(model.parameters(), before, strict=True)) > 50
+
+
+@pytest.mark.slow
+def test_every_polygon_and_mask_by_ultralytics(tmp_path, offline):
     from ultralytics.cfg import get_cfg
     from ultralytics.data.build import build_yolo_dataset
     from ultralytics.data.utils import check_det_dataset, polygons2masks, read_mask
