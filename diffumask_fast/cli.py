@@ -132,7 +132,10 @@ def convert(options: ConvertOptions, log: LogFlag = None, as_json: JsonFlag = Fa
     if as_json:
         say(json.dumps(summary))
     else:
-        say(f"{summary['images']} images in {options.out}: {summary['train']} to train, {summary['val']} to validate.")
+        rate = summary["images_per_s"]
+        written = f"{rate} images/s" if rate else "complete: nothing was left to write"
+        splits = f"{summary['train']} to train, {summary['val']} to validate"
+        say(f"{summary['images']} images in {options.out}: {splits}; {written}.")
 
 
 @app.command("import")

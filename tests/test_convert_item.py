@@ -51,7 +51,9 @@ def test_the_mark_of_what_made_the_image_is_kept(image_format):
     Image.fromarray(drawn(3).image).save(stream, "PNG", pnginfo=info)
     picture = Image.open(io.BytesIO(stream.getvalue()))
     picture.load()
-    assert xmp in encode_image(stream.getvalue(), picture, image_format)
+    for one in (picture, picture.resize((64, 64))):
+        written = Image.open(io.BytesIO(encode_image(b"", one, image_format)))
+        assert (written.format, written.info["xmp"]) == ({"jpg": "JPEG", "webp": "WEBP"}[image_format], xmp)
 
 
 def test_numbers_of_classes_and_ignored_pixels():

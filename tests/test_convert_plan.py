@@ -66,6 +66,7 @@ def test_items_and_tars_are_numbered_without_gaps(tmp_path):
         assert (shard.first, shard.place) == (first, {"train": tars["train"], "val": tars["val"]})
         splits = Counter(plan.split.of(row) for row in picked(shard.path, options, ["key", "prompt"]))
         first += splits.total()
+        assert splits.total() == shard.count
         tars.update(set(splits))
     assert first == 23 and plan.counts["train"] + plan.counts["val"] == 22  # one is rejected
     assert planned(tmp_path / "a", all=True)[0].counts["train"] == 23

@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 from foreign import rows_by_name
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from diffumask_fast.convert.import_folder import import_folder
@@ -56,6 +58,29 @@ def test_masks_can_be_made_anew(folder, tmp_path):
     remask(tmp_path / "b", tmp_path / "other", MaskOptions(threshold=0.8))
     first, same, other = (rows_by_name(tmp_path / name)["image_dog_200001"].mask for name in ("b", "same", "other"))
     assert (first == same).all() and 0 < (other == 12).sum() < (first == 12).sum()
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_damaged_files_are_one_sentence(tmp_path, data):
+    folder, stem = tmp_path / FOLDER, "image_dog_200001"
+    for name in ("train_image", "npy"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (32, 24), "red").save(folder / "train_image" / f"{stem}.jpg")
+    np.save(folder / "npy" / f"{stem}.npy", {11: np.eye(16, dtype=np.float32), 14: np.ones((16, 16), np.float32)})
+    (folder / "prompts.jsonl").write_text(json.dumps({"image": stem, "prompt": "a dog", "seed": 7}) + "\n")
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    path = data.draw(st.sampled_from(files))
+    whole = path.read_bytes()
+    place = data.draw(st.integers(0, min(len(whole) - 1, 900)) | st.integers(0, len(whole) - 1))
+    damage = data.draw(st.binary(max_size=9))
+    path.write_bytes(whole[:place] + damage + whole[place + data.draw(st.integers(0, 9)) :])
+    try:
+        source = ReferenceFolder(folder, None, 10**6)
+        for index in range(len(source)):
+            assert source.head(index).class_ids is not None and source.pixels(index).mask.dtype == np.uint8
+    except DiffuMaskError as error:
+        assert "\n" not in str(error)
 
 
 def test_what_is_missing_or_strange_is_one_sentence(folder, tmp_path):

@@ -30,12 +30,14 @@ class Shard:
         index: of the shard.
         path: of its file.
         first: number of its first item.
+        count: of its items.
         place: for each split, its number among the shards that have items of it, from 0 on.
     """
 
     index: int
     path: Path
     first: int
+    count: int
     place: Mapping[str, int]
 
 
@@ -112,7 +114,7 @@ def make_plan(manifest: dict[str, Any], options: ConvertOptions) -> Plan:
 def _shards(paths: list[Path], counts: list[dict[str, int]]) -> Iterator[Shard]:
     first, place = 1, dict.fromkeys(SPLITS, 0)
     for index, (path, count) in enumerate(zip(paths, counts, strict=True)):
-        yield Shard(index, path, first, dict(place))
+        yield Shard(index, path, first, sum(count.values()), dict(place))
         first += sum(count.values())
         for split in SPLITS:
             place[split] += count[split] > 0
