@@ -52,8 +52,20 @@ def test_the_mark_of_what_made_the_image_is_kept(image_format):
     picture = Image.open(io.BytesIO(stream.getvalue()))
     picture.load()
     for one in (picture, picture.resize((64, 64))):
-        written = Image.open(io.BytesIO(encode_image(b"", one, image_format)))
+        written = Image.open(io.BytesIO(encode_image(b"", one, image_format, "x")))
         assert (written.format, written.info["xmp"]) == ({"jpg": "JPEG", "webp": "WEBP"}[image_format], xmp)
+
+
+@pytest.mark.parametrize(
+    ("image_format", "size", "xmp"),
+    [("jpg", (1, 65501), b""), ("webp", (16384, 1), b""), ("jpg", (1, 1), b"x" * 70000)],
+)
+def test_what_a_format_does_not_hold_is_one_sentence(image_format, size, xmp):
+    picture = Image.new("RGB", size)
+    picture.info["xmp"] = xmp
+    with pytest.raises(DiffuMaskError, match=r"the image dog-000001 of \d+x\d+ pixels cannot be written as") as error:
+        encode_image(b"", picture, image_format, "dog-000001")
+    assert "give another `image_format`" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_numbers_of_classes_and_ignored_pixels():

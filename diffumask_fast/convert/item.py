@@ -57,7 +57,7 @@ class Item:
     @property
     def image(self) -> bytes:
         """The encoded picture."""
-        return encode_image(self.stored, self.picture, self.image_format)
+        return encode_image(self.stored, self.picture, self.image_format, self.name)
 
     @property
     def file_name(self) -> str:
@@ -109,13 +109,17 @@ def make_item(row: Row, split: str, number: int, image_format: str, numbers: Map
     )
 
 
-def encode_image(stored: bytes, picture: Image.Image, image_format: str) -> bytes:
+def encode_image(stored: bytes, picture: Image.Image, image_format: str, name: str) -> bytes:
     """Return a picture in the wanted format; stored so already, its bytes; its XMP is kept.
 
     Args:
         stored: its bytes.
         picture: the same, decoded, RGB.
         image_format: jpg, png or webp.
+        name: of the image, for an error.
+
+    Raises:
+        DiffuMaskError: the format does not hold it: it is too wide or too high, or its XMP too long.
     """
     if picture.format == PILLOW[image_format]:
         return stored
@@ -123,7 +127,13 @@ def encode_image(stored: bytes, picture: Image.Image, image_format: str) -> byte
     if xmp := picture.info.get("xmp", picture.info.get("XML:com.adobe.xmp")):
         settings["xmp"] = xmp.encode() if isinstance(xmp, str) else xmp
     stream = io.BytesIO()
-    picture.save(stream, PILLOW[image_format], **settings)
+    try:
+        picture.save(stream, PILLOW[image_format], **settings)
+    except (OSError, ValueError) as error:
+        kind, size = PILLOW[image_format], f"{picture.height}x{picture.width} pixels"
+        raise DiffuMaskError(
+            f"the image {name} of {size} cannot be written as {kind} ({error}): give another `image_format`"
+        ) from error
     return stream.getvalue()
 
 

@@ -34,7 +34,7 @@ def write_items(job: Job, shard: Shard, items: Iterable[Item]) -> Iterator[dict[
         stem = f"image_{name}_{item.number}"
         picture = item.picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         put_file(folder(job.out, place, "npy") / f"{stem}.npy", pack_maps(_maps(item)))
-        put_file(folder(job.out, place, "train_image") / f"{stem}.jpg", encode_image(b"", picture, "jpg"))
+        put_file(folder(job.out, place, "train_image") / f"{stem}.jpg", encode_image(b"", picture, "jpg", stem))
         facts = {name: item.facts[name] for name in ("prompt", "seed", "key")}
         yield {"split": item.split, "folder": place, "line": {"image": stem, "class": name, **facts}}
 
