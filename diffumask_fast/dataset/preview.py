@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from diffumask_fast.dataset.reader import Row, read_rows
 from diffumask_fast.dataset.schema import PNG_LEVEL, PREVIEW
-from diffumask_fast.dataset.writer import write_file
+from diffumask_fast.dataset.writer import temporary_path, write_file
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.options import MAX_PIXELS, checked, whole
 from diffumask_fast.own_files import SIGN, check_own
@@ -22,7 +22,13 @@ _GAP, _SEAM, _LINE = 10, 2, 17
 
 
 def write_preview(
-    folder: str | Path, limit: int = 24, side: int = 160, columns: int = 3, *, max_pixels: int = MAX_PIXELS
+    folder: str | Path,
+    limit: int = 24,
+    side: int = 160,
+    columns: int = 3,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    tag: str = "",
 ) -> Path:
     """Write `preview.png` into a dataset: its first rows, rejected ones with their reason in red.
 
@@ -34,6 +40,7 @@ def write_preview(
         side: longest side of each picture; pictures are made smaller, never larger.
         columns: samples beside each other.
         max_pixels: of a picture that is decoded.
+        tag: as for `writer.temporary_path`.
 
     Returns:
         The sheet's path.
@@ -49,7 +56,7 @@ def write_preview(
     if not tiles:
         raise DiffuMaskError(f"{folder} holds no sample to show: draw some first")
     path = Path(folder) / PREVIEW
-    write_png(path, sheet(tiles, columns))
+    write_png(path, sheet(tiles, columns), tag)
     return path
 
 
@@ -63,7 +70,7 @@ def sheet(tiles: list[Image.Image], columns: int) -> Image.Image:
     return page
 
 
-def write_png(path: Path, picture: Image.Image) -> None:
+def write_png(path: Path, picture: Image.Image, tag: str = "") -> None:
     """Write a picture, whole or not at all.
 
     Raises:
@@ -73,7 +80,7 @@ def write_png(path: Path, picture: Image.Image) -> None:
     stream, note = io.BytesIO(), PngInfo()
     note.add_text("Software", SIGN)
     picture.save(stream, "PNG", compress_level=PNG_LEVEL, pnginfo=note)
-    write_file(path, stream.getvalue())
+    write_file(path, stream.getvalue(), temporary=temporary_path(path, tag))
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.5) -> np.ndarray:

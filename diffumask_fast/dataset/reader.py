@@ -116,6 +116,17 @@ def read_rows(
     paths = shard_paths(folder)
     if not paths:
         raise DiffuMaskError(f"{folder} holds no data/shard-*.parquet: name the folder that generate wrote")
+    return read_paths(paths, accepted_only=accepted_only, columns=columns, max_pixels=max_pixels)
+
+
+def read_paths(
+    paths: Iterable[Path],
+    *,
+    accepted_only: bool = True,
+    columns: Sequence[str] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Iterator[Row]:
+    """Yield the rows of some shards, as `read_rows`."""
     wanted = None
     if columns is not None:
         if unknown := set(columns) - set(AUGMENTED_SCHEMA.names):

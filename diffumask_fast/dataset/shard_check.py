@@ -60,20 +60,23 @@ def mark_of(manifest: dict[str, Any], index: int, names: Iterable[tuple[str, int
     return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
 
-def done_shards(folder: Path, manifest: dict[str, Any], planned: Callable[[int], bytes]) -> set[int]:
+def done_shards(
+    folder: Path, manifest: dict[str, Any], planned: Callable[[int], bytes], indices: Iterable[int] | None = None
+) -> set[int]:
     """Return which shards need not be made; one that is damaged is not among them, and a warning names it.
 
     Args:
         folder: of the dataset.
         manifest: of the dataset.
         planned: gives the `names_digest` of a shard.
+        indices: of the shards that are looked at; None is all.
 
     Raises:
         DiffuMaskError: there is a file that is not of this dataset, which is not to be replaced.
     """
     check_names(folder, manifest)
     done, left = set(), READ_WHOLE
-    for index in range(manifest["plan"]["shards"]):
+    for index in range(manifest["plan"]["shards"]) if indices is None else indices:
         path = shard_path(folder, index)
         check_no_link(path)
         if not path.exists():

@@ -30,7 +30,9 @@ def shard_path(folder: str | Path, index: int) -> Path:
     return Path(folder) / "data" / f"shard-{index:05d}.parquet"
 
 
-def write_shard(folder: str | Path, index: int, rows: Iterable[dict[str, Any]], mark: str | None = None) -> Path:
+def write_shard(
+    folder: str | Path, index: int, rows: Iterable[dict[str, Any]], mark: str | None = None, tag: str = ""
+) -> Path:
     """Write rows as a shard, some at a time; equal rows give equal bytes.
 
     Args:
@@ -38,6 +40,7 @@ def write_shard(folder: str | Path, index: int, rows: Iterable[dict[str, Any]], 
         index: of the shard.
         rows: as `make_row` makes them; with the columns of augmented rows, all have them.
         mark: what `shard_check.mark_of` gives, by which the shard is known again.
+        tag: as for `temporary_path`.
 
     Returns:
         The shard's path, at which it is there whole or not at all.
@@ -51,7 +54,7 @@ def write_shard(folder: str | Path, index: int, rows: Iterable[dict[str, Any]], 
     if mark is not None:
         schema = schema.with_metadata({**schema.metadata, MARK: mark})
     rows = chain(first, rows)
-    with new_file(path) as file, pq.ParquetWriter(
+    with new_file(path, temporary_path(path, tag)) as file, pq.ParquetWriter(
         file, schema, compression="zstd", compression_level=3, use_dictionary=False, version="2.6",
         write_page_checksum=True,
     ) as writer:  # fmt: skip
@@ -118,9 +121,14 @@ def make_folder(path: Path) -> None:
         raise explain(error, path) from error
 
 
-def temporary_path(path: Path) -> Path:
-    """Return the name under which a file is written; no reader of datasets picks it up."""
-    return path.with_name(f".{path.name}.tmp")
+def temporary_path(path: Path, tag: str = "") -> Path:
+    """Return the name under which a file is written; no reader of datasets picks it up.
+
+    Args:
+        path: of the file.
+        tag: of the part of a run that writes it; other processes write under other names.
+    """
+    return path.with_name(f".{path.name}.{tag}.tmp" if tag else f".{path.name}.tmp")
 
 
 def sync_folder(folder: Path) -> None:
