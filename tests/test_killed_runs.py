@@ -11,6 +11,7 @@ from unittest.mock import patch
 import pytest
 from samples import contents
 
+from diffumask_fast.dataset.parts import Part
 from diffumask_fast.generation.options import GenerateOptions
 
 SETTINGS = {"seed": 3, "device": "cpu", "batch_size": 2, "shard_size": 2}
@@ -87,9 +88,9 @@ def a_part_killed_and_run_again(settings, out, count, seconds, rng):
     """Draw parts at once, kill one of them, draw it again beside the others."""
     victim = rng.randrange(count)
     with ExitStack() as stack:
-        parts = [stack.enter_context(started(out=out, part=(part, count), **settings)) for part in range(count)]
+        parts = [stack.enter_context(started(out=out, part=Part(part, count), **settings)) for part in range(count)]
         alive = kill_after_a_shard(parts[victim], out, set(), seconds)
-        parts[victim] = stack.enter_context(started(out=out, part=(victim, count), **settings))
+        parts[victim] = stack.enter_context(started(out=out, part=Part(victim, count), **settings))
         assert [ended(process) for process in parts] == [0] * count
     return alive
 

@@ -30,7 +30,7 @@ def test_a_part_is_read_as_it_is_written():
     assert str(Part(1, 4)) == "1/4"
 
 
-@pytest.mark.parametrize("text", ["4/4", "1", "a/b", "-1/2", "1/0", "0/0", "1/2/3", "", "1.0/2", (4, 4), (1,), 3])
+@pytest.mark.parametrize("text", ["4/4", "1", "a/b", "-1/2", "1/0", "0/0", "1/2/3", "", "1.0/2", Part(4, 4), 3, True])
 def test_what_is_no_part_is_refused(text):
     with pytest.raises(
         DiffuMaskError, match="`part` must be i/n with i from 0 to n - 1: the first of four parts is 0/4"
@@ -61,7 +61,7 @@ def test_more_parts_than_shards(tmp_path):
 
 
 def test_a_part_writes_its_own_shards_alone(tmp_path):
-    with begin(tmp_path, part=A) as run, pytest.raises(DiffuMaskError, match="shard 1 is not one of part 0/2"):
+    with begin(tmp_path, part=A) as run, pytest.raises(DiffuMaskError, match="shard 1 is none of part 0/2"):
         run.write(1, [draw(request) for request in run.requests_of(1)])
 
 

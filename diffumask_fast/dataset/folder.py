@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
@@ -14,15 +14,93 @@ from diffumask_fast.dataset.locks import Lock, Taken, is_taken
 from diffumask_fast.dataset.parts import Part
 from diffumask_fast.dataset.reader import read_manifest, shard_paths
 from diffumask_fast.dataset.schema import MANIFEST, PREVIEW
+from diffumask_fast.dataset.storage import Place, check_own_place, place
 from diffumask_fast.dataset.writer import dump_manifest, explain, make_folder, temporary_path, write_file
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.own_files import check_no_link, check_own
+from diffumask_fast.own_files import check_no_link
 
 WRITTEN = (MANIFEST, "*.png", "data/shard-*.parquet")
 
 
-class DatasetFolder:
-    """A dataset's folder, locked until it is closed or the process ends.
+class DatasetPlace:
+    """What is written of a dataset at a place; made by `open_folder`, to be used in a `with` statement.
+
+    Here it is an address: an object store has no locks and keeps nothing half-written.
+
+    Args:
+        path: of the dataset.
+        part: of a run that is written; None is a whole one.
+    """
+
+    close: Callable[[], object] = staticmethod(lambda: None)  # lets others write in the folder
+
+    def __init__(self, path: Place, part: Part | None = None) -> None:
+        self.path, self.part = path, part
+        check_own_place(path / PREVIEW)
+
+    @property
+    def tag(self) -> str:
+        """What the names of temporary files bear."""
+        return self.part.tag if self.part else ""
+
+    @contextmanager
+    def beginning(self) -> Iterator[bool]:
+        """Keep other parts from beginning or ending while the manifest is compared or written.
+
+        Returns:
+            Whether the folder may become another dataset, if there are no shards: not while other parts draw, or may
+            do so where there are no locks.
+
+        Raises:
+            DiffuMaskError: another process draws this part, or parts of another number.
+        """
+        yield self.part is None
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Keep other parts from beginning or ending while what concerns the whole run is written."""
+        yield
+
+    def begun(self, free: bool = True) -> dict[str, Any] | None:
+        """Return the manifest; None where there is none yet.
+
+        Args:
+            free: None too where no shard was written yet, for then the folder may become another dataset.
+
+        Raises:
+            DiffuMaskError: there are shards without a manifest, or a manifest that is not a dataset's.
+        """
+        begun, drawn = (self.path / MANIFEST).exists(), bool(shard_paths(self.path))
+        if drawn and not begun:
+            raise DiffuMaskError(f"{self.path} holds shards but no {MANIFEST}: use another folder")
+        there = read_manifest(self.path) if begun else None
+        return there if drawn or not free else None
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        """Write `dataset.json`."""
+        write_file(self.path / MANIFEST, dump_manifest(manifest), self.tag)
+
+    def write_first(self, manifest: dict[str, Any]) -> dict[str, Any] | None:
+        """Write `dataset.json` where `begun` found none; return it if another part has just been faster."""
+        path = self.path / MANIFEST
+        if isinstance(path, Path) or self.part is None:
+            self.write_manifest(manifest)
+            return None
+        try:
+            path.put(dump_manifest(manifest), new=True)
+        except FileExistsError:
+            return read_manifest(self.path)
+        return None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class DatasetFolder(DatasetPlace):
+    """A dataset's local folder, locked until it is closed or the process ends.
 
     It is one writer's, or that of the parts of one run: each part locks a file of its own, which goes when it ends.
     What a killed writer left half-written is removed.
@@ -35,10 +113,13 @@ class DatasetFolder:
         DiffuMaskError: it cannot be written, another process is writing in it, or a name of ours in it is a link.
     """
 
-    def __init__(self, path: str | Path, part: Part | None = None) -> None:
-        self.path, self.part = Path(path), part
-        self._check_links()
-        make_folder(self.path / "data")
+    path: Path
+
+    def __init__(self, path: Path, part: Part | None = None) -> None:
+        for name in ("data", MANIFEST):
+            check_no_link(path / name)
+        super().__init__(path, part)
+        make_folder(path / "data")
         self._locks: list[Lock] = []
         self.close = weakref.finalize(self, _release, self._locks)  # lets others write in the folder
         try:
@@ -48,17 +129,6 @@ class DatasetFolder:
         except OSError as error:
             raise explain(error, self.path) from error
 
-    @property
-    def tag(self) -> str:
-        """What the names of temporary files bear."""
-        return self.part.tag if self.part else ""
-
-    def _check_links(self) -> None:
-        """Raise where one of our names is a link, or our picture's name is another's file."""
-        for place in (self.path / "data", self.path / MANIFEST):
-            check_no_link(place)
-        check_own(self.path / PREVIEW)
-
     def _lock(self) -> Lock:
         try:
             return Lock(self.path, shared=self.part is not None)
@@ -67,7 +137,7 @@ class DatasetFolder:
                 raise DiffuMaskError(
                     f"parts of a run are being drawn in {self.path}: wait for them to end, or draw one with `part`"
                 ) from taken
-            raise DiffuMaskError(f"another run is writing in {self.path}: wait for it to end") from taken
+            raise _in_use(self.path) from taken
 
     def _remove_leftovers(self) -> None:
         """Remove what killed writers left, those of all parts; nobody else may be at work."""
@@ -85,15 +155,7 @@ class DatasetFolder:
 
     @contextmanager
     def beginning(self) -> Iterator[bool]:
-        """Keep other parts from beginning or ending while the manifest is compared or written.
-
-        Returns:
-            Whether the folder may become another dataset, if there are no shards: not while other parts draw, or may
-            do so on a file system without locks.
-
-        Raises:
-            DiffuMaskError: another process draws this part, or parts of another number.
-        """
+        """Also lock the part; see `DatasetPlace.beginning`."""
         with self._undisturbed():
             yield self.part is None or self._join(self.part)
 
@@ -136,7 +198,7 @@ class DatasetFolder:
 
     @contextmanager
     def ending(self) -> Iterator[None]:
-        """Keep other parts from beginning or ending while what concerns the whole run is written."""
+        """Also remove what killed parts left; see `DatasetPlace.ending`."""
         with self._undisturbed():
             if len(self._locks) > 1:
                 self._other_parts()
@@ -151,31 +213,19 @@ class DatasetFolder:
         except OSError as error:
             raise explain(error, self.path) from error
 
-    def begun(self, free: bool = True) -> dict[str, Any] | None:
-        """Return the manifest; None where there is none yet.
 
-        Args:
-            free: None too where no shard was written yet, for then the folder may become another dataset.
+def open_folder(where: str | Place, part: Part | None = None) -> DatasetPlace:
+    """Begin to write at a place.
 
-        Raises:
-            DiffuMaskError: there are shards without a manifest, or a manifest that is not a dataset's.
-        """
-        begun, drawn = (self.path / MANIFEST).exists(), bool(shard_paths(self.path))
-        if drawn and not begun:
-            raise DiffuMaskError(f"{self.path} holds shards but no {MANIFEST}: use another folder")
-        there = read_manifest(self.path) if begun else None
-        return there if drawn or not free else None
+    Args:
+        where: of the dataset.
+        part: of a run that is written; None is a whole one.
 
-    def write_manifest(self, manifest: dict[str, Any]) -> None:
-        """Write `dataset.json`."""
-        path = self.path / MANIFEST
-        write_file(path, dump_manifest(manifest), temporary=temporary_path(path, self.tag))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    Raises:
+        DiffuMaskError: it cannot be written, another process is writing in it, or a name of ours in it is a link.
+    """
+    path = place(where)
+    return DatasetFolder(path, part) if isinstance(path, Path) else DatasetPlace(path, part)
 
 
 def _part_lock(tag: str) -> str:
@@ -185,6 +235,22 @@ def _part_lock(tag: str) -> str:
 def _release(locks: list[Lock]) -> None:
     while locks:
         locks.pop().release()
+
+
+def lock(path: Path) -> int:
+    """Lock a folder against other processes; return its descriptor, which holds the lock until it is closed.
+
+    Raises:
+        DiffuMaskError: another process has locked it.
+    """
+    try:
+        return Lock(path).descriptor
+    except Taken as taken:
+        raise _in_use(path) from taken
+
+
+def _in_use(path: Path) -> DiffuMaskError:
+    return DiffuMaskError(f"another run is writing in {path}: wait for it to end")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

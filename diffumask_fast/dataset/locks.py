@@ -33,7 +33,7 @@ class Lock:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW if make else os.O_RDONLY
         kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
         while True:
-            self._descriptor = os.open(path, flags, 0o666)
+            self.descriptor = os.open(path, flags, 0o666)
             self.works = self._locked(kind)  # False on a file system without locks
             if not make or self._is_there():
                 return
@@ -41,7 +41,7 @@ class Lock:
 
     def _locked(self, kind: int) -> bool:
         try:
-            fcntl.flock(self._descriptor, kind)
+            fcntl.flock(self.descriptor, kind)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 self.close()
@@ -54,13 +54,13 @@ class Lock:
 
     def _is_there(self) -> bool:
         try:
-            return os.path.samestat(os.fstat(self._descriptor), os.stat(self.path, follow_symlinks=False))
+            return os.path.samestat(os.fstat(self.descriptor), os.stat(self.path, follow_symlinks=False))
         except FileNotFoundError:
             return False
 
     def close(self) -> None:
         """Let go of it."""
-        os.close(self._descriptor)
+        os.close(self.descriptor)
 
     def __enter__(self) -> Self:
         return self

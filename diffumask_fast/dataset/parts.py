@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from diffumask_fast.options import Reader
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """The shards index, index + count, index + 2 count ... of a run.
 
     Args:
@@ -36,8 +38,7 @@ def part_of() -> Reader:
     """Allow i/n as text, i from 0 to n - 1."""
 
     def read(value: Any) -> Part:
-        text = f"{value[0]}/{value[1]}" if isinstance(value, tuple) and len(value) == 2 else str(value)
-        found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+        found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", str(value))
         part = Part(int(found[1]), int(found[2])) if found else Part(0, 0)
         if part.index >= part.count:
             raise ValueError("i/n with i from 0 to n - 1: the first of four parts is 0/4, the last 3/4")

@@ -2,16 +2,16 @@
 
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from diffumask_fast.dataset.folder import DatasetFolder, differences
+from diffumask_fast.dataset.folder import DatasetPlace, differences, open_folder
 from diffumask_fast.dataset.parts import Part
 from diffumask_fast.dataset.preview import write_preview
 from diffumask_fast.dataset.reader import Row, read_manifest, read_paths, shard_paths
 from diffumask_fast.dataset.schema import SCHEMA_VERSION, Sample, make_row
 from diffumask_fast.dataset.shard_check import UNRECORDED, PlanDigest, digest_plan, done_shards, mark_of
-from diffumask_fast.dataset.writer import dump_manifest, shard_path, write_shard
+from diffumask_fast.dataset.storage import Place
+from diffumask_fast.dataset.writer import dump_manifest, shard_name, shard_path, write_shard
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.options import checked, whole
 from diffumask_fast.prompts.request import Request
@@ -19,7 +19,7 @@ from diffumask_fast.prompts.vocabulary import Vocabulary
 
 
 def open_run(
-    folder: str | Path,
+    folder: str | Place,
     requests: Sequence[Request],
     options: dict[str, Any],
     environment: dict[str, Any],
@@ -73,7 +73,7 @@ def open_run(
     }
     # Read back, so that both sides of the comparison have JSON's types.
     manifest = json.loads(dump_manifest(manifest))
-    place = DatasetFolder(folder, part)
+    place = open_folder(folder, part)
     try:
         return Run(place, requests, shard_size, *_begin(place, manifest, allow_drift, plan))
     except BaseException:
@@ -86,7 +86,7 @@ class Run:
 
     def __init__(
         self,
-        place: DatasetFolder,
+        place: DatasetPlace,
         requests: Sequence[Request],
         shard_size: int,
         manifest: dict[str, Any],
@@ -103,13 +103,13 @@ class Run:
     def num_missing(self) -> int:
         """Count the shards of the whole run that are not there yet, whoever is to draw them."""
         there = {path.name for path in shard_paths(self.folder)}
-        return sum(shard_path("", index).name not in there for index in range(self.manifest["plan"]["shards"]))
+        return sum(shard_name(index) not in there for index in range(self.manifest["plan"]["shards"]))
 
     def requests_of(self, index: int) -> tuple[Request, ...]:
         """Return the requests of a shard."""
         return tuple(self.requests[index * self.shard_size : (index + 1) * self.shard_size])
 
-    def write(self, index: int, samples: Sequence[Sample]) -> Path:
+    def write(self, index: int, samples: Sequence[Sample]) -> Place:
         """Write a whole shard.
 
         Args:
@@ -123,13 +123,13 @@ class Run:
             raise DiffuMaskError(f"shard {index} takes the samples of its requests, all of them and in their order")
         return self.write_rows(index, [make_row(sample) for sample in samples])
 
-    def write_rows(self, index: int, rows: Sequence[dict[str, Any]]) -> Path:
+    def write_rows(self, index: int, rows: Sequence[dict[str, Any]]) -> Place:
         """Write a whole shard of rows that are already encoded, as `write`."""
         names = [(row["key"], row["seed"]) for row in rows]
         if names != [(request.key, request.seed) for request in self.requests_of(index)]:
             raise DiffuMaskError(f"shard {index} takes the rows of its requests, all of them and in their order")
         if index not in self.shards:
-            raise DiffuMaskError(f"shard {index} is not one of part {self.part}: it has every {self.part.count}th")
+            raise DiffuMaskError(f"shard {index} is none of part {self.part}: another part writes it")
         path = write_shard(self.folder, index, rows, mark_of(self.manifest, index, names), self._place.tag)
         self._done.add(index)
         return path
@@ -168,13 +168,14 @@ class Run:
 
 
 def _begin(
-    place: DatasetFolder, manifest: dict[str, Any], allow_drift: bool, plan: PlanDigest
+    place: DatasetPlace, manifest: dict[str, Any], allow_drift: bool, plan: PlanDigest
 ) -> tuple[dict[str, Any], set[int]]:
     """Write the manifest, or compare it with the one that is there; return the one that holds, and the shards done."""
     with place.beginning() as free:
         there = place.begun(free)
         if there is None:  # no shard was drawn yet, so other options may begin anew
-            place.write_manifest(manifest)
+            there = place.write_first(manifest)
+        if there is None:
             return manifest, set()
         _compare(there, manifest, place.path)
     changes = _named(there["environment"], manifest["environment"])
@@ -191,7 +192,7 @@ def _begin(
     return there, done
 
 
-def _record_drift(place: DatasetFolder, drift: dict[str, Any]) -> None:
+def _record_drift(place: DatasetPlace, drift: dict[str, Any]) -> None:
     """Add the environment to the manifest, unless it is that of the last who went on."""
     there = read_manifest(place.path)
     if (there.get("drift") or [there])[-1]["environment"] != drift["environment"]:
@@ -203,7 +204,7 @@ def _shards(manifest: dict[str, Any], part: Part | None) -> range:
     return part.shards(num) if part else range(num)
 
 
-def _compare(there: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+def _compare(there: dict[str, Any], now: dict[str, Any], folder: Place) -> None:
     """Raise unless the folder was begun with the same model, options and plan."""
     model = {"id": "`model`", "weights": "the model's weights"}
     changes = _named(there["model"], now["model"], lambda name: model.get(name, f"the model's {name}"))

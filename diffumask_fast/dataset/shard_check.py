@@ -12,9 +12,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from diffumask_fast.dataset.reader import BATCH, DamagedShard, open_shard, read_shard
+from diffumask_fast.dataset.reader import BATCH, DamagedShard, open_shard, read_shard, shard_paths
 from diffumask_fast.dataset.schema import MANIFEST
-from diffumask_fast.dataset.writer import MARK, MOST_BYTES, shard_path
+from diffumask_fast.dataset.storage import Place, place, size_of
+from diffumask_fast.dataset.writer import MARK, MOST_BYTES, shard_name, shard_path
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.own_files import check_no_link
 from diffumask_fast.prompts.request import Request
@@ -61,7 +62,7 @@ def mark_of(manifest: dict[str, Any], index: int, names: Iterable[tuple[str, int
 
 
 def done_shards(
-    folder: Path, manifest: dict[str, Any], planned: Callable[[int], bytes], indices: Iterable[int] | None = None
+    folder: Place, manifest: dict[str, Any], planned: Callable[[int], bytes], indices: Iterable[int] | None = None
 ) -> set[int]:
     """Return which shards need not be made; one that is damaged is not among them, and a warning names it.
 
@@ -75,11 +76,13 @@ def done_shards(
         DiffuMaskError: there is a file that is not of this dataset, which is not to be replaced.
     """
     check_names(folder, manifest)
-    done, left = set(), READ_WHOLE
+    there = {path.name for path in shard_paths(folder)}
+    done, left = set(), READ_WHOLE if isinstance(folder, Path) else 0  # an object store keeps what was put
     for index in range(manifest["plan"]["shards"]) if indices is None else indices:
         path = shard_path(folder, index)
-        check_no_link(path)
-        if not path.exists():
+        if isinstance(path, Path):
+            check_no_link(path)
+        if path.name not in there:
             continue
         try:
             content = read_content(path, whole=left > 0)
@@ -93,15 +96,16 @@ def done_shards(
     return done
 
 
-def finished_shards(folder: str | Path, manifest: dict[str, Any]) -> list[Path]:
+def finished_shards(folder: str | Place, manifest: dict[str, Any]) -> list[Place]:
     """List the shards of a finished dataset, in order.
 
     Raises:
         DiffuMaskError: one is missing, damaged, or not of this dataset.
     """
-    check_names(Path(folder), manifest)
+    check_names(place(folder), manifest)
+    there = {path.name for path in shard_paths(folder)}
     paths = [shard_path(folder, index) for index in range(manifest["plan"]["shards"])]
-    missing = [path for path in paths if not path.exists()]
+    missing = [path for path in paths if path.name not in there]
     if missing:
         first, command = missing[0].name, "run the command again that began it"
         raise DiffuMaskError(f"{folder} is not finished: {first} is missing, one of {len(missing)}; {command}")
@@ -115,7 +119,7 @@ def finished_shards(folder: str | Path, manifest: dict[str, Any]) -> list[Path]:
     return paths
 
 
-def _check_plan(folder: str | Path, paths: Sequence[Path], manifest: dict[str, Any]) -> None:
+def _check_plan(folder: str | Place, paths: Sequence[Place], manifest: dict[str, Any]) -> None:
     """Raise unless all rows together are those of the plan: what shards of older versions, without a mark, allow."""
     phrases = {entry["name"]: entry["phrase"] for entry in manifest["classes"]}
     columns = [part.name for part in fields(Request) if part.name != "phrases"]
@@ -126,8 +130,8 @@ def _check_plan(folder: str | Path, paths: Sequence[Path], manifest: dict[str, A
     )
     if digest_plan(requests, manifest["options"]["shard_size"]).sha256 != manifest["plan"]["sha256"]:
         raise DiffuMaskError(
-            f"the rows in {Path(folder) / 'data'} are not those of the run in {MANIFEST}: bring back the files as they "
-            "were written"
+            f"the rows in {folder}/data are not those of the run in {MANIFEST}: bring back the files as they were "
+            "written"
         )
 
 
@@ -162,17 +166,17 @@ def names_digest(names: Names) -> bytes:
     return hashlib.sha256(json.dumps(names).encode()).digest()
 
 
-def check_names(folder: Path, manifest: dict[str, Any]) -> None:
+def check_names(folder: Place, manifest: dict[str, Any]) -> None:
     """Raise unless the Parquet files in `data/` are those that are planned, or some of them."""
-    planned = {shard_path(folder, index).name for index in range(manifest["plan"]["shards"])}
-    strange = sorted(path.name for path in (folder / "data").glob("*.parquet") if path.name not in planned)
+    planned = {shard_name(index) for index in range(manifest["plan"]["shards"])}
+    strange = sorted(path.name for path in folder.glob("data/*.parquet") if path.name not in planned)
     if strange:
         raise DiffuMaskError(
             f"{folder / 'data' / strange[0]} is none of the {len(planned)} shards of this dataset: move it away"
         )
 
 
-def read_content(path: Path, *, whole: bool = False) -> Content:
+def read_content(path: Place, *, whole: bool = False) -> Content:
     """Read footer, keys and seeds of a shard.
 
     Args:
@@ -183,7 +187,7 @@ def read_content(path: Path, *, whole: bool = False) -> Content:
         DamagedShard: it does not decode.
         DiffuMaskError: it cannot be opened, or is too large.
     """
-    size = path.stat().st_size
+    size = size_of(path)
     if size > 2 * MOST_BYTES:
         raise DiffuMaskError(f"{path} has {size} bytes, more than any shard: move it away")
     with open_shard(path) as file:
@@ -195,7 +199,7 @@ def read_content(path: Path, *, whole: bool = False) -> Content:
 
 
 def _check_content(
-    path: Path, content: Content, manifest: dict[str, Any], index: int, planned: bytes | None = None
+    path: Place, content: Content, manifest: dict[str, Any], index: int, planned: bytes | None = None
 ) -> None:
     """Raise unless the shard holds what is planned, and is marked so; shards of older versions bear no mark."""
     if content.mark is None:
@@ -211,11 +215,11 @@ def _check_content(
         )
 
 
-def _check_parquet(path: Path) -> None:
+def _check_parquet(path: Place) -> None:
     """Raise unless what is left of a file is of a Parquet file: another program's file is not replaced."""
     with path.open("rb") as file:
         head = file.read(4)
-        file.seek(-min(4, os.fstat(file.fileno()).st_size), os.SEEK_END)
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4))
         tail = file.read(4)
     if head and PARQUET not in (head, tail):
         raise DiffuMaskError(f"{path} is no shard, and not replaced: move it away")

@@ -1,7 +1,8 @@
-"""Files that are there whole or not at all: temporary name, fsync, rename, fsync of the folder."""
+"""Files that are there whole or not at all: temporary name, fsync, rename, fsync of the folder; or one put."""
 
 import contextlib
 import errno
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffumask_fast.dataset.schema import AUGMENTED_SCHEMA, SCHEMA
+from diffumask_fast.dataset.storage import Address, Place, place
 from diffumask_fast.errors import DiffuMaskError
 
 MARK = b"run"  # in a shard's metadata: for which run, and which place in it, it was written
@@ -25,14 +27,19 @@ _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 
-def shard_path(folder: str | Path, index: int) -> Path:
+def shard_path(folder: str | Place, index: int) -> Place:
     """Return the place of a shard in a dataset."""
-    return Path(folder) / "data" / f"shard-{index:05d}.parquet"
+    return place(folder) / "data" / shard_name(index)
+
+
+def shard_name(index: int) -> str:
+    """Return the name of a shard's file."""
+    return f"shard-{index:05d}.parquet"
 
 
 def write_shard(
-    folder: str | Path, index: int, rows: Iterable[dict[str, Any]], mark: str | None = None, tag: str = ""
-) -> Path:
+    folder: str | Place, index: int, rows: Iterable[dict[str, Any]], mark: str | None = None, tag: str = ""
+) -> Place:
     """Write rows as a shard, some at a time; equal rows give equal bytes.
 
     Args:
@@ -54,7 +61,7 @@ def write_shard(
     if mark is not None:
         schema = schema.with_metadata({**schema.metadata, MARK: mark})
     rows = chain(first, rows)
-    with new_file(path, temporary_path(path, tag)) as file, pq.ParquetWriter(
+    with new_file(path, tag) as file, pq.ParquetWriter(
         file, schema, compression="zstd", compression_level=3, use_dictionary=False, version="2.6",
         write_page_checksum=True,
     ) as writer:  # fmt: skip
@@ -70,29 +77,37 @@ def dump_manifest(manifest: dict[str, Any]) -> bytes:
     return (json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def write_file(path: Path, data: bytes | memoryview, *, temporary: Path | None = None) -> None:
+def write_file(path: Place, data: bytes | memoryview, tag: str = "", *, temporary: Path | None = None) -> None:
     """Write a file whole or not at all.
 
     Args:
         path: of the file.
         data: its bytes.
+        tag: as for `temporary_path`.
         temporary: the name until it is whole, on the same file system; None is one beside it.
 
     Raises:
         DiffuMaskError: it cannot be written; nothing is left of the attempt.
     """
-    with new_file(path, temporary) as file:
+    with new_file(path, tag, temporary=temporary) as file:
         file.write(data)
 
 
 @contextmanager
-def new_file(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
+def new_file(path: Place, tag: str = "", *, temporary: Path | None = None) -> Iterator[BinaryIO]:
     """Give a file to write, which is at its place when the `with` statement ends, and nowhere if that fails.
+
+    What goes to an address is in memory until then.
 
     Raises:
         DiffuMaskError: it cannot be written; nothing is left of the attempt.
     """
-    temporary = temporary or temporary_path(path)
+    if isinstance(path, Address):
+        buffer = io.BytesIO()
+        yield buffer
+        path.put(buffer.getvalue())
+        return
+    temporary = temporary or temporary_path(path, tag)
     try:
         temporary.unlink(missing_ok=True)
         with open(temporary, "xb") as file:  # a link that somebody has put there is not followed
@@ -109,12 +124,14 @@ def new_file(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
         raise
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder and those above it.
+def make_folder(path: Place) -> None:
+    """Make a folder and those above it; object stores have none.
 
     Raises:
         DiffuMaskError: it cannot be made.
     """
+    if isinstance(path, Address):
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
