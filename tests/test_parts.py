@@ -1,5 +1,7 @@
 """dataset/parts.py: several processes write parts of one run into one folder, and nobody can tell afterwards."""
 
+import errno
+import fcntl
 import os
 
 import pytest
@@ -11,6 +13,10 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.options import checked
 
 A, B = Part(0, 2), Part(1, 2)
+
+
+def refuse(number):
+    raise OSError(number, os.strerror(number))
 
 
 def write(run, shards=99):
@@ -137,12 +143,7 @@ def test_the_last_part_removes_what_a_killed_one_left(tmp_path):
 
 def test_file_systems_without_locks(tmp_path, monkeypatch):
     """As before: each file is whole; nobody's temporary file is taken for a dead one's, and a manifest binds."""
-    import fcntl
-
-    def refuse(*_):
-        raise OSError(9, "no locks here")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", lambda *_: refuse(errno.EBADF))
     with begin(tmp_path, part=A) as first:
         leave(tmp_path, "data/.shard-00000.parquet.0-of-2.tmp")
         with begin(tmp_path, part=B) as second:
@@ -179,3 +180,19 @@ def test_a_folder_that_vanishes(tmp_path):
         os.rename(out, tmp_path / "elsewhere")
         with pytest.raises(DiffuMaskError, match="cannot write in .*No such file"):
             write(run)
+
+
+def test_a_full_disk_stops_a_part_and_leaves_the_others_work(tmp_path, monkeypatch):
+    with begin(tmp_path, part=A) as run:
+        write(run, 1)
+        before = contents(tmp_path)
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(DiffuMaskError, match="no space left .*run the same command"),
+        ):
+            patch.setattr(os, "fsync", lambda descriptor: refuse(errno.ENOSPC))
+            write(run)
+        assert contents(tmp_path) == before
+    for part in (B, A):
+        finish(tmp_path, part=part)
+    assert contents(tmp_path) == finish(tmp_path.with_name("whole"))

@@ -148,8 +148,10 @@ def read_shard(path: Place, columns: Iterable[str] | None = None, max_pixels: in
         DiffuMaskError: it cannot be opened, or is written by a newer version.
     """
     with open_shard(path) as file:
-        for batch in file.iter_batches(BATCH, columns=None if columns is None else list(columns)):
-            yield from rows_of(batch, path, max_pixels)
+        wanted = None if columns is None else list(columns)
+        for group in range(file.num_row_groups):  # one in memory at a time
+            for batch in file.iter_batches(BATCH, row_groups=[group], columns=wanted):
+                yield from rows_of(batch, path, max_pixels)
 
 
 @contextmanager

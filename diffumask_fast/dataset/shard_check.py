@@ -6,11 +6,14 @@ import hashlib
 import json
 import logging
 import os
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from diffumask_fast.dataset.reader import BATCH, DamagedShard, open_shard, read_shard, shard_paths
 from diffumask_fast.dataset.schema import MANIFEST
@@ -145,20 +148,27 @@ def digest_plan(requests: Iterable[Request], shard_size: int) -> PlanDigest:
     Raises:
         DiffuMaskError: a key comes twice.
     """
-    digest, keys = hashlib.sha256(), set[str]()
+    digest, keys = hashlib.sha256(), array("q")
     names: list[tuple[str, int]] = []
     shards: list[bytes] = []
     values = attrgetter(*(part.name for part in fields(Request)))
     for request in requests:
         digest.update(json.dumps(values(request)).encode())
-        if request.key in keys:
-            raise DiffuMaskError(f"two requests of a run have the same key, {request.key}: give each key once")
-        keys.add(request.key)
+        keys.append(hash(request.key))
         names.append((request.key, request.seed))
         if len(names) == shard_size:
             shards.append(names_digest(names))
             names.clear()
+    _check_unique(np.asarray(keys))
     return PlanDigest(digest.hexdigest(), [*shards, names_digest(names)] if names else shards)
+
+
+def _check_unique(hashes: np.ndarray) -> None:
+    """Raise where two keys are the same, by their hashes: eight bytes a key, where the keys of a large run are many."""
+    order = np.argsort(hashes, kind="stable")
+    again = order[1:][hashes[order][1:] == hashes[order][:-1]]
+    if len(again):
+        raise DiffuMaskError(f"request {again.min()} of the run has the key of an earlier one: give each key once")
 
 
 def names_digest(names: Names) -> bytes:

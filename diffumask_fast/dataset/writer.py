@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +19,9 @@ from diffumask_fast.dataset.storage import Address, Place, place
 from diffumask_fast.errors import DiffuMaskError
 
 MARK = b"run"  # in a shard's metadata: for which run, and which place in it, it was written
-ROW_GROUP = 64  # rows that are written at once
+ROW_GROUP = 64  # rows that are written at once, at most
+GROUP_BYTES = 32 * 2**20  # of pictures and maps, after which a row group ends
+INDEXED_BYTES = 8 * 2**20  # of the first row group, above which an index of its pages helps who reads single rows
 MOST_BYTES = 2**30  # of a shard; Arrow's columns hold at most twice as much
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -55,21 +57,38 @@ def write_shard(
     Raises:
         DiffuMaskError: the folder cannot be written, or the shard becomes too large; nothing is left of the attempt.
     """
-    path, rows = shard_path(folder, index), iter(rows)
-    first = list(islice(rows, 1))
+    path, groups = shard_path(folder, index), _groups(rows)
+    first = next(groups, [])
     schema = AUGMENTED_SCHEMA if first and "augmentation" in first[0] else SCHEMA
     if mark is not None:
         schema = schema.with_metadata({**schema.metadata, MARK: mark})
-    rows = chain(first, rows)
     with new_file(path, tag) as file, pq.ParquetWriter(
         file, schema, compression="zstd", compression_level=3, use_dictionary=False, version="2.6",
-        write_page_checksum=True,
+        write_page_checksum=True, write_page_index=sum(map(_bytes_of, first)) > INDEXED_BYTES,
     ) as writer:  # fmt: skip
-        while part := list(islice(rows, ROW_GROUP)):
-            writer.write_table(pa.Table.from_pylist(part, schema))
+        for group in chain([first] if first else [], groups):
+            writer.write_table(pa.Table.from_pylist(group, schema))
             if file.tell() > MOST_BYTES:
                 raise DiffuMaskError(f"{path} becomes larger than {MOST_BYTES} bytes: give a smaller `shard_size`")
     return path
+
+
+def _groups(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Put rows together that are written, and can be read, at once."""
+    group: list[dict[str, Any]] = []
+    size = 0
+    for row in rows:
+        group.append(row)
+        size += _bytes_of(row)
+        if len(group) == ROW_GROUP or size >= GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _bytes_of(row: dict[str, Any]) -> int:
+    return len(row["image"]["bytes"]) + len(row["mask"]["bytes"]) + len(row["maps"])
 
 
 def dump_manifest(manifest: dict[str, Any]) -> bytes:
