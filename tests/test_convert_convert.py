@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -10,13 +11,16 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 from foreign import VOC_CLASSES, converted, dataset, killed_conversion
 from killed import kill_at
 from samples import contents
 
 from diffumask_fast.convert.convert import convert
-from diffumask_fast.convert.options import FORMATS, ConvertOptions
+from diffumask_fast.convert.import_folder import import_folder
+from diffumask_fast.convert.options import FORMATS, ConvertOptions, ImportOptions
+from diffumask_fast.dataset.storage import place
 from diffumask_fast.errors import DiffuMaskError
 
 PROGRAM = """
@@ -144,6 +148,17 @@ def _lives(pid):
         return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_dataset_in_an_object_store(source, tmp_path):
+    store = fsspec.filesystem("memory")
+    store.put(f"{source}/", "/convert/a/", recursive=True)
+    out = converted(place("memory://convert/a"), tmp_path / "b", "coco", val=0.3)
+    assert contents(out) == contents(converted(source, tmp_path / "c", "coco", val=0.3))
+    import_folder(ImportOptions(out, place("memory://convert/d"), "coco", split="val"))
+    back = converted(place("memory://convert/d"), tmp_path / "d", "coco")
+    assert len(list((back / "images" / "train").iterdir())) == 3
+    assert pickle.loads(pickle.dumps(place("s3://a/b"))) == place("s3://a/b")  # as processes are told of it
 
 
 def test_rejected_rows_when_they_are_asked_for(source, tmp_path):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from diffumask_fast.dataset.storage import Place, place
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.options import Options, ReadOptions, argument, number, one_of, option, required, whole
 
@@ -33,7 +34,7 @@ class ConvertOptions(Options):
         DiffuMaskError: a value is not one of those above.
     """
 
-    source: Path = argument("Dataset to convert.", "IN")
+    source: Place = argument("Dataset to convert.", "IN", place)
     out: Path = argument("Folder of the files; run again to finish it.")
     to: str = required(f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}.", one_of(*FORMATS))
     val: float = option(0.0, "Share of the images for validation; split by prompt.", number(0, 0.9))
@@ -68,7 +69,7 @@ class ImportOptions(Options):
     """
 
     source: Path = argument("Folder to import.", "IN")
-    out: Path = argument("Folder of the new dataset; run again to finish it.")
+    out: Place = argument("Folder or address of the new dataset; run again to finish it.", read=place)
     layout: str = required("voc, coco or reference.", one_of(*IMPORTED), also="--from")
     split: str | None = option(None, "List of VOC's or COCO's layout, where there are several.")
     shard_size: int = option(64, "Rows of a shard.", whole(1))

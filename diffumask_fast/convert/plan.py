@@ -7,7 +7,6 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from diffumask_fast.convert.names import check_classes, file_stem
@@ -15,6 +14,7 @@ from diffumask_fast.convert.options import ConvertOptions
 from diffumask_fast.dataset.lookup import named_classes
 from diffumask_fast.dataset.reader import Row, read_shard
 from diffumask_fast.dataset.shard_check import finished_shards
+from diffumask_fast.dataset.storage import Place
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.prompts.vocabulary import Vocabulary
 
@@ -35,7 +35,7 @@ class Shard:
     """
 
     index: int
-    path: Path
+    path: Place
     first: int
     count: int
     place: Mapping[str, int]
@@ -111,7 +111,7 @@ def make_plan(manifest: dict[str, Any], options: ConvertOptions) -> Plan:
     )
 
 
-def _shards(paths: list[Path], counts: list[dict[str, int]]) -> Iterator[Shard]:
+def _shards(paths: list[Place], counts: list[dict[str, int]]) -> Iterator[Shard]:
     first, place = 1, dict.fromkeys(SPLITS, 0)
     for index, (path, count) in enumerate(zip(paths, counts, strict=True)):
         yield Shard(index, path, first, sum(count.values()), dict(place))
@@ -120,7 +120,7 @@ def _shards(paths: list[Path], counts: list[dict[str, int]]) -> Iterator[Shard]:
             place[split] += count[split] > 0
 
 
-def picked(path: Path, options: ConvertOptions, columns: Iterable[str]) -> Iterator[Row]:
+def picked(path: Place, options: ConvertOptions, columns: Iterable[str]) -> Iterator[Row]:
     """Yield the rows of a shard that are converted."""
     for row in read_shard(path, [*columns, "accepted"], options.reading.max_pixels):
         if row.accepted or options.all:

@@ -15,7 +15,6 @@ from rich.progress import Progress
 
 from diffumask_fast import __version__
 from diffumask_fast.attention.choice import attention_of
-from diffumask_fast.dataset.preview import write_preview
 from diffumask_fast.dataset.run import Run, open_run
 from diffumask_fast.dataset.shard_writer import ShardWriter
 from diffumask_fast.errors import DiffuMaskError, is_out_of_memory
@@ -44,8 +43,9 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Progress]) 
         progress: gets the number of images and gives a rich Progress.
 
     Returns:
-        images, accepted, drawn (in this call), images_per_s, seconds by stage ("encode" and "write": for how long they
-        held up the drawing), dropped_captions, folder, advice (what to change when no image is accepted).
+        images and accepted (of the run, or of its part), drawn (in this call), part, missing_shards (of the whole
+        run), images_per_s, seconds by stage ("encode" and "write": for how long they held up the drawing),
+        dropped_captions, folder, advice (what to change when no image is accepted).
 
     Raises:
         DiffuMaskError: anything that keeps the run from starting or from going on, in one sentence.
@@ -57,6 +57,7 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Progress]) 
         with open_run(
             options.out, plan, job.options, environment(pipe), job.shard_size, options.allow_drift,
             model={"id": job.identity, "weights": job.weights}, vocabulary=job.recipe.vocabulary,
+            part=options.part,
         ) as run:  # fmt: skip
             if not pipe.info.classes:
                 tell_new_names(job.recipe.vocabulary)
@@ -66,9 +67,10 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Progress]) 
             seconds = time.perf_counter() - start
             accepted = sum(run.accepted_flags())
             reasons = [] if accepted else [row.reason for row in run.rows(accepted_only=False, columns=["reason"])]
-            write_preview(options.out, PREVIEW, max_pixels=max(MAX_PIXELS, job.height * job.width))
+            missing = run.show(PREVIEW, max(MAX_PIXELS, job.height * job.width))
     return {
-        "folder": str(options.out), "images": len(plan), "accepted": accepted, "drawn": drawn,
+        "folder": str(options.out), "images": sum(map(job.num_rows, run.shards)), "accepted": accepted, "drawn": drawn,
+        "part": str(run.part) if run.part else None, "missing_shards": missing,
         "dropped_captions": plan.dropped, "images_per_s": drawn / seconds if drawn else 0.0,
         "seconds": {**pipe.seconds.as_dict(), "write": writing, "all": seconds},
         "advice": advice(reasons, job.mask),
@@ -89,9 +91,9 @@ def _draw_missing(
     pipe: DiffuMaskPipeline, job: Job, run: Run, progress: Callable[[int], Progress]
 ) -> tuple[int, float]:
     """Draw and write the missing shards; return the number of images, and for how long writing held up the drawing."""
-    missing, total = run.missing_shards(), job.recipe.num
+    missing, total = run.missing_shards(), sum(map(job.num_rows, run.shards))
     num = sum(map(job.num_rows, missing))
-    first = FirstImages(min(max(job.batch_size, FEWEST), num) if len(missing) == job.num_shards else 0, job.mask)
+    first = FirstImages(min(max(job.batch_size, FEWEST), num) if len(missing) == len(run.shards) else 0, job.mask)
     with progress(total) as bar, ShardWriter(run) as writer:
         task = bar.add_task("drawing", total=total, completed=total - num)
 

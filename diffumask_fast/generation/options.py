@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffumask_fast.attention.options import MapOptions
+from diffumask_fast.dataset.parts import Part, part_of
+from diffumask_fast.dataset.storage import Place, place
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import Options, argument, number, option, pixel_size, whole
 
@@ -16,7 +18,7 @@ class GenerateOptions(Options):
         DiffuMaskError: a value is not one that the help allows.
     """
 
-    out: Path = argument("Folder of the dataset; run again to finish it.")
+    out: Place = argument("Folder or address (s3://bucket/name) of the dataset; run again to finish it.", read=place)
     model: str = option("mini", "mini, a diffusers folder, or a hub id.")
     revision: str | None = option(None, "Revision of a hub id.")
     classes: str | None = option(None, "dog,cat | voc | FILE; all that the model lists, else VOC.")
@@ -36,4 +38,7 @@ class GenerateOptions(Options):
     engine_path: Path | None = option(None, "Folder that export wrote.")
     attention: str = option("sdpa", "Where no maps are wanted: sdpa, or on CUDA xformers.")
     device: str = option("auto", "auto, cpu or cuda.")
+    part: Part | None = option(
+        None, "i/n: draw every n-th shard from shard i on, i from 0; n processes draw all.", part_of()
+    )
     allow_drift: bool = option(False, "Go on in a changed environment.")
