@@ -116,9 +116,7 @@ def write_file(
 
 
 @contextmanager
-def new_file(
-    path: Place, tag: str = "", *, temporary: Path | None = None, flushed: bool = True
-) -> Iterator[BinaryIO]:
+def new_file(path: Place, tag: str = "", *, temporary: Path | None = None, flushed: bool = True) -> Iterator[BinaryIO]:
     """Give a file to write, which is at its place when the `with` statement ends, and nowhere if that fails.
 
     What goes to an address is in memory until then.
