@@ -18,18 +18,45 @@ from diffumask_fast.learning.data import Example, open_data
 from diffumask_fast.learning.options import LearnOptions
 
 
-def test_folds_share_every_group():
-    groups = ["dog"] * 10 + ["car"] * 5 + ["cat"] * 3
-    fold_of = deal(groups, 3, 0)
-    for group in set(groups):
-        sizes = np.bincount(fold_of[np.array(groups) == group], minlength=3)
+def test_folds_share_every_class():
+    classes = [["dog"]] * 10 + [["car"]] * 5 + [["cat"]] * 3 + [[]]
+    fold_of = deal(classes, 3, 0)
+    for name in ("dog", "car", "cat"):
+        sizes = np.bincount(fold_of[[name in names for names in classes]], minlength=3)
         assert sizes.min() >= 1 and sizes.max() - sizes.min() <= 1
-    assert np.array_equal(fold_of, deal(groups, 3, 0)) and not np.array_equal(fold_of, deal(groups, 3, 1))
+    assert np.bincount(fold_of).max() - np.bincount(fold_of).min() <= 1  # what is left over does not add up in one
+    assert np.array_equal(fold_of, deal(classes, 3, 0)) and not np.array_equal(fold_of, deal(classes, 3, 1))
+
+
+def test_a_class_beside_others_is_in_every_fold():
+    for seed in range(20):
+        classes = [["dog"]] * 12 + [["dog", "hat"]] * 3 + [["car", "dog"]] * 4
+        fold_of = deal(classes, 3, seed)
+        for name in ("dog", "hat", "car"):
+            assert set(fold_of[[name in names for names in classes]]) == {0, 1, 2}
 
 
 def test_a_class_that_a_fold_would_lack_is_one_sentence():
     with pytest.raises(DiffuMaskError, match="cat has 2 images for 3 folds, .* or give `folds=2`"):
-        deal(["dog"] * 5 + ["cat"] * 2, 3, 0)
+        deal([["dog"]] * 5 + [["dog", "cat"]] * 2, 3, 0)
+    # sky is the rarest of none of its images, and lies with others' in one fold under some seeds
+    classes = [
+        ["sky", "dog"],
+        ["sky", "cat"],
+        ["sky", "car"],
+        *[["dog"]],
+        *[["cat"]],
+        *[["car"]],
+        *[["sea", "sun"]] * 2,
+    ]
+    found = []
+    for seed in range(60):
+        try:
+            fold_of = deal(classes, 2, seed)
+            found.append(len(set(fold_of[:3])))
+        except DiffuMaskError as error:
+            assert "sky" in str(error) and "give another `seed`" in str(error)
+    assert 0 < len(found) < 60 and set(found) == {2}
 
 
 def test_agreement_is_the_iou_of_what_is_known():
@@ -48,7 +75,7 @@ def folds(tmp_path_factory):
     folder = tmp_path_factory.mktemp("folds")
     data = open_data(dataset(folder / "data", num=12))
     learning = LearnOptions(segmenter=str(tiny_model("segformer", folder / "start")), steps=1, batch_size=2)
-    fold_of = deal(["all"] * len(data), 2, 0)
+    fold_of = deal([["all"]] * len(data), 2, 0)
     return data, fold_of, train_folds(data, fold_of, folder / "out", learning, device="cpu"), folder / "out"
 
 
@@ -92,6 +119,8 @@ def test_another_file_or_size_is_one_sentence(folds, tmp_path):
     theirs.write_bytes(b"something")
     with pytest.raises(DiffuMaskError, match="was not written by this program"):
         CleanlabFile(theirs, data)
+    with pytest.raises(DiffuMaskError, match="nowhere is no folder: make it"):
+        CleanlabFile(tmp_path / "nowhere" / "b.npz", data)
     sizes = iter([(24, 40), (24, 41)])
     predictions = (
         (Example(f"a{width}", np.zeros((height, width, 3), np.uint8), np.zeros((height, width), np.uint8)), 0)

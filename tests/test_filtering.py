@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from diffumask_fast.cli import app
 from diffumask_fast.dataset.reader import read_rows
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.learning.augment import augment
 from diffumask_fast.learning.filtering import filter_dataset, rank
-from diffumask_fast.learning.options import FilterOptions, LearnOptions, PruneOptions
+from diffumask_fast.learning.options import AugmentOptions, FilterOptions, LearnOptions, PruneOptions
 
 
 def rows(folder):
@@ -95,6 +96,18 @@ def test_what_cannot_be_filtered_is_one_sentence(tmp_path):
         )
     with pytest.raises(DiffuMaskError, match="images for 3 folds, and a fold would be without it"):
         filter_dataset(FilterOptions(source, tmp_path / "a"))
+    theirs = tmp_path / "theirs.npz"
+    theirs.write_bytes(b"something")
+    enough = dataset(tmp_path / "enough", num=24)
+    with pytest.raises(DiffuMaskError, match="was not written by this program"):
+        filter_dataset(FilterOptions(enough, tmp_path / "a", export_cleanlab=theirs), progress=None)
+    assert not (tmp_path / "a").exists()  # no segmenter was trained for it
+    augment(AugmentOptions(enough, tmp_path / "more"))
+    with pytest.raises(
+        DiffuMaskError, match="more is augmented.*: filter the dataset that it was made of, then augment"
+    ):
+        filter_dataset(FilterOptions(tmp_path / "more", tmp_path / "a"))
+    assert filter_dataset(FilterOptions(tmp_path / "more", tmp_path / "a", PruneOptions(rank="quality")))["pruned"]
     with pytest.raises(DiffuMaskError, match="holds another dataset"):
         filter_dataset(FilterOptions(source, dataset(tmp_path / "c")))
     with pytest.raises(DiffuMaskError, match="one folder"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from diffumask_fast.learning.options import LearnOptions
 from diffumask_fast.learning.segmenters import TransformersSegmenter, load_segmenter
 from diffumask_fast.learning.training import Stage, steps_and_rate, train_stages
 from diffumask_fast.masks.make import IGNORE
-from diffumask_fast.own_files import check_own
+from diffumask_fast.own_files import check_place
 
 SIGN = "diffumask-fast"  # the first member of an archive that we wrote, by which it may be written over
 Scores = dict[str, dict[str, float]]  # name of the example -> class -> score
@@ -35,6 +35,7 @@ class Part:
         self._data, self._numbers = data, numbers
         self.classes: Mapping[int, str] = data.classes
         self.names: Sequence[str] = [data.names[number] for number in numbers]
+        self.origin = data.origin
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -43,29 +44,40 @@ class Part:
         return self._data[self._numbers[index]]
 
 
-def deal(groups: Sequence[str], folds: int, seed: int) -> np.ndarray:
-    """Return the fold of each example, so that every fold holds as much of each group as the others, or one less.
+def deal(classes: Sequence[Sequence[str]], folds: int, seed: int) -> np.ndarray:
+    """Return the fold of each example; each fold holds as many of a class as the others, or nearly.
+
+    Examples are dealt in groups, by the rarest of their classes: of each group a fold gets as many as the others, or
+    one less.
 
     Args:
-        groups: of each example, such as its first class.
+        classes: of each example.
         folds: how many.
         seed: of the order in which a group is dealt.
 
     Raises:
-        DiffuMaskError: a group has fewer examples than there are folds, so that one would be without it.
+        DiffuMaskError: a class is in fewer examples than there are folds, or in those of one fold alone.
     """
+    count = Counter(name for names in classes for name in set(names))
     members: dict[str, list[int]] = defaultdict(list)
-    for number, group in enumerate(groups):
-        members[group].append(number)
-    result = np.zeros(len(groups), int)
-    for place, (group, numbers) in enumerate(sorted(members.items())):
-        if len(numbers) < folds:
+    for number, names in enumerate(classes):
+        members[min(names, key=lambda name: (count[name], name), default="")].append(number)
+    for name in sorted(count):
+        if count[name] < folds:
             raise DiffuMaskError(
-                f"{group} has {len(numbers)} images for {folds} folds, and a fold would be without it: draw more of "
-                f"{group}, or give `folds={max(2, len(numbers))}`"
+                f"{name} has {count[name]} images for {folds} folds, and a fold would be without it: draw more of "
+                f"{name}, or give `folds={max(2, count[name])}`"
             )
+    result = np.zeros(len(classes), int)
+    for place, (_, numbers) in enumerate(sorted(members.items())):
         order = np.random.default_rng([seed, place]).permutation(numbers)
         result[order] = (np.arange(len(order)) + place) % folds
+    pairs = {(name, int(fold)) for names, fold in zip(classes, result, strict=True) for name in names}
+    for name, held in sorted(Counter(name for name, _ in pairs).items()):
+        if held == 1:
+            raise DiffuMaskError(
+                f"all images of {name} came into one fold: give another `seed`, or draw more of {name}"
+            )
     return result
 
 
@@ -134,11 +146,11 @@ class CleanlabFile:
         data: whose examples are added in their order.
 
     Raises:
-        DiffuMaskError: images differ in size, or somebody else's file is there.
+        DiffuMaskError: images differ in size, somebody else's file is there, or there is no such folder.
     """
 
     def __init__(self, path: Path, data: SegmentationData) -> None:
-        check_own(path, SIGN)
+        check_place(path, SIGN)
         self._path, self._data, self._table = path, data, channels(data.classes)
 
     def write(self, predictions: Iterator[tuple[Example, Tensor]]) -> Iterator[tuple[Example, Tensor]]:

@@ -22,7 +22,7 @@ from diffumask_fast.learning.cross_validation import (
     held_out_predictions,
     train_folds,
 )
-from diffumask_fast.learning.data import open_data
+from diffumask_fast.learning.data import Dataset
 from diffumask_fast.learning.options import FilterOptions, PruneOptions
 from diffumask_fast.models.device import resolve_device
 from diffumask_fast.options import Options
@@ -65,7 +65,8 @@ def filter_dataset(
         folder, images, accepted, pruned; and `per_class`: images, pruned, and the lowest score that was kept.
 
     Raises:
-        DiffuMaskError: a class has fewer images than there are folds; or as `train` and `derive`.
+        DiffuMaskError: a class has fewer images than there are folds, or the dataset is augmented; or as `train` and
+            `derive`.
     """
     if options.export_cleanlab is not None and options.pruning.rank == "quality":
         raise DiffuMaskError("`export_cleanlab` needs predictions: rank by cross-validation")
@@ -119,17 +120,23 @@ def _qualities(options: FilterOptions) -> Scores:
 def _cross_validated(options: FilterOptions, progress: Callable[[int], Progress]) -> Scores:
     """Train a segmenter for each fold, and compare each sample's mask with what is predicted for it."""
     pruning = options.pruning
-    data = open_data(options.source, max_pixels=options.reading.max_pixels)
+    data = Dataset(options.source, max_pixels=options.reading.max_pixels)
+    if "augment" in data.rows.manifest["options"]:
+        raise DiffuMaskError(
+            f"{options.source} is augmented, and each segmenter would have seen parts of what it judges: filter the "
+            "dataset that it was made of, then augment the result"
+        )
+    cleanlab = CleanlabFile(options.export_cleanlab, data) if options.export_cleanlab is not None else None
     ids = {name: value for value, name in data.classes.items()}
-    classes = {row.key: list(row.classes) for row in read_rows(options.source, columns=["key", "classes"])}
-    fold_of = deal([classes[name][0] for name in data.names], pruning.folds, pruning.learning.seed)
+    classes = {entry.key: entry.classes for entry in data.rows.entries}
+    fold_of = deal(list(classes.values()), pruning.folds, pruning.learning.seed)
     device = resolve_device(options.device)
     segmenters = train_folds(
         data, fold_of, options.out / FOLDS, pruning.learning, device=options.device, progress=progress
     )
     predictions = held_out_predictions(data, fold_of, segmenters, device)
-    if options.export_cleanlab is not None:
-        predictions = CleanlabFile(options.export_cleanlab, data).write(predictions)
+    if cleanlab is not None:
+        predictions = cleanlab.write(predictions)
     values = np.array(sorted(data.classes), np.uint8)
     scores: Scores = {}
     with progress(len(data)) as bar:
