@@ -64,7 +64,7 @@ def test_agreement_is_the_iou_of_what_is_known():
     labels[:2], predicted[1:3] = 12, 12
     example = Example("a", np.zeros((4, 4, 3), np.uint8), labels)
     assert agreement(example, predicted, 12) == pytest.approx(4 / 12)
-    labels[0] = 255
+    labels[0], predicted[0] = 255, 12
     assert agreement(example, predicted, 12) == pytest.approx(4 / 8)
     assert agreement(example, predicted, 7) == 0  # neither there nor predicted: the mask is empty
     assert agreement(Example("a", example.image, np.full((4, 4), 255, np.uint8)), predicted, 12) == 0
