@@ -16,6 +16,8 @@ from diffumask_fast.learning.cross_validation import (
 )
 from diffumask_fast.learning.data import Example, open_data
 from diffumask_fast.learning.options import LearnOptions
+from diffumask_fast.learning.segmenters import read_record
+from diffumask_fast.learning.training import _digest
 
 
 def test_folds_share_every_class():
@@ -82,6 +84,9 @@ def folds(tmp_path_factory):
 def test_each_segmenter_has_seen_the_other_folds_alone(folds):
     data, fold_of, segmenters, out = folds
     assert [path.name for path in sorted(out.iterdir())] == ["fold-0", "fold-1"]
+    for fold in (0, 1):
+        others = Part(data, np.flatnonzero(fold_of != fold).tolist())
+        assert read_record(out / f"fold-{fold}")["plan"]["data"] == [_digest(others)]
     part = Part(data, [3, 1])
     assert part.names == [data.names[3], data.names[1]] and len(part) == 2 and part.classes == data.classes
     assert np.array_equal(part[0].labels, data[3].labels)

@@ -28,6 +28,8 @@ def test_the_lowest_share_of_each_class_is_pruned():
     assert verdicts["a4"] == [("dog", 5, 11, 0.4, False)]
     assert [one[:3] for one in verdicts["b1"]] == [("cat", 1, 2), ("dog", 11, 11)]
     assert sum(one.pruned for given in rank(scores, 0.7).values() for one in given) == 7 + 1
+    hundred = rank({str(n): {"dog": n} for n in range(100)}, 0.29)  # 0.29 * 100 is a little less than 29
+    assert sum(given[0].pruned for given in hundred.values()) == 29
     equal = rank({name: {"dog": 0.5} for name in "bca"}, 0.4)
     assert equal["a"][0].pruned and not equal["b"][0].pruned
 
