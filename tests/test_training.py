@@ -117,6 +117,23 @@ def test_it_learns(tmp_path):
     assert json.loads(made.stdout)["miou"] > 0.5
 
 
+def test_one_image_alone_can_be_learnt_though_nothing_can_occlude_it(made, tmp_path):
+    source = dataset(tmp_path / "one", num=1, change=lambda sample: replace(sample, accepted=True, reason=""))
+    assert train(options(source, tmp_path / "out", made[2]))["images"] == 1
+
+
+def test_what_is_named_is_augmented_on_the_fly():
+    def shares(names: str, images: int = 9) -> tuple[str, float, float, float] | None:
+        chosen = chosen_augmentations(LearnOptions(augment=names).augment, images)
+        return chosen and (chosen.splice, chosen.blur, chosen.occlude, chosen.perspective)
+
+    assert LearnOptions() == LearnOptions(augment="all")
+    assert shares("all") == ("1x2=1/10,2x1=1/10,2x2=3/10", 0.1, 0.5, 0.25)
+    assert shares("all", 1) == ("1x2=1/10,2x1=1/10,2x2=3/10", 0.1, 0.0, 0.25)
+    assert shares("perspective,blur") == ("none", 0.1, 0.0, 0.25)
+    assert shares("none") is None and shares("occlude", 1) is None
+
+
 def test_learning_rates_rise_and_fall():
     for schedule in ("cosine", "poly"):
         rates = [falling(step, 1000, schedule) for step in range(1000)]
@@ -229,14 +246,6 @@ def test_other_masks_under_the_same_names_are_other_data(made, tmp_path):
         train(options(tmp_path / "other", tmp_path / "out", start))
 
 
-def test_one_image_alone_has_no_patch_of_another(made, tmp_path):
-    """Said before the training on the first data, not after it."""
-    source, _, start, _ = made
-    one = options(source, tmp_path / "out", start, finetune_on=dataset(tmp_path / "one", num=2))
-    with pytest.raises(DiffuMaskError, match="there is one alone: add images, or do without occlusion"):
-        train(replace(one, learning=replace(one.learning, augment="occlude")), progress=None)
-
-
 def test_gradients_that_are_no_numbers_move_no_weights(made, tmp_path, monkeypatch):
     source, _, start, _ = made
     clip = torch.nn.utils.clip_grad_norm_
@@ -249,7 +258,7 @@ def test_gradients_that_are_no_numbers_move_no_weights(made, tmp_path, monkeypat
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_weights_are_those_of_the_loop_written_out(made, tmp_path, dtype):
     source, real, start, _ = made
-    learning = LearnOptions(segmenter=str(start), steps=3, batch_size=2, lr=1e-2, augment="blur", dtype=dtype)
+    learning = LearnOptions(segmenter=str(start), steps=3, batch_size=2, lr=1e-2, augment="splice,occlude", dtype=dtype)
     with patched_threads(1):
         train(
             TrainOptions(source, tmp_path / "out", finetune_on=real, finetune_steps=2, learning=learning, device="cpu")
@@ -271,7 +280,7 @@ def written_out(source, real, start, half):
         table = np.full(256, 255)
         table[[0, 7, 8, 12]] = range(4)
         data = open_data(folder)
-        augmenter = Augmenter(data, chosen_augmentations("blur"), _number(0, stage))
+        augmenter = Augmenter(data, chosen_augmentations("splice,occlude", len(data)), _number(0, stage))
         batches = Batches(data, table, 2, (32, 64), (0, stage), augmenter)
         weights = [part for part in model.model.parameters() if part.ndim > 1]
         rest = [part for part in model.model.parameters() if part.ndim == 1]

@@ -132,10 +132,10 @@ class _Training:
     ) -> None:
         self.stages, self.folder, self.plan, self.device, self.save_every = stages, folder, plan, device, save_every
         self.classes = {int(value): name for value, name in plan["classes"].items()}
-        shares, seed = chosen_augmentations(plan["augment"]), plan["seed"]
+        shares = [chosen_augmentations(plan["augment"], len(stage.data)) for stage in stages]
         self.augmenters = [
-            Augmenter(stage.data, shares, _number(seed, number)) if shares else None
-            for number, stage in enumerate(stages)
+            Augmenter(stage.data, chosen, _number(plan["seed"], number)) if chosen else None
+            for number, (stage, chosen) in enumerate(zip(stages, shares, strict=True))
         ]
 
     def run(self, progress: ProgressBar) -> dict[str, Any]:
