@@ -61,15 +61,38 @@ def test_a_class_that_a_fold_would_lack_is_one_sentence():
     assert 0 < len(found) < 60 and set(found) == {2}
 
 
-def test_agreement_is_the_iou_of_what_is_known():
+def certain(predicted: np.ndarray) -> np.ndarray:
+    """Return the probabilities of a prediction that is sure of its classes 0, 7 and 12."""
+    return np.stack([predicted == value for value in (0, 7, 12)]).astype(np.float32)
+
+
+def agreed(labels: np.ndarray, probabilities: np.ndarray, value: int = 12) -> float:
+    example = Example("a", np.zeros((*labels.shape, 3), np.uint8), labels)
+    return agreement(example, probabilities, [0, 7, 12], value)
+
+
+def test_agreement_of_sure_predictions_is_the_iou_of_what_is_known():
     labels, predicted = np.zeros((4, 4), np.uint8), np.zeros((4, 4), np.uint8)
     labels[:2], predicted[1:3] = 12, 12
-    example = Example("a", np.zeros((4, 4, 3), np.uint8), labels)
-    assert agreement(example, predicted, 12) == pytest.approx(4 / 12)
+    assert agreed(labels, certain(predicted)) == pytest.approx(4 / 12)
     labels[0], predicted[0] = 255, 12
-    assert agreement(example, predicted, 12) == pytest.approx(4 / 8)
-    assert agreement(example, predicted, 7) == 0  # neither there nor predicted: the mask is empty
-    assert agreement(Example("a", example.image, np.full((4, 4), 255, np.uint8)), predicted, 12) == 0
+    assert agreed(labels, certain(predicted)) == pytest.approx(4 / 8)
+    assert agreed(labels, certain(predicted), 7) == 0  # neither there nor predicted: the mask is empty
+    assert agreed(np.full((4, 4), 255, np.uint8), certain(predicted)) == 0
+    labels[2:], predicted[2:] = 7, 7  # another object is no part of it
+    assert agreed(labels, certain(predicted)) == 1
+    assert agreed(np.where(labels == 7, 12, labels), certain(predicted)) == pytest.approx(np.sqrt(0.5))
+
+
+def test_a_mask_whose_class_is_doubted_stands_between_a_right_one_and_a_wrong_one():
+    whole, half = np.zeros((4, 4), np.uint8), np.zeros((4, 4), np.uint8)
+    whole[:2], half[:1] = 12, 12
+    doubted = np.zeros((3, 4, 4), np.float32)
+    doubted[0, 2:], doubted[1, :2], doubted[2, :2] = 1, 0.6, 0.4
+    assert agreed(whole, doubted) == pytest.approx(np.sqrt(0.4 / 0.6))
+    assert agreed(half, doubted) == pytest.approx(np.sqrt(0.4 / 0.6) / 2)
+    wrong = certain(np.where(whole, 7, 0))
+    assert agreed(whole, wrong) == 0 and agreed(np.where(whole, 7, 0), wrong, 7) == 1
 
 
 @pytest.fixture(scope="module")

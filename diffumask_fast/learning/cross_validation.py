@@ -124,14 +124,28 @@ def held_out_predictions(
         yield example, segmenters[fold].predict(example.image[None])[0].cpu()
 
 
-def agreement(example: Example, predicted: np.ndarray, value: int) -> float:
-    """Return the IoU of one class in an example's labels with a predicted mask, 0 where the labels do not show it.
+def agreement(example: Example, probabilities: np.ndarray, classes: Sequence[int], value: int) -> float:
+    """Return how well the mask of one class agrees with a prediction, from 0 to 1.
 
-    What is 255 in the labels is left out.
+    It is the mask's IoU with where an object of any class is predicted, times the square root of how probable its class
+    is there beside the likeliest one. So a segmenter that takes a cow for a horse, as one that has seen few images
+    does, can still tell a whole mask from half of one; where it knows the classes, this is the IoU of the class.
+
+    Args:
+        example: whose labels are judged; what is 255 in them, or another class, is left out.
+        probabilities: [C, H, W] of background and classes, in the order of `classes`.
+        classes: ids in the labels, 0 first.
+        value: id of the class that is judged; where the labels do not show it, the result is 0.
     """
-    known = example.labels != IGNORE
-    right, said = (known & (mask == value) for mask in (example.labels, predicted))
-    return float(np.count_nonzero(right & said) / np.count_nonzero(right | said)) if right.any() else 0.0
+    mask = example.labels == value
+    if not mask.any():
+        return 0.0
+    asked = mask | (example.labels == 0)
+    predicted = asked & (probabilities[0] < 0.5)
+    iou = np.count_nonzero(mask & predicted) / np.count_nonzero(mask | predicted)
+    inside = probabilities[1:, mask].mean(1)
+    own = inside[list(classes).index(value) - 1]
+    return float(iou * np.sqrt(own / max(inside.max(), 1e-12)))
 
 
 class CleanlabFile:

@@ -52,8 +52,8 @@ def filter_dataset(
 ) -> dict[str, Any]:
     """Write a dataset in which what ranks lowest in its class is rejected; run again, it is finished.
 
-    The score of a sample in a class is the IoU of its mask with what a segmenter predicts that was trained on the
-    other folds (Northcutt et al., JAIR 2021, as DiffuMask takes it up), or its stored quality. A sample of several
+    The score of a sample in a class is the `agreement` of its mask with what a segmenter predicts that was trained on
+    the other folds (Northcutt et al., JAIR 2021, as DiffuMask takes it up), or its stored quality. A sample of several
     classes goes if it is pruned in one of them. Pruned rows stay, with their rank as the reason; rows that were
     rejected before stay as they are and take no part. The segmenters stay in `OUT/folds`.
 
@@ -137,20 +137,22 @@ def _cross_validated(options: FilterOptions, progress: Callable[[int], Progress]
     predictions = held_out_predictions(data, fold_of, segmenters, device)
     if cleanlab is not None:
         predictions = cleanlab.write(predictions)
-    values = np.array(sorted(data.classes), np.uint8)
+    values = sorted(data.classes)
     scores: Scores = {}
     with progress(len(data)) as bar:
         task = bar.add_task("ranking", total=len(data))
         for example, probabilities in predictions:
-            predicted = values[probabilities.argmax(0).numpy()]
-            scores[example.name] = {name: agreement(example, predicted, ids[name]) for name in classes[example.name]}
+            pixels = probabilities.numpy()
+            scores[example.name] = {
+                name: agreement(example, pixels, values, ids[name]) for name in classes[example.name]
+            }
             bar.advance(task)
     return scores
 
 
 def _reason(given: list[Verdict], ranked_by: str) -> str:
     """Say in which classes a sample is pruned; "" where in none."""
-    of = "IoU" if ranked_by == "cross-validation" else "quality"
+    of = "agreement" if ranked_by == "cross-validation" else "quality"
     parts = [f"{one.rank} of {one.of} {one.name}, {of} {one.score:.3f}" for one in given if one.pruned]
     return f"pruned: rank from the worst {'; '.join(parts)}" if parts else ""
 
