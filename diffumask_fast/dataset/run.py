@@ -1,7 +1,8 @@
 """A run in a folder: what it was asked for, which shards are there, which are missing."""
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from diffumask_fast.options import checked, whole
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import Vocabulary
 
+Rounds = Sequence[Mapping[str, int]]
+
 
 def open_run(
     folder: str | Path,
@@ -26,13 +29,14 @@ def open_run(
     *,
     model: dict[str, Any] | None = None,
     vocabulary: Vocabulary | None = None,
+    rounds: Rounds = (),
 ) -> "Run":
     """Begin a run in a folder, or go on with the one that is there.
 
-    `dataset.json` is written before the first shard; it never changes afterwards, except that a tolerated drift is
-    added. What a killed run left half-written is removed, and a shard that does not decode is drawn anew: of a large
-    run that is looked for in footers, keys and seeds alone. The run is locked against other processes until it is
-    finished or the process ends; the lock is no file.
+    `dataset.json` is written before the first shard; it never changes afterwards, except that a tolerated drift or a
+    round is added. What a killed run left half-written is removed, and a shard that does not decode is drawn anew: of
+    a large run that is looked for in footers, keys and seeds alone. The run is locked against other processes until it
+    is finished or the process ends; the lock is no file.
 
     Args:
         folder: made if needed.
@@ -44,6 +48,7 @@ def open_run(
         allow_drift: go on in another environment and record it under `drift`, with the shards that were missing.
         model: `{"id": ..., "weights": hash}`.
         vocabulary: recorded under `classes`.
+        rounds: how many requests of each class each round has, where the run grows by rounds; see `Run.extend`.
 
     Returns:
         The run, to be used in a `with` statement.
@@ -55,7 +60,7 @@ def open_run(
     shard_size = checked("shard_size", shard_size, whole(1))
     if not requests:
         raise DiffuMaskError("a run needs at least one request")
-    plan = digest_plan(requests, shard_size)
+    plan, planned = _planned(requests, shard_size, rounds)
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "model": model or {},
@@ -64,7 +69,7 @@ def open_run(
             {"id": entry.id, "name": entry.name, "phrase": entry.phrase}
             for entry in (vocabulary.entries if vocabulary else ())
         ],
-        "plan": {"rows": len(requests), "shards": len(plan.shards), "sha256": plan.sha256},
+        "plan": planned,
         "environment": environment,
     }
     # Read back, so that both sides of the comparison have JSON's types.
@@ -95,9 +100,48 @@ class Run:
         """List the shards that are still to be drawn."""
         return _missing(self.manifest, self._done)
 
+    @property
+    def num_shards(self) -> int:
+        """How many shards there are, drawn or not."""
+        return int(self.manifest["plan"]["shards"])
+
     def requests_of(self, index: int) -> tuple[Request, ...]:
         """Return the requests of a shard."""
         return tuple(self.requests[index * self.shard_size : (index + 1) * self.shard_size])
+
+    def batch_sizes(self) -> dict[int, int | None]:
+        """Return the batch size that each shard was reduced to for want of memory; those that were not have none."""
+        return {index: one.get("batch_size") for one in self.manifest.get("drift", []) for index in one["shards"]}
+
+    def reduce_batch_size(self, batch_size: int, shards: Sequence[int]) -> None:
+        """Record under `drift` that shards are drawn in smaller batches than the options say: equal up to rounding.
+
+        Args:
+            batch_size: of those shards.
+            shards: that are still to be drawn.
+        """
+        drifts = self.manifest.get("drift", [])
+        environment = [self.manifest, *drifts][-1]["environment"]
+        drift = {"environment": environment, "batch_size": batch_size, "shards": list(shards)}
+        self.manifest["drift"] = [*drifts, drift]
+        self._place.write_manifest(self.manifest)
+
+    def extend(self, requests: Sequence[Request], rounds: Rounds) -> None:
+        """Add a round: what is there stays, and its shards with it.
+
+        Args:
+            requests: all of the run, those of the new round at the end.
+            rounds: of all of them; those before the new one are whole shards.
+
+        Raises:
+            DiffuMaskError: they do not begin with those that the run has.
+        """
+        _, plan = _planned(requests, self.shard_size, rounds)
+        there = self.manifest["plan"].get("rounds", [])
+        if plan["rounds"][: len(there)] != there or there and there[-1]["rows"] % self.shard_size:
+            raise DiffuMaskError(f"the rounds of {self.folder} are not those that the new one follows")
+        self.manifest["plan"], self.requests = plan, requests
+        self._place.write_manifest(self.manifest)
 
     def write(self, index: int, samples: Sequence[Sample]) -> Path:
         """Write a whole shard.
@@ -139,6 +183,19 @@ class Run:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _planned(requests: Sequence[Request], shard_size: int, rounds: Rounds) -> tuple[PlanDigest, dict[str, Any]]:
+    """Return the hashes of a plan, and what `dataset.json` says of it: of each round, the plan as it was then."""
+    ends = list(accumulate(sum(counts.values()) for counts in rounds))
+    digest = digest_plan(requests, shard_size, set(ends))
+    plan: dict[str, Any] = {"rows": len(requests), "shards": len(digest.shards), "sha256": digest.sha256}
+    if rounds:
+        plan["rounds"] = [
+            {"rows": rows, "shards": -(-rows // shard_size), "sha256": sha256, "classes": dict(counts)}
+            for rows, sha256, counts in zip(ends, digest.rounds, rounds, strict=True)
+        ]
+    return digest, plan
 
 
 def _begin(

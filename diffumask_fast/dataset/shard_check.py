@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from pathlib import Path
@@ -41,10 +41,11 @@ class Content:
 
 @dataclass(frozen=True)
 class PlanDigest:
-    """Hashes of a plan: of all that it says, and of the keys and seeds of each shard."""
+    """Hashes of a plan: of all that it says, of the keys and seeds of each shard, and of all up to each round's end."""
 
     sha256: str
     shards: list[bytes]
+    rounds: list[str]
 
 
 def mark_of(manifest: dict[str, Any], index: int, names: Iterable[tuple[str, int]]) -> str:
@@ -56,8 +57,14 @@ def mark_of(manifest: dict[str, Any], index: int, names: Iterable[tuple[str, int
         names: key and seed of each row.
     """
     options = {**UNRECORDED, **manifest["options"]}
-    bound = [{name: manifest[name] for name in BOUND}, options, index, [list(name) for name in names]]
+    parts = {name: manifest[name] for name in BOUND} | {"plan": _plan_of(manifest["plan"], index)}
+    bound = [parts, options, index, [list(name) for name in names]]
     return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
+
+
+def _plan_of(plan: dict[str, Any], index: int) -> dict[str, Any]:
+    """Return the plan as it was when a shard's round was the last: later rounds make no difference to the shard."""
+    return next((part for part in plan.get("rounds", []) if index < part["shards"]), plan)
 
 
 def done_shards(folder: Path, manifest: dict[str, Any], planned: Callable[[int], bytes]) -> set[int]:
@@ -128,12 +135,13 @@ def _check_plan(folder: str | Path, paths: Sequence[Path], manifest: dict[str, A
         )
 
 
-def digest_plan(requests: Iterable[Request], shard_size: int) -> PlanDigest:
+def digest_plan(requests: Iterable[Request], shard_size: int, rounds: Collection[int] = ()) -> PlanDigest:
     """Return the hashes of a plan, whose requests are read once.
 
     Args:
         requests: all of them, in order.
         shard_size: requests of a shard.
+        rounds: how many requests there are up to the end of each round.
 
     Raises:
         DiffuMaskError: a key comes twice.
@@ -141,6 +149,7 @@ def digest_plan(requests: Iterable[Request], shard_size: int) -> PlanDigest:
     digest, keys = hashlib.sha256(), set[str]()
     names: list[tuple[str, int]] = []
     shards: list[bytes] = []
+    ends: list[str] = []
     values = attrgetter(*(part.name for part in fields(Request)))
     for request in requests:
         digest.update(json.dumps(values(request)).encode())
@@ -151,7 +160,9 @@ def digest_plan(requests: Iterable[Request], shard_size: int) -> PlanDigest:
         if len(names) == shard_size:
             shards.append(names_digest(names))
             names.clear()
-    return PlanDigest(digest.hexdigest(), [*shards, names_digest(names)] if names else shards)
+        if len(keys) in rounds:
+            ends.append(digest.hexdigest())
+    return PlanDigest(digest.hexdigest(), [*shards, names_digest(names)] if names else shards, ends)
 
 
 def names_digest(names: Names) -> bytes:
