@@ -26,13 +26,21 @@ app = typer.Typer(
 )  # fmt: skip
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
-LogFlag = Annotated[Path | None, typer.Option(help="Append a log to this file.")]
+LogFlag = Annotated[Path | None, typer.Option(help="Append a log to this file, a JSON object a line.")]
 
 
 @app.command()
 @with_flags
-def generate(options: GenerateOptions, log: LogFlag = None, as_json: JsonFlag = False) -> None:
+def generate(
+    options: GenerateOptions,
+    log: LogFlag = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing; tell time and disk from a probe.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
     """Draw a dataset of images and masks."""
+    if dry_run:
+        _dry_run(options, log, as_json)
+        return
     log_to(log)
     from diffumask_fast.generation.generate import run_generate
 
@@ -43,6 +51,23 @@ def generate(options: GenerateOptions, log: LogFlag = None, as_json: JsonFlag = 
     else:
         rate = f"{summary['images_per_s']:.2f} images/s" if summary["drawn"] else "complete: nothing was left to draw"
         say(_closing(summary, f", {rate}"))
+    if summary["below_quota"]:
+        say(as_flags(summary["why_below_quota"]), sys.stderr)
+        raise typer.Exit(3)
+
+
+def _dry_run(options: GenerateOptions, log: Path | None, as_json: bool) -> None:
+    if log is not None:
+        raise DiffuMaskError("a dry run writes nothing: leave out `log`")
+    from diffumask_fast.generation.probe import describe, run_probe
+
+    with stoppable("Stopped; nothing was written."):
+        estimate = run_probe(options)
+    if as_json:
+        say(json.dumps(estimate))
+        return
+    for line in describe(estimate):
+        say(line)
 
 
 @app.command()
