@@ -32,7 +32,7 @@ KINDS = {
     "augment": AugmentOptions, "train": TrainOptions, "bench": BenchOptions, "compare": CompareOptions,
     "tune": TuneOptions,
 }  # fmt: skip
-OTHERS = {name: {"log", "as_json"} for name in ("generate", "train")}
+OTHERS = {"generate": {"log", "dry_run", "as_json"}, "train": {"log", "as_json"}}
 OTHERS |= {"remask": {"source", "out", "device", "max_pixels", "as_json"}}
 
 

@@ -10,6 +10,8 @@ from killed import kill_at
 from samples import contents
 from test_generation import options, silent
 
+from diffumask_fast.cli import app
+from diffumask_fast.console import run_program
 from diffumask_fast.dataset.reader import read_manifest, read_rows
 from diffumask_fast.dataset.remask import remask
 from diffumask_fast.dataset.shard_check import finished_shards
@@ -70,6 +72,7 @@ def test_the_sentence_names_classes_reasons_and_what_to_do():
     assert "dog (3 of 40 accepted, most often: quality below `min_quality`)" in text
     assert "lower `min_quality`, leave them out" in text
     assert "lower" not in explain_below([one], 20, MaskOptions())
+    assert ") and 3 more classes; the dataset" in explain_below([one] * 8, 20, MaskOptions())
 
 
 @pytest.mark.parametrize(
@@ -162,14 +165,21 @@ def test_a_killed_run_ends_with_the_same_bytes(finished, tiny_folder, tmp_path, 
     assert contents(tmp_path / "out") == contents(finished[0])
 
 
-def test_a_hopeless_class_ends_the_run_and_what_is_drawn_stays(tiny_folder, tmp_path):
+def test_a_hopeless_class_ends_the_run_and_what_is_drawn_stays(tiny_folder, tmp_path, capsys):
     picky = dict(accept_per_class=8, classes="car,bus", shard_size=64, mask=MaskOptions(min_quality=0.16), batch_size=8)
     summary = draw(tmp_path / "out", tiny_folder, **picky)
     assert summary["below_quota"] == ["bus"] and "bus (" in summary["why_below_quota"]
     tallies = tally(read_rows(tmp_path / "out", accepted_only=False, columns=["classes", "reason"]), ["car", "bus"])
     assert tallies[0].accepted >= 8 and tallies[1].is_hopeless and tallies[1].drawn < 4 * PROBE
-    again = draw(tmp_path / "out", tiny_folder, **picky)
-    assert again["drawn"] == 0 and again["why_below_quota"] == summary["why_below_quota"]
+    before = contents(tmp_path / "out")
+    flags = ["--accept-per-class", 8, "--classes", "car,bus", "--min-quality", 0.16, "--batch-size", 8, "--steps", 2]
+    command = ["generate", tmp_path / "out", "--model", tiny_folder, "--device", "cpu", *flags, "--json"]
+    with pytest.raises(SystemExit) as ended:
+        run_program(app, list(map(str, command)))
+    text = capsys.readouterr()
+    assert ended.value.code == 3 and contents(tmp_path / "out") == before
+    assert json.loads(text.out)["drawn"] == 0
+    assert text.err == summary["why_below_quota"].replace("`min_quality`", "--min-quality") + "\n"
 
 
 @pytest.mark.parametrize(

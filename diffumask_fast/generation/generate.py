@@ -90,11 +90,7 @@ def _resumed(job: Job, folder: Path) -> Job:
     if not job.accept_per_class or not shard_paths(folder) or not (folder / MANIFEST).exists():
         return job
     there = read_manifest(folder)
-    if there["options"].get("classes") != job.options["classes"]:
-        return job
-    names = job.recipe.vocabulary.names
-    rounds = [[part["classes"].get(name, 0) for name in names] for part in there["plan"].get("rounds", [])]
-    return job.with_rounds(rounds) if rounds else job
+    return job.resumed(there["plan"]) if there["options"].get("classes") == job.options["classes"] else job
 
 
 def tell_new_names(vocabulary: Vocabulary) -> None:

@@ -100,6 +100,12 @@ class Job:
         """Return the job with these rounds, each with a number for every class."""
         return replace(self, recipe=replace(self.recipe, num=sum(map(sum, rounds)), rounds=tuple(map(tuple, rounds))))
 
+    def resumed(self, plan: Mapping[str, Any]) -> Job:
+        """Return the job with the rounds that the plan of a `dataset.json` with the same classes has."""
+        names = self.recipe.vocabulary.names
+        rounds = [[part["classes"].get(name, 0) for name in names] for part in plan.get("rounds", [])]
+        return self.with_rounds(rounds) if rounds else self
+
     def plan(self, pipe: DiffuMaskPipeline) -> Plan:
         """Return the requests, each made when it is asked for; the pipeline's tokenizer says which captions fit."""
         tokenizer = pipe.pipe.tokenizer
@@ -191,7 +197,8 @@ def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
     batch_size, maps = pipe.batch_size(options.batch_size, height, width), pipe.map_options(options.maps)
     if pipe.engine is not None:
         pipe.engine.limits.check(batch_size, height, width, options.classes_per_image, maps.propagate)
-    num, quota, shard_size, rounds = options.num or NUM, options.accept_per_class, options.shard_size, ()
+    num, quota, shard_size = options.num or NUM, options.accept_per_class, options.shard_size
+    rounds: tuple[tuple[int, ...], ...] = ()
     if quota:  # a round is a whole number of shards: those of a small quota are small
         shard_size = min(shard_size, sum(first_round(len(vocabulary), quota, shard_size=1)))
         rounds = (first_round(len(vocabulary), quota, shard_size),)

@@ -13,6 +13,7 @@ from diffumask_fast.masks.rejection import advice, kind_of
 PROBE = 40  # images of a class by which it is judged
 HOPELESS = 10  # images of it, of which not one is accepted on average
 GROWTH = 4  # times as many of a class as were drawn before, at most
+MAX_TOLD = 5  # classes in one sentence
 
 
 @dataclass
@@ -88,14 +89,15 @@ def explain_below(tallies: Sequence[Tally], quota: int, options: MaskOptions) ->
     """
     told = ", ".join(
         f"{one.name} ({one.accepted} of {one.drawn} accepted, most often: {one.reasons.most_common(1)[0][0]})"
-        for one in tallies
+        for one in tallies[:MAX_TOLD]
     )
+    more = f" and {len(tallies) - MAX_TOLD} more classes" if len(tallies) > MAX_TOLD else ""
     reasons = [reason for one in tallies for reason in one.reasons.elements()]
     own = advice(reasons, options)
     return (
-        f"below {quota} accepted images, and drawn no more, for fewer than one in {HOPELESS} is accepted: {told}; the "
-        f"dataset is finished without them: {f'{own}, ' if own else ''}leave them out, or give them other phrases, in "
-        "another folder"
+        f"below {quota} accepted images, and drawn no more, for fewer than one in {HOPELESS} is accepted: "
+        f"{told}{more}; the dataset is finished without them: {f'{own}, ' if own else ''}leave them out, or give them "
+        "other phrases, in another folder"
     )
 
 
