@@ -1,6 +1,5 @@
 import contextlib
 import json
-from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -100,32 +99,34 @@ def test_the_scheduler_is_tried_once_and_before_anything_is_written(tiny_folder,
 
 
 def test_short_memory_is_recorded_and_the_same_command_goes_on_with_it(tiny_folder, tmp_path, monkeypatch, caplog):
+    rows = []  # of each call of the UNet: two for an image
+
     def opened(options, device):
         pipe = job.open_pipe(options, device)
-        calls = count()
 
-        def refuse(module, arguments):
-            if arguments[0].shape[0] > 2 and next(calls) >= 4:  # after the first shard: two batches of two steps
+        def note(module, arguments):
+            rows.append(arguments[0].shape[0])
+            if rows[-1] > 2 and 4 < len(rows) < 8:  # after the first shard: two batches of two steps
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
-        pipe.pipe.unet.conv_in.register_forward_pre_hook(refuse)
+        pipe.pipe.unet.conv_in.register_forward_pre_hook(note)
         return pipe
 
+    monkeypatch.setattr(generate, "open_pipe", opened)
     out = tmp_path / "out"
     asked = options(out, tiny_folder, num=10)
-    with monkeypatch.context() as patch:
-        patch.setattr(generate, "open_pipe", opened)
-        assert run_generate(asked, silent)["drawn"] == 10
+    assert run_generate(asked, silent)["drawn"] == 10 and rows == [4] * 5 + [2] * 12
     record = json.loads((out / "dataset.json").read_text())
     assert record["drift"] == [{"environment": record["environment"], "batch_size": 1, "shards": [1, 2]}]
     assert record["options"]["batch_size"] == 2
     (warning,) = [entry.getMessage() for entry in caplog.records if "memory is short" in entry.getMessage()]
     assert "from shard 1 on" in warning
     before = contents(out)
-    (out / "data" / "shard-00002.parquet").unlink()
-    (out / "data" / "shard-00000.parquet").unlink()  # that was drawn in whole batches, and is again
-    assert run_generate(asked, silent)["drawn"] == 6 and contents(out) == before
-    assert len(list(read_rows(out, accepted_only=False))) == 10
+    for index in (0, 2):  # the first was drawn in whole batches, and is again
+        (out / "data" / f"shard-{index:05d}.parquet").unlink()
+    rows[:] = [0] * 8
+    assert run_generate(asked, silent)["drawn"] == 6 and rows[8:] == [4] * 4 + [2] * 4
+    assert contents(out) == before and len(list(read_rows(out, accepted_only=False))) == 10
 
 
 def test_the_libraries_speak_again_after_a_run(tiny_folder, tmp_path):
