@@ -136,6 +136,29 @@ def evaluate(options: EvaluateOptions, as_json: JsonFlag = False) -> None:
 
 @app.command()
 @with_flags
+def verify(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Dataset to check.")],
+    reading: ReadOptions,
+    as_json: JsonFlag = False,
+) -> None:
+    """Check every shard and every row of a dataset; exit code 1 and a table where something is wrong."""
+    from diffumask_fast.dataset import verify as verifying
+
+    with stoppable("Stopped."):
+        summary = verifying.verify(source, max_pixels=reading.max_pixels, progress=progress_bar)
+    if as_json:
+        say(json.dumps(summary))
+    else:
+        for fault in summary["faults"]:
+            say(f"{fault['file']:26} {fault['key']:24} {as_flags(fault['what'])}")
+    if summary["faults"]:
+        raise DiffuMaskError(verifying.sentence(summary))
+    if not as_json:
+        say(f"{summary['images']} images in {summary['shards']} shards, {summary['accepted']} accepted: all is well.")
+
+
+@app.command()
+@with_flags
 def export(options: ExportOptions, as_json: JsonFlag = False) -> None:
     """Write a model for an engine other than torch, and check it against torch."""
     from diffumask_fast.export.export_model import export_model
