@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from samples import contents, draw, requests
@@ -16,7 +15,7 @@ from test_shard_check import FOREIGN, cut_off, empty, half_full
 from diffumask_fast.dataset.reader import read_manifest
 from diffumask_fast.dataset.remask import remask
 from diffumask_fast.dataset.run import open_run
-from diffumask_fast.dataset.schema import SCHEMA, encode_png
+from diffumask_fast.dataset.schema import encode_png
 from diffumask_fast.dataset.shard_check import mark_of
 from diffumask_fast.dataset.verify import sentence, verify
 from diffumask_fast.dataset.writer import shard_path, write_shard
