@@ -126,7 +126,8 @@ def evaluate(options: EvaluateOptions, as_json: JsonFlag = False) -> None:
     from diffumask_fast.learning import evaluation
     from diffumask_fast.learning.figures import table
 
-    figures = evaluation.evaluate(options, progress=progress_bar)
+    with stoppable("Stopped; nothing was written."):
+        figures = evaluation.evaluate(options, progress=progress_bar)
     if as_json:
         say(json.dumps(figures))
         return
@@ -188,7 +189,9 @@ def bench(context: typer.Context, options: BenchOptions, as_json: JsonFlag = Fal
         return
     from diffumask_fast.bench.report import measure
 
-    if code := measure(options, as_json=as_json):
+    with stoppable("Stopped; the rows that were finished are kept."):
+        code = measure(options, as_json=as_json)
+    if code:
         raise typer.Exit(code)
 
 
@@ -218,12 +221,13 @@ def tune(options: TuneOptions, as_json: JsonFlag = False) -> None:
     """Time the kernels' launch configurations on this GPU, and keep the best; what is finished is kept at once."""
     from diffumask_fast.kernels.tune import tune as measure
 
-    entries = measure(
-        options.out,
-        lambda sentence: say(sentence, sys.stderr),
-        quick=options.quick,
-        only_this_device=options.only_this_device,
-    )
+    with stoppable("Stopped; what is finished is kept."):
+        entries = measure(
+            options.out,
+            lambda sentence: say(sentence, sys.stderr),
+            quick=options.quick,
+            only_this_device=options.only_this_device,
+        )
     if as_json:
         say(json.dumps(entries))
 

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -139,7 +140,12 @@ def _sentence(error: Exception, flags: set[str], dash: str) -> str:
 
 @contextmanager
 def stoppable(sentence: str) -> Iterator[None]:
-    """End the command with exit code 130 and a sentence on stderr when the user stops it."""
+    """End the command with exit code 130 and a sentence on stderr when the user stops it.
+
+    Until then the program may have left Ctrl-C to the system, which ends it at once.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:

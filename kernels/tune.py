@@ -28,7 +28,7 @@ Timer = Callable[[Callable[[], object]], Any]
 Entries = dict[str, list[dict[str, Any]]]
 LAYERS = [layer.shape for model in STABLE_DIFFUSION for layer in model.layers]
 IMAGES, PHRASES, SIDE = 8, 1, 512
-SIGN = '{"when": {"'  # in the first bytes of every table
+SIGN = '"when": {'  # in the first bytes of every table, however it is indented
 CALLS, REPLAYS = 20, 9  # calls in a graph, replays of the graph
 RADII = {8: [1, 16], 32: [17, 4096]}  # of the guided filter: one cell of SD 1.5's finest map is 8 pixels
 

@@ -197,6 +197,29 @@ def test_stopped_while_loading(tmp_path, seconds):
     assert process.returncode in (130, -signal.SIGINT) and (seconds < 0.5 or "Traceback" not in error), error
 
 
+def test_no_library_swallows_ctrl_c_while_it_is_loaded():
+    code = """
+import builtins, time
+from diffumask_fast.__main__ import main
+import_as_before = builtins.__import__
+def slowly(name, *rest):
+    if name == "diffumask_fast.cli":
+        try:
+            print("loading", flush=True)
+            time.sleep(60)
+        except BaseException:
+            pass
+    return import_as_before(name, *rest)
+builtins.__import__ = slowly
+main()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT
+
+
 def test_who_closes_the_pipe_hears_nothing():
     read, write = os.pipe()
     os.close(read)
