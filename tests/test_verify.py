@@ -189,7 +189,7 @@ def test_the_command_tells_all_faults_and_ends_with_one_sentence(run):
         ["data/shard-00001.parquet", "dog-000002"], ["data/shard-00001.parquet", "car-000002"],
     ]  # fmt: skip
     assert err.count("\n") == 1 and f"{run}/data/shard-00001.parquet, dog-000002: dog-000002.png cannot be" in err
-    assert "the first of 2 faults in 1 files: delete the shard and run the command again" in err
+    assert "(the first of 2 faults in 1 file): delete the shard and run the command again" in err
     code, out, _ = call(run, "--json")
     assert code == 1 and len(json.loads(out)["faults"]) == 2
 

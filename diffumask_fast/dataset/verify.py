@@ -18,7 +18,7 @@ from diffumask_fast.dataset.reader import BATCH, Row, open_shard, read_manifest,
 from diffumask_fast.dataset.schema import MANIFEST
 from diffumask_fast.dataset.shard_check import Content, check_content, planned_line
 from diffumask_fast.dataset.writer import MARK, shard_path
-from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.errors import DiffuMaskError, as_flags
 from diffumask_fast.masks.make import IGNORE
 from diffumask_fast.options import MAX_PIXELS
 from diffumask_fast.prompts.request import Request
@@ -83,12 +83,21 @@ def verify(
     }  # fmt: skip
 
 
+def told(summary: dict[str, Any]) -> list[str]:
+    """Return what a command says of the summary of `verify`: a line for each fault, or that there is none."""
+    lines = [f"{fault['file']:26} {fault['key']:24} {as_flags(fault['what'])}" for fault in summary["faults"]]
+    counts = f"{summary['images']} images in {summary['shards']} shards, {summary['accepted']} accepted"
+    return lines or [f"{counts}: all is well."]
+
+
 def sentence(summary: dict[str, Any]) -> str:
-    """Say of faults, in one sentence, the first, how many there are, and what to do."""
-    first, faults = summary["faults"][0], summary["faults"]
+    """Say of faults, in one sentence, the first, how many there are, and what to do; "" where there are none."""
+    if not (faults := summary["faults"]):
+        return ""
+    first, files = faults[0], len({fault["file"] for fault in faults})
     place = ", ".join(filter(None, [str(Path(summary["folder"]) / first["file"]), first["key"]]))
-    more = f", the first of {len(faults)} faults in {len({fault['file'] for fault in faults})} files"
-    return f"{place}: {first['what']}{more if faults[1:] else ''}: {first['remedy']}"
+    more = f" (the first of {len(faults)} faults in {files} file{'s'[: files - 1]})" if faults[1:] else ""
+    return f"{place}: {first['what']}{more}: {first['remedy']}"
 
 
 class _Reading:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
@@ -13,6 +13,7 @@ from typing import Any
 from diffumask_fast.dataset.schema import Sample, make_row
 from diffumask_fast.generation.job import Job
 from diffumask_fast.pipeline import DiffuMaskPipeline
+from diffumask_fast.prompts.request import Request
 from diffumask_fast.results import Result
 
 MOST_ENCODERS = 8
@@ -41,11 +42,7 @@ def draw_shards(
         DiffuMaskError: as for a call of the pipeline.
     """
     indices, plan = list(indices), job.plan(pipe)
-    results = pipe.stream_batches(
-        (batch for index in indices for batch in job.batches(plan, index)), job.mask, maps=job.maps,
-        num_phrases=job.recipe.classes_per_image, use_negative_prompts=bool(job.recipe.negative_prompt),
-        num_inference_steps=job.steps, guidance_scale=job.guidance_scale, height=job.height, width=job.width,
-    )  # fmt: skip
+    results = draw_batches(pipe, job, (batch for index in indices for batch in job.batches(plan, index)))
     with closing(results), Encoders(2 * job.batch_size) as encoders:
         for index in indices:
             for result in islice(results, job.num_rows(index)):
@@ -55,6 +52,24 @@ def draw_shards(
             pipe.seconds.encode += encoders.waited
             encoders.waited = 0.0
             yield index, rows
+
+
+def draw_batches(pipe: DiffuMaskPipeline, job: Job, batches: Iterable[Sequence[Request]]) -> Generator[Result]:
+    """Draw some batches of a job; a batch is asked for when the one before it is denoised.
+
+    Args:
+        pipe: what the job's `open` gives.
+        job: the run.
+        batches: of its `batches`.
+
+    Raises:
+        DiffuMaskError: as for a call of the pipeline.
+    """
+    return pipe.stream_batches(
+        batches, job.mask, maps=job.maps,
+        num_phrases=job.recipe.classes_per_image, use_negative_prompts=bool(job.recipe.negative_prompt),
+        num_inference_steps=job.steps, guidance_scale=job.guidance_scale, height=job.height, width=job.width,
+    )  # fmt: skip
 
 
 class Encoders:

@@ -37,3 +37,12 @@ class GenerateOptions(Options):
     attention: str = option("sdpa", "Where no maps are wanted: sdpa, or on CUDA xformers.")
     device: str = option("auto", "auto, cpu or cuda.")
     allow_drift: bool = option(False, "Go on in a changed environment.")
+
+
+@dataclass(frozen=True)
+class RebuildOptions(Options):
+    """Where a dataset's model is, and where to draw a sample of it again."""
+
+    model: str | None = option(None, "Where the model that drew is now, for rebuild.")
+    engine_path: Path | None = option(None, "Where the engine that drew is now, for rebuild.")
+    device: str = option("auto", "auto, cpu or cuda, for rebuild.")
