@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.progress import Progress
@@ -19,7 +19,7 @@ from diffumask_fast.dataset.preview import write_preview
 from diffumask_fast.dataset.run import Run, open_run
 from diffumask_fast.dataset.shard_writer import ShardWriter
 from diffumask_fast.errors import DiffuMaskError, is_out_of_memory
-from diffumask_fast.generation.draw import draw_shards
+from diffumask_fast.generation.draw import Row, draw_shards
 from diffumask_fast.generation.job import Job, make_job, open_pipe
 from diffumask_fast.generation.options import GenerateOptions
 from diffumask_fast.masks.options import MaskOptions
@@ -29,6 +29,9 @@ from diffumask_fast.options import MAX_PIXELS
 from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.vocabulary import Vocabulary
 from diffumask_fast.results import Result
+
+if TYPE_CHECKING:
+    from diffumask_fast.generation.cluster import Cluster
 
 logger = logging.getLogger("diffumask_fast")
 PREVIEW = 24
@@ -50,12 +53,10 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Progress]) 
     Raises:
         DiffuMaskError: anything that keeps the run from starting or from going on, in one sentence.
     """
-    with quietly():
-        pipe = open_pipe(options, options.device)
-        job = make_job(options, pipe)
+    with quietly(), _opened(options) as (pipe, job, surroundings):
         plan = job.plan(pipe)
         with open_run(
-            options.out, plan, job.options, environment(pipe), job.shard_size, options.allow_drift,
+            options.out, plan, job.options, surroundings, job.shard_size, options.allow_drift,
             model={"id": job.identity, "weights": job.weights}, vocabulary=job.recipe.vocabulary,
         ) as run:  # fmt: skip
             if not pipe.info.classes:
@@ -75,6 +76,21 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Progress]) 
     }  # fmt: skip
 
 
+@contextmanager
+def _opened(options: GenerateOptions) -> Iterator[tuple[DiffuMaskPipeline | Cluster, Job, dict[str, Any]]]:
+    """Give what draws, the job, and the environment in which it is drawn."""
+    if options.ray is not None:
+        from diffumask_fast.generation.cluster import Cluster
+
+        with Cluster(options) as cluster:
+            yield cluster, cluster.job, cluster.environment
+        return
+    if options.workers is not None:
+        raise DiffuMaskError("`workers` are Ray's: say `ray=local` too, or leave them out")
+    pipe = open_pipe(options, options.device)
+    yield pipe, make_job(options, pipe), environment(pipe)
+
+
 def tell_new_names(vocabulary: Vocabulary) -> None:
     """Name the classes that VOC does not have, which may be slips of the pen."""
     voc = Vocabulary.voc().names
@@ -86,7 +102,7 @@ def tell_new_names(vocabulary: Vocabulary) -> None:
 
 
 def _draw_missing(
-    pipe: DiffuMaskPipeline, job: Job, run: Run, progress: Callable[[int], Progress]
+    pipe: DiffuMaskPipeline | Cluster, job: Job, run: Run, progress: Callable[[int], Progress]
 ) -> tuple[int, float]:
     """Draw and write the missing shards; return the number of images, and for how long writing held up the drawing."""
     missing, total = run.missing_shards(), job.recipe.num
@@ -101,12 +117,21 @@ def _draw_missing(
             first.judge(result)
 
         waiting = []
-        with closing(draw_shards(pipe, job, missing, on_result)) as shards:
+        with closing(_draw(pipe, job, missing, on_result)) as shards:
             for shard in shards:
                 waiting.append(shard)
                 while first.judged and waiting:
                     writer.add(*waiting.pop(0))
     return num, writer.waited
+
+
+def _draw(
+    pipe: DiffuMaskPipeline | Cluster, job: Job, indices: list[int], on_result: Callable[[Result], Any]
+) -> Generator[tuple[int, list[Row]]]:
+    """Draw shards here, or on a cluster."""
+    if isinstance(pipe, DiffuMaskPipeline):
+        return draw_shards(pipe, job, indices, on_result)
+    return pipe.draw_shards(job, indices, on_result)
 
 
 @contextmanager

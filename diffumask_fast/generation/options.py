@@ -36,6 +36,8 @@ class GenerateOptions(Options):
     engine_path: Path | None = option(None, "Folder that export wrote.")
     attention: str = option("sdpa", "Where no maps are wanted: sdpa, or on CUDA xformers.")
     device: str = option("auto", "auto, cpu or cuda.")
+    ray: str | None = option(None, "Draw on workers of Ray: local, auto, or a cluster's address.")
+    workers: int | None = option(None, "Of Ray; one for each GPU, else for each CPU, when left out.", whole(1, 10**4))
     allow_drift: bool = option(False, "Go on in a changed environment.")
 
 
