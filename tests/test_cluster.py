@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import subprocess
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -114,7 +115,8 @@ def test_an_error_of_a_worker_is_told_as_in_one_process(joined, tiny_folder, tmp
         ({"mask": MaskOptions(min_area=0.999, max_area=1.0)}, "8 of the first 8 images were rejected"),
         ({"device": "cuda"}, "Ray sees no GPU in its cluster, but 2 CPUs: use `device=cpu`"),
     ):
-        asked = options(tmp_path / "out", tiny_folder, num=8, ray="local", workers=1, **changes)
+        model = changes.pop("model", tiny_folder)
+        asked = options(tmp_path / "out", model, num=8, ray="local", workers=1, **changes)
         with pytest.raises(DiffuMaskError, match=words) as caught:
             run_generate(asked, silent)
         assert "\n" not in str(caught.value) and not list(tmp_path.rglob("*.parquet"))
@@ -123,30 +125,23 @@ def test_an_error_of_a_worker_is_told_as_in_one_process(joined, tiny_folder, tmp
 
 @pytest.mark.slow
 def test_a_worker_that_is_lost_with_every_shard_stops_the_run(joined, tiny_folder, tmp_path):
-    @contextlib.contextmanager
-    def never(total):
-        yield SimpleNamespace(add_task=lambda *_, **__: 0, advance=lambda *_: None)
+    over = threading.Event()
 
+    def kill():
+        while not over.wait(0.2):
+            for pid in drawing():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
     asked = options(tmp_path / "out", tiny_folder, num=400, shard_size=400, ray="local", workers=1)
-    with Cluster(asked) as cluster, pytest.raises(DiffuMaskError, match="4 workers of Ray were lost with shard 0"):
-        shards = cluster.draw_shards(cluster.job, [0])
-        import threading
-
-        over = threading.Event()
-
-        def kill():
-            while not over.wait(0.2):
-                for pid in drawing():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-
-        killer = threading.Thread(target=kill)
-        killer.start()
-        try:
-            next(shards)
-        finally:
-            over.set()
-            killer.join()
+    try:
+        with Cluster(asked) as cluster, pytest.raises(DiffuMaskError, match="4 workers of Ray were lost with shard 0"):
+            next(cluster.draw_shards(cluster.job, [0]))
+    finally:
+        over.set()
+        killer.join()
 
 
 def group(pid):
