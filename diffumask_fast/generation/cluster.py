@@ -119,6 +119,11 @@ class Cluster:
     def __exit__(self, *exception: object) -> None:
         self._held.close()
 
+    def wait_for_all(self) -> None:
+        """Wait until every worker has begun; drawing itself begins with the first."""
+        while self._beginning:
+            self._wait_for_worker()
+
     def draw_shards(
         self, job: Job, indices: Iterable[int], on_result: Callable[[Any], Any] = lambda result: None
     ) -> Generator[tuple[int, list[Row]]]:
@@ -178,8 +183,8 @@ class Cluster:
         if not done:
             free = self._ray.available_resources()
             logger.warning(
-                "no worker has begun after %.0f s: the cluster has %g CPUs and %g GPUs free, and a worker takes one",
-                PATIENCE, free.get("CPU", 0), free.get("GPU", 0),
+                "no worker of Ray has begun after %.0f s: it still loads the model, or the cluster has no room (%g CPUs "
+                "and %g GPUs are free; a worker takes one)", PATIENCE, free.get("CPU", 0), free.get("GPU", 0),
             )  # fmt: skip
             done, _ = self._ray.wait([*self._beginning])
         self._welcome(done[0])
