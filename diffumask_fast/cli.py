@@ -15,7 +15,7 @@ from diffumask_fast.console import log_to, progress_bar, run_program, say, stopp
 from diffumask_fast.errors import DiffuMaskError, as_flags
 from diffumask_fast.export.options import ExportOptions
 from diffumask_fast.flags import with_flags
-from diffumask_fast.generation.options import GenerateOptions
+from diffumask_fast.generation.options import GenerateOptions, RebuildOptions
 from diffumask_fast.learning.options import AugmentOptions, EvaluateOptions, FilterOptions, TrainOptions
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import ReadOptions
@@ -158,6 +158,33 @@ def evaluate(options: EvaluateOptions, as_json: JsonFlag = False) -> None:
         return
     for line in table(figures, options):
         say(line)
+
+
+@app.command()
+@with_flags
+def verify(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Dataset to check.")],
+    options: RebuildOptions,
+    reading: ReadOptions,
+    rebuild: Annotated[str | None, typer.Option(help="Draw the batch of this key again and compare.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Check every shard and row of a dataset, or draw a sample again; exit code 1 where something is wrong."""
+    with stoppable("Stopped; nothing was written."):
+        if rebuild is not None:
+            from diffumask_fast.generation import rebuild as rebuilding
+
+            summary = rebuilding.rebuild(source, rebuild, options, max_pixels=reading.max_pixels)
+            lines, fault = rebuilding.told(summary), summary["fault"]
+        else:
+            from diffumask_fast.dataset import verify as verifying
+
+            summary = verifying.verify(source, max_pixels=reading.max_pixels, progress=progress_bar)
+            lines, fault = verifying.told(summary), verifying.sentence(summary)
+    for line in [json.dumps(summary)] if as_json else lines:
+        say(line)
+    if fault:
+        raise DiffuMaskError(fault)
 
 
 @app.command()

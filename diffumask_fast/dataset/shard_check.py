@@ -26,6 +26,7 @@ BOUND = ("model", "classes", "plan")  # of a manifest: what, with its options, t
 PARQUET = b"PAR1"
 # Options that older runs did not record, with the values that they used.
 UNRECORDED = {"attention": "sdpa"}
+_VALUES = attrgetter(*(part.name for part in fields(Request)))
 
 Names = Sequence[tuple[str, int]]  # key and seed of each row
 
@@ -92,7 +93,7 @@ def done_shards(folder: Path, manifest: dict[str, Any], planned: Callable[[int],
             logger.warning("%s is damaged: it is made anew", path)
             continue
         left -= content.bytes
-        _check_content(path, content, manifest, index, planned(index))
+        check_content(path, content, manifest, index, planned(index))
         done.add(index)
     return done
 
@@ -112,7 +113,7 @@ def finished_shards(folder: str | Path, manifest: dict[str, Any]) -> list[Path]:
     marked = True
     for index, path in enumerate(paths):
         content = read_content(path)
-        _check_content(path, content, manifest, index)
+        check_content(path, content, manifest, index)
         marked = marked and content.mark is not None
     if not marked and manifest["classes"]:
         _check_plan(folder, paths, manifest)
@@ -150,9 +151,8 @@ def digest_plan(requests: Iterable[Request], shard_size: int, rounds: Collection
     names: list[tuple[str, int]] = []
     shards: list[bytes] = []
     ends: list[str] = []
-    values = attrgetter(*(part.name for part in fields(Request)))
     for request in requests:
-        digest.update(json.dumps(values(request)).encode())
+        digest.update(planned_line(request))
         if request.key in keys:
             raise DiffuMaskError(f"two requests of a run have the same key, {request.key}: give each key once")
         keys.add(request.key)
@@ -163,6 +163,11 @@ def digest_plan(requests: Iterable[Request], shard_size: int, rounds: Collection
         if len(keys) in rounds:
             ends.append(digest.hexdigest())
     return PlanDigest(digest.hexdigest(), [*shards, names_digest(names)] if names else shards, ends)
+
+
+def planned_line(request: Request) -> bytes:
+    """Return what a plan's hash takes of a request."""
+    return json.dumps(_VALUES(request)).encode()
 
 
 def names_digest(names: Names) -> bytes:
@@ -202,7 +207,7 @@ def read_content(path: Path, *, whole: bool = False) -> Content:
     return Content(names, marks[MARK].decode(errors="replace") if MARK in marks else None, size)
 
 
-def _check_content(
+def check_content(
     path: Path, content: Content, manifest: dict[str, Any], index: int, planned: bytes | None = None
 ) -> None:
     """Raise unless the shard holds what is planned, and is marked so; shards of older versions bear no mark."""

@@ -18,6 +18,7 @@ from diffumask_fast.dataset.schema import Sample, make_row
 from diffumask_fast.errors import DiffuMaskError, is_out_of_memory
 from diffumask_fast.generation.job import Job
 from diffumask_fast.pipeline import DiffuMaskPipeline
+from diffumask_fast.prompts.request import Request
 from diffumask_fast.results import Result
 
 MOST_ENCODERS = 8
@@ -83,11 +84,7 @@ def _draw_stream(
 ) -> Generator[tuple[int, list[Row]]]:
     """Draw shards as one stream; `on_result` gets each image and its number in its shard."""
     plan = job.plan(pipe)
-    results = pipe.stream_batches(
-        (batch for index in indices for batch in job.batches(plan, index)), job.mask, maps=job.maps,
-        num_phrases=job.recipe.classes_per_image, use_negative_prompts=bool(job.recipe.negative_prompt),
-        num_inference_steps=job.steps, guidance_scale=job.guidance_scale, height=job.height, width=job.width,
-    )  # fmt: skip
+    results = draw_batches(pipe, job, (batch for index in indices for batch in job.batches(plan, index)))
     with closing(results), Encoders(2 * job.batch_size) as encoders:
         for index in indices:
             for number, result in enumerate(islice(results, job.num_rows(index))):
@@ -97,6 +94,24 @@ def _draw_stream(
             pipe.seconds.encode += encoders.waited
             encoders.waited = 0.0
             yield index, rows
+
+
+def draw_batches(pipe: DiffuMaskPipeline, job: Job, batches: Iterable[Sequence[Request]]) -> Generator[Result]:
+    """Draw some batches of a job; a batch is asked for when the one before it is denoised.
+
+    Args:
+        pipe: what the job's `open` gives.
+        job: the run.
+        batches: of its `batches`.
+
+    Raises:
+        DiffuMaskError: as for a call of the pipeline.
+    """
+    return pipe.stream_batches(
+        batches, job.mask, maps=job.maps,
+        num_phrases=job.recipe.classes_per_image, use_negative_prompts=bool(job.recipe.negative_prompt),
+        num_inference_steps=job.steps, guidance_scale=job.guidance_scale, height=job.height, width=job.width,
+    )  # fmt: skip
 
 
 def _free_memory() -> None:

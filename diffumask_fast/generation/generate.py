@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from importlib import metadata
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.progress import Progress
@@ -38,6 +38,9 @@ from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.vocabulary import Vocabulary
 from diffumask_fast.results import Result
 
+if TYPE_CHECKING:
+    from diffumask_fast.generation.cluster import Cluster
+
 logger = logging.getLogger("diffumask_fast")
 PREVIEW = 24
 MAX_TOLD = 5  # names in one line
@@ -59,12 +62,11 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Progress]) 
     Raises:
         DiffuMaskError: anything that keeps the run from starting or from going on, in one sentence.
     """
-    with quietly():
-        pipe = open_pipe(options, options.device)
-        job = _resumed(make_job(options, pipe), options.out)
+    with quietly(), _opened(options) as (pipe, job, surroundings):
+        job = _resumed(job, options.out)
         plan = job.plan(pipe)
         with stop_on_sigterm() as stop, open_run(
-            options.out, plan, job.options, environment(pipe), job.shard_size, options.allow_drift,
+            options.out, plan, job.options, surroundings, job.shard_size, options.allow_drift,
             model={"id": job.identity, "weights": job.weights}, vocabulary=job.recipe.vocabulary, rounds=job.rounds,
         ) as run:  # fmt: skip
             if not pipe.info.classes:
@@ -83,6 +85,21 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Progress]) 
         "advice": advice(reasons, job.mask), "below_quota": [one.name for one in lacking],
         "why_below_quota": explain_below(lacking, job.accept_per_class or 0, job.mask) if lacking else "",
     }  # fmt: skip
+
+
+@contextmanager
+def _opened(options: GenerateOptions) -> Iterator[tuple[DiffuMaskPipeline | Cluster, Job, dict[str, Any]]]:
+    """Give what draws, the job, and the environment in which it is drawn."""
+    if options.ray is not None:
+        from diffumask_fast.generation.cluster import Cluster
+
+        with Cluster(options) as cluster:
+            yield cluster, cluster.job, cluster.environment
+        return
+    if options.workers is not None:
+        raise DiffuMaskError("`workers` are Ray's: say `ray=local` too, or leave them out")
+    pipe = open_pipe(options, options.device)
+    yield pipe, make_job(options, pipe), environment(pipe)
 
 
 def _resumed(job: Job, folder: Path) -> Job:
@@ -104,7 +121,7 @@ def tell_new_names(vocabulary: Vocabulary) -> None:
 
 
 def _draw_all(
-    pipe: DiffuMaskPipeline, job: Job, run: Run, progress: Callable[[int], Progress], stop: Stop
+    pipe: DiffuMaskPipeline | Cluster, job: Job, run: Run, progress: Callable[[int], Progress], stop: Stop
 ) -> tuple[int, float, list[Tally]]:
     """Draw what is missing, and round after round where a number of accepted images is asked for.
 
@@ -127,7 +144,7 @@ def _draw_all(
 
 
 def _draw_missing(
-    pipe: DiffuMaskPipeline, job: Job, run: Run, progress: Callable[[int], Progress], stop: Stop
+    pipe: DiffuMaskPipeline | Cluster, job: Job, run: Run, progress: Callable[[int], Progress], stop: Stop
 ) -> tuple[int, float]:
     """Draw and write the missing shards; return the number of images, and for how long writing held up the drawing.
 
@@ -147,18 +164,23 @@ def _draw_missing(
             writer.check()
             first.judge(result)
 
+        smallest = job.batch_size
+
         def on_smaller(batch_size: int, indices: list[int]) -> None:
+            nonlocal smallest
             log.retried()
             run.reduce_batch_size(batch_size, indices)
-            logger.warning(
-                "memory is short: from shard %d on a batch has %d images, whose bytes may differ from those of larger "
-                "batches; dataset.json records it", indices[0], batch_size,
-            )  # fmt: skip
+            if batch_size < smallest:
+                smallest = batch_size
+                logger.warning(
+                    "memory is short: from shard %d on a batch has %d images, whose bytes may differ from those of "
+                    "larger batches; dataset.json records it", indices[0], batch_size,
+                )  # fmt: skip
 
         def drawn() -> Generator[tuple[int, list[Row]]]:
             for size, indices in groupby(missing, run.batch_sizes().get):
                 smaller = replace(job, batch_size=size or job.batch_size)
-                yield from draw_shards(pipe, smaller, indices, on_result, on_smaller)
+                yield from _draw(pipe, smaller, indices, on_result, on_smaller)
 
         waiting = []
         with closing(drawn()) as shards:
@@ -171,6 +193,19 @@ def _draw_missing(
                     break
     _check_stop(stop, run)
     return num, writer.waited
+
+
+def _draw(
+    pipe: DiffuMaskPipeline | Cluster,
+    job: Job,
+    indices: Iterable[int],
+    on_result: Callable[[Result], Any],
+    on_smaller: Callable[[int, list[int]], Any],
+) -> Generator[tuple[int, list[Row]]]:
+    """Draw shards here, or on a cluster."""
+    if isinstance(pipe, DiffuMaskPipeline):
+        return draw_shards(pipe, job, indices, on_result, on_smaller)
+    return pipe.draw_shards(job, indices, on_result, on_smaller)
 
 
 def _check_stop(stop: Stop, run: Run) -> None:

@@ -42,6 +42,8 @@ class GenerateOptions(Options):
     engine_path: Path | None = option(None, "Folder that export wrote.")
     attention: str = option("sdpa", "Where no maps are wanted: sdpa, or on CUDA xformers.")
     device: str = option("auto", "auto, cpu or cuda.")
+    ray: str | None = option(None, "Draw on workers of Ray: local, auto, or a cluster's address.")
+    workers: int | None = option(None, "Of Ray; one for each GPU, else for each CPU, when left out.", whole(1, 10**4))
     allow_drift: bool = option(False, "Go on in a changed environment.")
 
     def __post_init__(self) -> None:
@@ -52,3 +54,12 @@ class GenerateOptions(Options):
             raise DiffuMaskError(
                 "`accept_per_class` counts images of one class each: leave out `classes_per_image`, or give `num`"
             )
+
+
+@dataclass(frozen=True)
+class RebuildOptions(Options):
+    """Where a dataset's model is, and where to draw a sample of it again."""
+
+    model: str | None = option(None, "Where the model that drew is now, for rebuild.")
+    engine_path: Path | None = option(None, "Where the engine that drew is now, for rebuild.")
+    device: str = option("auto", "auto, cpu or cuda, for rebuild.")
