@@ -73,8 +73,8 @@ def _dry_run(options: GenerateOptions, log: Path | None, as_json: bool) -> None:
 @app.command()
 @with_flags
 def remask(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="Dataset with stored maps.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the new dataset; run again to finish it.")],
+    source: Annotated[str, typer.Argument(metavar="IN", help="Dataset with stored maps.")],
+    out: Annotated[str, typer.Argument(help="Folder or address of the new dataset; run again to finish it.")],
     options: MaskOptions,
     reading: ReadOptions,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -288,8 +288,11 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def _closing(summary: dict[str, Any], rate: str = "") -> str:
     """Say what a dataset holds, where to look, and what to change where that is nothing."""
     advice = f"To accept more, {as_flags(summary['advice'])}. " if summary.get("advice") else ""
-    accepted = f"{summary['accepted']} of {summary['images']} images accepted"
-    return f"{accepted}{rate}. {advice}Look at {Path(summary['folder']) / 'preview.png'}."
+    of = f" of part {summary['part']}" if summary.get("part") else ""
+    accepted = f"{summary['accepted']} of {summary['images']} images{of} accepted{rate}. {advice}"
+    if summary.get("missing_shards"):
+        return f"{accepted}{summary['missing_shards']} shards of the run are still missing."
+    return f"{accepted}Look at {summary['folder'].rstrip('/')}/preview.png."
 
 
 def main() -> None:

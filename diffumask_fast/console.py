@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 import typer
 
 from diffumask_fast.errors import DiffuMaskError, is_out_of_memory
-from diffumask_fast.own_files import check_no_link
+from diffumask_fast.own_files import check_no_link, is_address
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -209,6 +209,8 @@ class _LogFile(logging.Handler):
         self.path = path
         self.setFormatter(_OneLine())
         check_no_link(path)
+        if is_address(path):
+            raise DiffuMaskError(f"The log must be a local file, not an address as {path}.")
         try:
             if path.is_file() and (head := path.open("rb").read(64)) and not LOG_LINE.match(head):
                 raise DiffuMaskError(f"{path} is there and no log of ours: choose another file.")

@@ -8,20 +8,22 @@ import signal
 import subprocess
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from samples import contents
 from test_cli import PROGRAM
+from test_draw import memory_for
 from test_generation import options, silent
 
 from diffumask_fast.borrow import patched_threads
 from diffumask_fast.dataset.schema import SCHEMA
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.generation.cluster import Cluster, _for_workers, _options_of, _place
+from diffumask_fast.generation.cluster import Cluster, Worker, _for_workers, _options_of, _place
 from diffumask_fast.generation.generate import run_generate
 from diffumask_fast.generation.ray import Drawer
 from diffumask_fast.masks.options import MaskOptions
@@ -87,6 +89,26 @@ def test_a_worker_killed_in_a_shard_costs_that_shard_and_no_byte(joined, tiny_fo
         run_generate(replace(asked, out=tmp_path / "one", ray=None, workers=None), silent)
     assert contents(tmp_path / "ray") == contents(tmp_path / "one")
     assert json.loads((tmp_path / "ray" / "dataset.json").read_text())["environment"]["threads"] == 1
+
+
+def test_rounds_until_each_class_has_its_number_are_those_of_one_process(joined, tiny_folder, tmp_path):
+    limits = dict(num=None, accept_per_class=6, mask=MaskOptions(min_quality=0.05))
+    asked = options(tmp_path / "ray", tiny_folder, ray="local", workers=1, **limits)
+    summary = run_generate(asked, silent)
+    with patched_threads(1):
+        run_generate(replace(asked, out=tmp_path / "one", ray=None, workers=None), silent)
+    assert contents(tmp_path / "ray") == contents(tmp_path / "one") and summary["below_quota"] == []
+
+
+def test_a_worker_short_of_memory_says_the_batch_size_that_fits(tiny_folder, tmp_path):
+    worker = Worker()
+    asked = _for_workers(options(tmp_path / "out", tiny_folder))
+    job = json.dumps(worker.begin(json.dumps(asdict(asked), default=str), "cpu", torch.get_num_threads())["job"])
+    rows, seconds, batch_size = worker.draw(job, 0)
+    assert len(rows) == 4 and seconds["denoise"] > 0 and batch_size == 2
+    with memory_for(worker._pipe, lambda: 1):
+        assert worker.draw(job, 0)[2] == 1
+    assert worker.draw(job, 1)[2] == 1
 
 
 def test_in_a_pipeline_of_ray_data(joined, tiny_folder, tmp_path):  # noqa: F811

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from test_generation import options, silent
@@ -30,7 +31,9 @@ def test_the_probe_tells_what_the_run_then_is(tiny_folder, tmp_path):
     assert told["images_per_hour"] * told["hours"] == pytest.approx(22, rel=0.1)
     assert told["seconds"]["all"] >= told["seconds"]["denoise"] > 0 and told["probed"] == 4
     (tmp_path / "out" / "data" / "shard-00002.parquet").unlink()
-    assert run_probe(asked)["missing"] == 2
+    assert run_probe(asked)["missing"] == 4
+    part = run_probe(replace(asked, part="1/3"))
+    assert (part["images"], part["missing"], part["shards"]) == (8, 0, 2)
 
 
 def test_a_number_of_accepted_images_is_the_least(tiny_folder, tmp_path):

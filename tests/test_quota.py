@@ -81,6 +81,7 @@ def test_the_sentence_names_classes_reasons_and_what_to_do():
         (dict(num=6), "give one of the two"),
         (dict(classes_per_image=2), "leave out `classes_per_image`"),
         (dict(accept_per_class=0), "whole number from 1"),
+        (dict(part="0/2"), "one process decides the rounds of `accept_per_class`: leave out `part`"),
     ],
 )
 def test_what_does_not_go_together_is_one_sentence(tmp_path, given, words):

@@ -6,15 +6,19 @@ import hashlib
 import json
 import logging
 import os
+from array import array
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from diffumask_fast.dataset.reader import BATCH, DamagedShard, open_shard, read_shard
+import numpy as np
+
+from diffumask_fast.dataset.reader import BATCH, DamagedShard, open_shard, read_shard, shard_paths
 from diffumask_fast.dataset.schema import MANIFEST
-from diffumask_fast.dataset.writer import MARK, MOST_BYTES, shard_path
+from diffumask_fast.dataset.storage import Place, place, size_of
+from diffumask_fast.dataset.writer import MARK, MOST_BYTES, shard_name, shard_path
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.own_files import check_no_link
 from diffumask_fast.prompts.request import Request
@@ -68,23 +72,28 @@ def _plan_of(plan: dict[str, Any], index: int) -> dict[str, Any]:
     return next((part for part in plan.get("rounds", []) if index < part["shards"]), plan)
 
 
-def done_shards(folder: Path, manifest: dict[str, Any], planned: Callable[[int], bytes]) -> set[int]:
+def done_shards(
+    folder: Place, manifest: dict[str, Any], planned: Callable[[int], bytes], indices: Iterable[int] | None = None
+) -> set[int]:
     """Return which shards need not be made; one that is damaged is not among them, and a warning names it.
 
     Args:
         folder: of the dataset.
         manifest: of the dataset.
         planned: gives the `names_digest` of a shard.
+        indices: of the shards that are looked at; None is all.
 
     Raises:
         DiffuMaskError: there is a file that is not of this dataset, which is not to be replaced.
     """
     check_names(folder, manifest)
-    done, left = set(), READ_WHOLE
-    for index in range(manifest["plan"]["shards"]):
+    there = {path.name for path in shard_paths(folder)}
+    done, left = set(), READ_WHOLE if isinstance(folder, Path) else 0  # an object store keeps what was put
+    for index in range(manifest["plan"]["shards"]) if indices is None else indices:
         path = shard_path(folder, index)
-        check_no_link(path)
-        if not path.exists():
+        if isinstance(path, Path):
+            check_no_link(path)
+        if path.name not in there:
             continue
         try:
             content = read_content(path, whole=left > 0)
@@ -98,15 +107,16 @@ def done_shards(folder: Path, manifest: dict[str, Any], planned: Callable[[int],
     return done
 
 
-def finished_shards(folder: str | Path, manifest: dict[str, Any]) -> list[Path]:
+def finished_shards(folder: str | Place, manifest: dict[str, Any]) -> list[Place]:
     """List the shards of a finished dataset, in order.
 
     Raises:
         DiffuMaskError: one is missing, damaged, or not of this dataset.
     """
-    check_names(Path(folder), manifest)
+    check_names(place(folder), manifest)
+    there = {path.name for path in shard_paths(folder)}
     paths = [shard_path(folder, index) for index in range(manifest["plan"]["shards"])]
-    missing = [path for path in paths if not path.exists()]
+    missing = [path for path in paths if path.name not in there]
     if missing:
         first, command = missing[0].name, "run the command again that began it"
         raise DiffuMaskError(f"{folder} is not finished: {first} is missing, one of {len(missing)}; {command}")
@@ -120,7 +130,7 @@ def finished_shards(folder: str | Path, manifest: dict[str, Any]) -> list[Path]:
     return paths
 
 
-def _check_plan(folder: str | Path, paths: Sequence[Path], manifest: dict[str, Any]) -> None:
+def _check_plan(folder: str | Place, paths: Sequence[Place], manifest: dict[str, Any]) -> None:
     """Raise unless all rows together are those of the plan: what shards of older versions, without a mark, allow."""
     phrases = {entry["name"]: entry["phrase"] for entry in manifest["classes"]}
     columns = [part.name for part in fields(Request) if part.name != "phrases"]
@@ -131,8 +141,8 @@ def _check_plan(folder: str | Path, paths: Sequence[Path], manifest: dict[str, A
     )
     if digest_plan(requests, manifest["options"]["shard_size"]).sha256 != manifest["plan"]["sha256"]:
         raise DiffuMaskError(
-            f"the rows in {Path(folder) / 'data'} are not those of the run in {MANIFEST}: bring back the files as they "
-            "were written"
+            f"the rows in {folder}/data are not those of the run in {MANIFEST}: bring back the files as they were "
+            "written"
         )
 
 
@@ -147,21 +157,20 @@ def digest_plan(requests: Iterable[Request], shard_size: int, rounds: Collection
     Raises:
         DiffuMaskError: a key comes twice.
     """
-    digest, keys = hashlib.sha256(), set[str]()
+    digest, keys = hashlib.sha256(), array("q")
     names: list[tuple[str, int]] = []
     shards: list[bytes] = []
     ends: list[str] = []
     for request in requests:
         digest.update(planned_line(request))
-        if request.key in keys:
-            raise DiffuMaskError(f"two requests of a run have the same key, {request.key}: give each key once")
-        keys.add(request.key)
+        keys.append(hash(request.key))
         names.append((request.key, request.seed))
         if len(names) == shard_size:
             shards.append(names_digest(names))
             names.clear()
         if len(keys) in rounds:
             ends.append(digest.hexdigest())
+    _check_unique(np.asarray(keys))
     return PlanDigest(digest.hexdigest(), [*shards, names_digest(names)] if names else shards, ends)
 
 
@@ -170,22 +179,30 @@ def planned_line(request: Request) -> bytes:
     return json.dumps(_VALUES(request)).encode()
 
 
+def _check_unique(hashes: np.ndarray) -> None:
+    """Raise where two keys are the same, by their hashes: eight bytes a key, where the keys of a large run are many."""
+    order = np.argsort(hashes, kind="stable")
+    again = order[1:][hashes[order][1:] == hashes[order][:-1]]
+    if len(again):
+        raise DiffuMaskError(f"request {again.min()} of the run has the key of an earlier one: give each key once")
+
+
 def names_digest(names: Names) -> bytes:
     """Return the hash of the keys and seeds of a shard."""
     return hashlib.sha256(json.dumps(names).encode()).digest()
 
 
-def check_names(folder: Path, manifest: dict[str, Any]) -> None:
+def check_names(folder: Place, manifest: dict[str, Any]) -> None:
     """Raise unless the Parquet files in `data/` are those that are planned, or some of them."""
-    planned = {shard_path(folder, index).name for index in range(manifest["plan"]["shards"])}
-    strange = sorted(path.name for path in (folder / "data").glob("*.parquet") if path.name not in planned)
+    planned = {shard_name(index) for index in range(manifest["plan"]["shards"])}
+    strange = sorted(path.name for path in folder.glob("data/*.parquet") if path.name not in planned)
     if strange:
         raise DiffuMaskError(
             f"{folder / 'data' / strange[0]} is none of the {len(planned)} shards of this dataset: move it away"
         )
 
 
-def read_content(path: Path, *, whole: bool = False) -> Content:
+def read_content(path: Place, *, whole: bool = False) -> Content:
     """Read footer, keys and seeds of a shard.
 
     Args:
@@ -196,7 +213,7 @@ def read_content(path: Path, *, whole: bool = False) -> Content:
         DamagedShard: it does not decode.
         DiffuMaskError: it cannot be opened, or is too large.
     """
-    size = path.stat().st_size
+    size = size_of(path)
     if size > 2 * MOST_BYTES:
         raise DiffuMaskError(f"{path} has {size} bytes, more than any shard: move it away")
     with open_shard(path) as file:
@@ -208,7 +225,7 @@ def read_content(path: Path, *, whole: bool = False) -> Content:
 
 
 def check_content(
-    path: Path, content: Content, manifest: dict[str, Any], index: int, planned: bytes | None = None
+    path: Place, content: Content, manifest: dict[str, Any], index: int, planned: bytes | None = None
 ) -> None:
     """Raise unless the shard holds what is planned, and is marked so; shards of older versions bear no mark."""
     if content.mark is None:
@@ -224,11 +241,11 @@ def check_content(
         )
 
 
-def _check_parquet(path: Path) -> None:
+def _check_parquet(path: Place) -> None:
     """Raise unless what is left of a file is of a Parquet file: another program's file is not replaced."""
     with path.open("rb") as file:
         head = file.read(4)
-        file.seek(-min(4, os.fstat(file.fileno()).st_size), os.SEEK_END)
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4))
         tail = file.read(4)
     if head and PARQUET not in (head, tail):
         raise DiffuMaskError(f"{path} is no shard, and not replaced: move it away")

@@ -260,7 +260,7 @@ def _for_workers(options: GenerateOptions) -> GenerateOptions:
     """Return options that mean the same in another working directory."""
     there = {name: getattr(options, name) for name in ("model", "classes", "engine_path")}
     paths = {name: Path(value).expanduser() for name, value in there.items() if value is not None}
-    return replace(options, **{name: str(path.resolve()) for name, path in paths.items() if path.exists()})
+    return replace(options, part=None, **{name: str(path.resolve()) for name, path in paths.items() if path.exists()})
 
 
 def _options_of(text: str) -> GenerateOptions:

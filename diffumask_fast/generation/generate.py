@@ -10,7 +10,6 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from importlib import metadata
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,11 +17,11 @@ from rich.progress import Progress
 
 from diffumask_fast import __version__
 from diffumask_fast.attention.choice import attention_of
-from diffumask_fast.dataset.preview import write_preview
 from diffumask_fast.dataset.reader import read_manifest, shard_paths
 from diffumask_fast.dataset.run import Run, open_run
 from diffumask_fast.dataset.schema import MANIFEST
 from diffumask_fast.dataset.shard_writer import ShardWriter
+from diffumask_fast.dataset.storage import Place
 from diffumask_fast.errors import DiffuMaskError, is_out_of_memory
 from diffumask_fast.generation.draw import Row, draw_shards
 from diffumask_fast.generation.job import Job, make_job, open_pipe
@@ -55,9 +54,10 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Progress]) 
         progress: gets the number of images and gives a rich Progress.
 
     Returns:
-        images, accepted, drawn (in this call), images_per_s, seconds by stage ("encode" and "write": for how long they
-        held up the drawing), dropped_captions, folder, advice (what to change when no image is accepted), below_quota
-        (the classes that lack accepted images), why_below_quota (a sentence).
+        images and accepted (of the run, or of its part), drawn (in this call), part, missing_shards (of the whole
+        run), images_per_s, seconds by stage ("encode" and "write": for how long they held up the drawing),
+        dropped_captions, folder, advice (what to change when no image is accepted), below_quota (the classes that lack
+        accepted images), why_below_quota (a sentence).
 
     Raises:
         DiffuMaskError: anything that keeps the run from starting or from going on, in one sentence.
@@ -68,18 +68,20 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Progress]) 
         with stop_on_sigterm() as stop, open_run(
             options.out, plan, job.options, surroundings, job.shard_size, options.allow_drift,
             model={"id": job.identity, "weights": job.weights}, vocabulary=job.recipe.vocabulary, rounds=job.rounds,
+            part=options.part,
         ) as run:  # fmt: skip
             if not pipe.info.classes:
                 tell_new_names(job.recipe.vocabulary)
             start = time.perf_counter()
             with _enough_memory(job):
-                drawn, writing, lacking = _draw_all(pipe, job, run, progress, stop)
+                job, drawn, writing, lacking = _draw_all(pipe, job, run, progress, stop)
             seconds = time.perf_counter() - start
             accepted = sum(run.accepted_flags())
             reasons = [] if accepted else [row.reason for row in run.rows(accepted_only=False, columns=["reason"])]
-            write_preview(options.out, PREVIEW, max_pixels=max(MAX_PIXELS, job.height * job.width))
+            missing = run.show(PREVIEW, max(MAX_PIXELS, job.height * job.width))
     return {
-        "folder": str(options.out), "images": len(run.requests), "accepted": accepted, "drawn": drawn,
+        "folder": str(options.out), "images": sum(map(job.num_rows, run.shards)), "accepted": accepted, "drawn": drawn,
+        "part": str(run.part) if run.part else None, "missing_shards": missing,
         "dropped_captions": plan.dropped, "images_per_s": drawn / seconds if drawn else 0.0,
         "seconds": {**pipe.seconds.as_dict(), "write": writing, "all": seconds},
         "advice": advice(reasons, job.mask), "below_quota": [one.name for one in lacking],
@@ -102,7 +104,7 @@ def _opened(options: GenerateOptions) -> Iterator[tuple[DiffuMaskPipeline | Clus
     yield pipe, make_job(options, pipe), environment(pipe)
 
 
-def _resumed(job: Job, folder: Path) -> Job:
+def _resumed(job: Job, folder: Place) -> Job:
     """Return the job with the rounds that were begun in a folder; what else differs there, `open_run` says."""
     if not job.accept_per_class or not shard_paths(folder) or not (folder / MANIFEST).exists():
         return job
@@ -122,23 +124,24 @@ def tell_new_names(vocabulary: Vocabulary) -> None:
 
 def _draw_all(
     pipe: DiffuMaskPipeline | Cluster, job: Job, run: Run, progress: Callable[[int], Progress], stop: Stop
-) -> tuple[int, float, list[Tally]]:
+) -> tuple[Job, int, float, list[Tally]]:
     """Draw what is missing, and round after round where a number of accepted images is asked for.
 
     Returns:
-        The number of images, for how long writing held up the drawing, and the classes that lack accepted images.
+        The job with all its rounds, the number of images, for how long writing held up the drawing, and the classes
+        that lack accepted images.
     """
     drawn, waited, quota = 0, 0.0, job.accept_per_class
     while True:
         num, seconds = _draw_missing(pipe, job, run, progress, stop)
         drawn, waited = drawn + num, waited + seconds
         if quota is None:
-            return drawn, waited, []
+            return job, drawn, waited, []
         rows = run.rows(accepted_only=False, columns=["classes", "reason"])
         tallies = tally(rows, job.recipe.vocabulary.names)
         counts = next_round(tallies, quota, job.shard_size)
         if not counts:
-            return drawn, waited, below(tallies, quota)
+            return job, drawn, waited, below(tallies, quota)
         job = job.with_rounds([*job.recipe.rounds, counts])
         run.extend(job.plan(pipe), job.rounds)
 
@@ -151,9 +154,9 @@ def _draw_missing(
     Raises:
         DiffuMaskError: it was to stop, and shards are still missing.
     """
-    missing, total = run.missing_shards(), job.recipe.num
+    missing, total = run.missing_shards(), sum(map(job.num_rows, run.shards))
     num = sum(map(job.num_rows, missing))
-    first = FirstImages(min(max(job.batch_size, FEWEST), num) if len(missing) == job.num_shards else 0, job.mask)
+    first = FirstImages(min(max(job.batch_size, FEWEST), num) if len(missing) == len(run.shards) else 0, job.mask)
     _check_stop(stop, run)
     log = ShardLog(pipe)
     with progress(total) as bar, ShardWriter(run, log.written) as writer:
@@ -213,7 +216,7 @@ def _check_stop(stop: Stop, run: Run) -> None:
     missing = len(run.missing_shards())
     if stop.asked and missing:
         raise DiffuMaskError(
-            f"stopped by SIGTERM after a whole shard, with {missing} of {run.num_shards} shards missing: run the same "
+            f"stopped by SIGTERM after a whole shard, with {missing} of {len(run.shards)} shards missing: run the same "
             "command again to finish it"
         )
 

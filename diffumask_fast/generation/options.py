@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffumask_fast.attention.options import MapOptions
+from diffumask_fast.dataset.parts import Part, part_of
+from diffumask_fast.dataset.storage import Place, place
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import Options, argument, number, option, pixel_size, whole
@@ -19,7 +21,7 @@ class GenerateOptions(Options):
         DiffuMaskError: a value is not one that the help allows.
     """
 
-    out: Path = argument("Folder of the dataset; run again to finish it.")
+    out: Place = argument("Folder or address (s3://bucket/name) of the dataset; run again to finish it.", read=place)
     model: str = option("mini", "mini, a diffusers folder, or a hub id.")
     revision: str | None = option(None, "Revision of a hub id.")
     classes: str | None = option(None, "dog,cat | voc | FILE; all that the model lists, else VOC.")
@@ -44,6 +46,9 @@ class GenerateOptions(Options):
     device: str = option("auto", "auto, cpu or cuda.")
     ray: str | None = option(None, "Draw on workers of Ray: local, auto, or a cluster's address.")
     workers: int | None = option(None, "Of Ray; one for each GPU, else for each CPU, when left out.", whole(1, 10**4))
+    part: Part | None = option(
+        None, "i/n: draw every n-th shard from shard i on, i from 0; n processes draw all.", part_of()
+    )
     allow_drift: bool = option(False, "Go on in a changed environment.")
 
     def __post_init__(self) -> None:
@@ -53,6 +58,10 @@ class GenerateOptions(Options):
         if self.accept_per_class is not None and self.classes_per_image > 1:
             raise DiffuMaskError(
                 "`accept_per_class` counts images of one class each: leave out `classes_per_image`, or give `num`"
+            )
+        if self.accept_per_class is not None and self.part is not None:
+            raise DiffuMaskError(
+                "one process decides the rounds of `accept_per_class`: leave out `part`, say `ray`, or give `num`"
             )
 
 

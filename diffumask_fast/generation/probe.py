@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from diffumask_fast.dataset.reader import shard_paths
+from diffumask_fast.dataset.writer import shard_name
 from diffumask_fast.generation.draw import draw_shards
 from diffumask_fast.generation.generate import environment
 from diffumask_fast.generation.job import Job, make_job, open_pipe
@@ -27,10 +28,10 @@ def run_probe(options: GenerateOptions) -> dict[str, Any]:
         options: the flags.
 
     Returns:
-        images (with `accept_per_class` the least that there can be: `is_least`), missing (those not drawn yet), shards,
-        images_per_hour, hours (for the missing ones), bytes and bytes_per_shard (of `data/`), seconds (by stage, for an
-        image), probed (images that were drawn to tell this), accepted (of those), batch_size, options (all resolved),
-        model, environment.
+        images (of the run, or of its part; with `accept_per_class` the least that there can be: `is_least`), missing
+        (those not drawn yet), shards, images_per_hour, hours (for the missing ones), bytes and bytes_per_shard (of
+        `data/`), seconds (by stage, for an image), probed (images that were drawn to tell this), accepted (of those),
+        batch_size, options (all resolved), model, environment.
 
     Raises:
         DiffuMaskError: anything that would keep the run from starting.
@@ -40,12 +41,17 @@ def run_probe(options: GenerateOptions) -> dict[str, Any]:
         job = make_job(options, pipe)
         rows, seconds = _draw(pipe, job)
     num = job.accept_per_class * len(job.recipe.vocabulary) if job.accept_per_class else job.recipe.num
+    shards = range(-(-num // job.shard_size))
+    if options.part is not None:
+        shards = options.part.shards(len(shards))
+    there = {path.name for path in shard_paths(options.out)}
+    counts = {index: min(job.shard_size, num - index * job.shard_size) for index in shards}
+    num, missing = sum(counts.values()), sum(count for index, count in counts.items() if shard_name(index) not in there)
     rate = len(rows) / seconds["all"]
     size = sum(map(_stored_bytes, rows)) / len(rows)
-    missing = max(0, num - len(shard_paths(options.out)) * job.shard_size)
     return {
         "images": num, "missing": missing, "is_least": job.accept_per_class is not None,
-        "shards": -(-num // job.shard_size), "images_per_hour": round(3600 * rate),
+        "shards": len(shards), "images_per_hour": round(3600 * rate),
         "hours": round(missing / rate / 3600, 4),
         "bytes": round(num * size), "bytes_per_shard": round(min(num, job.shard_size) * size),
         "seconds": {stage: round(value / len(rows), 5) for stage, value in seconds.items()},
