@@ -183,8 +183,8 @@ class Cluster:
         if not done:
             free = self._ray.available_resources()
             logger.warning(
-                "no worker of Ray has begun after %.0f s: it still loads the model, or the cluster has no room (%g CPUs "
-                "and %g GPUs are free; a worker takes one)", PATIENCE, free.get("CPU", 0), free.get("GPU", 0),
+                "no worker of Ray has begun after %.0f s: it still loads the model, or the cluster has no room (%g "
+                "CPUs and %g GPUs are free; a worker takes one)", PATIENCE, free.get("CPU", 0), free.get("GPU", 0),
             )  # fmt: skip
             done, _ = self._ray.wait([*self._beginning])
         self._welcome(done[0])
