@@ -95,7 +95,7 @@ def sentence(summary: dict[str, Any]) -> str:
     if not (faults := summary["faults"]):
         return ""
     first, files = faults[0], len({fault["file"] for fault in faults})
-    place = ", ".join(filter(None, [str(Path(summary["folder"]) / first["file"]), first["key"]]))
+    place = ", ".join(filter(None, [f"{summary['folder']}/{first['file']}", first["key"]]))
     more = f" (the first of {len(faults)} faults in {files} file{'s'[: files - 1]})" if faults[1:] else ""
     return f"{place}: {first['what']}{more}: {first['remedy']}"
 
@@ -136,15 +136,15 @@ class _Reading:
         """Yield the files in `data/` that are no shard of the dataset."""
         shards = self.manifest["plan"]["shards"]
         planned = {shard_path(self.folder, index).name for index in range(shards)}
-        for path in sorted((self.folder / "data").glob("*")):
-            if path.name not in planned:
-                half = path.name.endswith(".tmp")
+        for name in sorted(path.name for path in self.folder.glob("data/*")):
+            if name not in planned:
+                half = name.endswith(".tmp")
                 what = "half-written" if half else f"none of the {shards} shards of this dataset"
-                yield Fault(f"data/{path.name}", "", what, AGAIN if half else "move it away")
+                yield Fault(f"data/{name}", "", what, AGAIN if half else "move it away")
 
     def _shard_faults(self, index: int, pool: ThreadPoolExecutor, on_rows: Callable[[int], object]) -> Iterator[Fault]:
         path = shard_path(self.folder, index)
-        file = path.relative_to(self.folder).as_posix()
+        file = f"data/{path.name}"
         if not path.exists():
             yield Fault(file, "", "missing", AGAIN)
             return
@@ -162,7 +162,7 @@ class _Reading:
                             yield Fault(file, row.key, *fault)
                     on_rows(len(rows))
                 mark = (shard.schema_arrow.metadata or {}).get(MARK)
-            content = Content(names, None if mark is None else mark.decode(errors="replace"), path.stat().st_size)
+            content = Content(names, None if mark is None else mark.decode(errors="replace"), bytes=0)
             check_content(path, content, self.manifest, index)
         except DiffuMaskError as error:
             yield Fault(file, "", *_parts(error, path))

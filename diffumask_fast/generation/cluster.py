@@ -30,6 +30,7 @@ from diffumask_fast.results import Seconds
 logger = logging.getLogger("diffumask_fast")
 
 AHEAD = 2  # shards that a worker has been handed: the one at hand and the next
+DRIVERS = ("out", "ray", "workers", "allow_drift")  # options that make no difference to a worker
 MOST_LOSSES = 3  # of workers with the same shard
 PATIENCE = 60.0  # seconds after which somebody should know that no worker has begun
 STATISTICS = "RAY_USAGE_STATS_ENABLED"
@@ -189,7 +190,7 @@ class Cluster:
     def _start(self) -> None:
         kind = self._ray.remote(num_cpus=1, num_gpus=int(self._device == "cuda"), max_restarts=0)(Worker)
         worker, threads = kind.remote(), 1 if self._device == "cpu" else torch.get_num_threads()
-        options = json.dumps(asdict(self._options), default=str)
+        options = json.dumps({name: value for name, value in asdict(self._options).items() if name not in DRIVERS})
         self._beginning[worker.begin.remote(options, self._device, threads)] = worker
 
     def _wait_for_worker(self) -> None:
@@ -198,8 +199,8 @@ class Cluster:
         if not done:
             free = self._ray.available_resources()
             logger.warning(
-                "no worker of Ray has begun after %.0f s: it still loads the model, or the cluster has no room (%g CPUs "
-                "and %g GPUs are free; a worker takes one)", PATIENCE, free.get("CPU", 0), free.get("GPU", 0),
+                "no worker of Ray has begun after %.0f s: it still loads the model, or the cluster has no room (%g "
+                "CPUs and %g GPUs are free; a worker takes one)", PATIENCE, free.get("CPU", 0), free.get("GPU", 0),
             )  # fmt: skip
             done, _ = self._ray.wait([*self._beginning])
         self._welcome(done[0])
@@ -258,13 +259,14 @@ def _import_ray() -> Any:
 
 def _for_workers(options: GenerateOptions) -> GenerateOptions:
     """Return options that mean the same in another working directory."""
-    there = {name: getattr(options, name) for name in ("model", "classes", "engine_path")}
-    paths = {name: Path(value).expanduser() for name, value in there.items() if value is not None}
-    return replace(options, part=None, **{name: str(path.resolve()) for name, path in paths.items() if path.exists()})
+    given = {name: getattr(options, name) for name in ("model", "classes", "engine_path")}
+    paths = {name: Path(value).expanduser() for name, value in given.items() if value is not None}
+    there = {name: str(path.resolve() if path.exists() else given[name]) for name, path in paths.items()}
+    return replace(options, part=None, **there)
 
 
 def _options_of(text: str) -> GenerateOptions:
-    values = json.loads(text)
+    values = {"out": ".", **json.loads(text)}
     return GenerateOptions(**{**values, "maps": MapOptions(**values["maps"]), "mask": MaskOptions(**values["mask"])})
 
 
