@@ -176,6 +176,18 @@ def test_a_put_that_fails_half_way(healthy, tmp_path):
     assert stored(url) == finish(tmp_path)
 
 
+def test_a_shard_is_put_once_and_looked_at_in_few_requests(healthy):
+    url = f"s3://bucket/{uuid.uuid4().hex}"
+    with begin(url) as run:
+        write(run)
+    puts = [path.rpartition("/")[2] for method, path in healthy.requests if method == "PUT" and url[4:] in path]
+    assert sorted(puts) == ["dataset.json", *(f"shard-0000{index}.parquet" for index in range(3))]
+    healthy.requests.clear()
+    begin(url).close()
+    looks = [method for method, path in healthy.requests if path.endswith("shard-00000.parquet")]
+    assert len(looks) <= 6, looks
+
+
 def test_a_store_that_cannot_be_read_is_no_damaged_shard(healthy):
     url = f"s3://bucket/{uuid.uuid4().hex}"
     with begin(url) as run:

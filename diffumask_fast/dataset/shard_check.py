@@ -7,17 +7,18 @@ import json
 import logging
 import os
 from array import array
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from diffumask_fast.dataset.reader import BATCH, DamagedShard, open_shard, read_shard, shard_paths
 from diffumask_fast.dataset.schema import MANIFEST
-from diffumask_fast.dataset.storage import Place, place, size_of
+from diffumask_fast.dataset.storage import Address, Place, place, size_of
 from diffumask_fast.dataset.writer import MARK, MOST_BYTES, shard_name, shard_path
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.own_files import check_no_link
@@ -26,12 +27,14 @@ from diffumask_fast.prompts.request import Request
 logger = logging.getLogger("diffumask_fast")
 
 READ_WHOLE = 2**30  # bytes of shards of which every page is read; of the others, footer, keys and seeds
+AT_ONCE = 16  # shards of an object store that are looked at
 BOUND = ("model", "classes", "plan")  # of a manifest: what, with its options, the bytes of its shards depend on
 PARQUET = b"PAR1"
 # Options that older runs did not record, with the values that they used.
 UNRECORDED = {"attention": "sdpa"}
 _VALUES = attrgetter(*(part.name for part in fields(Request)))
 
+Read = TypeVar("Read")
 Names = Sequence[tuple[str, int]]  # key and seed of each row
 
 
@@ -88,16 +91,24 @@ def done_shards(
     """
     check_names(folder, manifest)
     there = {path.name for path in shard_paths(folder)}
-    done, left = set(), READ_WHOLE if isinstance(folder, Path) else 0  # an object store keeps what was put
+    shards = {}
     for index in range(manifest["plan"]["shards"]) if indices is None else indices:
         path = shard_path(folder, index)
         if isinstance(path, Path):
             check_no_link(path)
-        if path.name not in there:
-            continue
+        if path.name in there:
+            shards[index] = path
+    left = READ_WHOLE if isinstance(folder, Path) else 0  # an object store keeps what was put
+
+    def content_of(path: Place) -> Content | None:
         try:
-            content = read_content(path, whole=left > 0)
+            return read_content(path, whole=left > 0)
         except DamagedShard:
+            return None
+
+    done = set()
+    for (index, path), content in zip(shards.items(), _each(content_of, list(shards.values())), strict=True):
+        if content is None:
             _check_parquet(path)
             logger.warning("%s is damaged: it is made anew", path)
             continue
@@ -105,6 +116,15 @@ def done_shards(
         check_content(path, content, manifest, index, planned(index))
         done.add(index)
     return done
+
+
+def _each(read: Callable[[Place], Read], paths: Sequence[Place]) -> Iterator[Read]:
+    """Yield what is read of each shard; from an object store many at once, for each takes its time to answer."""
+    if not any(isinstance(path, Address) for path in paths):
+        yield from map(read, paths)
+        return
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        yield from pool.map(read, paths)
 
 
 def finished_shards(folder: str | Place, manifest: dict[str, Any]) -> list[Place]:
@@ -121,8 +141,7 @@ def finished_shards(folder: str | Place, manifest: dict[str, Any]) -> list[Place
         first, command = missing[0].name, "run the command again that began it"
         raise DiffuMaskError(f"{folder} is not finished: {first} is missing, one of {len(missing)}; {command}")
     marked = True
-    for index, path in enumerate(paths):
-        content = read_content(path)
+    for index, (path, content) in enumerate(zip(paths, _each(read_content, paths), strict=True)):
         check_content(path, content, manifest, index)
         marked = marked and content.mark is not None
     if not marked and manifest["classes"]:
