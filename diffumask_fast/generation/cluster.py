@@ -246,8 +246,10 @@ def _for_workers(options: GenerateOptions) -> GenerateOptions:
     """Return options that mean the same in another working directory."""
     given = {name: getattr(options, name) for name in ("model", "classes", "engine_path")}
     paths = {name: Path(value).expanduser() for name, value in given.items() if value is not None}
-    there = {name: str(path.resolve() if path.exists() else given[name]) for name, path in paths.items()}
-    return replace(options, **there)
+    absolute: dict[str, Any] = {
+        name: str(path.resolve() if path.exists() else given[name]) for name, path in paths.items()
+    }
+    return replace(options, **absolute)
 
 
 def _options_of(text: str) -> GenerateOptions:

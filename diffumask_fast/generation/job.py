@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.attention.phrases import PhraseNotFound, phrase_columns
@@ -20,6 +20,9 @@ from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.planner import Plan, Recipe
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from diffumask_fast.generation.cluster import Cluster
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Job:
             "attention": self.attention, **vars(self.maps), **vars(self.mask),
         }  # fmt: skip
 
-    def plan(self, pipe: DiffuMaskPipeline) -> Plan:
+    def plan(self, pipe: DiffuMaskPipeline | Cluster) -> Plan:
         """Return the requests, each made when it is asked for; the pipeline's tokenizer says which captions fit."""
         tokenizer = pipe.pipe.tokenizer
 
