@@ -285,7 +285,8 @@ def _join(ray: Any, options: GenerateOptions) -> None:
     except (ConnectionError, ValueError, RuntimeError) as error:
         cause = " ".join(str(error).split())[:200]
         raise DiffuMaskError(
-            f"no Ray cluster can be joined at `ray={options.ray}` ({cause}): start one, or use `ray=local`"
+            f"no Ray cluster can be joined at `ray={options.ray}` ({cause}): start one, set RAY_AUTH_MODE=token where "
+            "it wants a token, or use `ray=local`"
         ) from error
 
 
