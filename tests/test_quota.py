@@ -5,6 +5,7 @@ import random
 import shutil
 from pathlib import Path
 
+import fsspec
 import pytest
 from killed import kill_at
 from samples import contents
@@ -12,11 +13,12 @@ from test_generation import options, silent
 
 from diffumask_fast.cli import app
 from diffumask_fast.console import run_program
-from diffumask_fast.dataset.reader import read_manifest, read_rows
+from diffumask_fast.dataset.reader import read_manifest, read_rows, shard_paths
 from diffumask_fast.dataset.remask import remask
 from diffumask_fast.dataset.shard_check import finished_shards
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.generate import run_generate
+from diffumask_fast.generation.probe import run_probe
 from diffumask_fast.generation.quota import (
     HOPELESS,
     PROBE,
@@ -135,6 +137,16 @@ def test_a_finished_run_is_left_alone_and_another_number_is_named(finished, tiny
     with pytest.raises(DiffuMaskError, match="`accept_per_class` was 6 and is not set now"):
         draw(out, tiny_folder, accept_per_class=None, num=6)
     assert contents(out) == before
+
+
+def test_rounds_in_an_object_store_are_those_of_a_folder(finished, tiny_folder, tmp_path):
+    address = f"memory://quota-{tmp_path.name}"
+    assert draw(address, tiny_folder)["below_quota"] == []
+    assert read_manifest(address) == read_manifest(finished[0])
+    there, here = (list(read_rows(where, accepted_only=False)) for where in (address, finished[0]))
+    assert [row.values["image"] for row in there] == [row.values["image"] for row in here]
+    fsspec.filesystem("memory").rm_file(str(shard_paths(address)[-1]).removeprefix("memory:/"))
+    assert draw(address, tiny_folder)["drawn"] == 4 and run_probe(options(address, tiny_folder, **LIMITS))["is_least"]
 
 
 @pytest.mark.parametrize("lost", ["last", "first"])

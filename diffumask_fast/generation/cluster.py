@@ -261,8 +261,10 @@ def _for_workers(options: GenerateOptions) -> GenerateOptions:
     """Return options that mean the same in another working directory."""
     given = {name: getattr(options, name) for name in ("model", "classes", "engine_path")}
     paths = {name: Path(value).expanduser() for name, value in given.items() if value is not None}
-    there = {name: str(path.resolve() if path.exists() else given[name]) for name, path in paths.items()}
-    return replace(options, part=None, **there)
+    absolute: dict[str, Any] = {
+        name: str(path.resolve() if path.exists() else given[name]) for name, path in paths.items()
+    }
+    return replace(options, part=None, **absolute)
 
 
 def _options_of(text: str) -> GenerateOptions:
@@ -298,7 +300,8 @@ def _join(ray: Any, options: GenerateOptions) -> None:
     except (ConnectionError, ValueError, RuntimeError) as error:
         cause = " ".join(str(error).split())[:200]
         raise DiffuMaskError(
-            f"no Ray cluster can be joined at `ray={options.ray}` ({cause}): start one, or use `ray=local`"
+            f"no Ray cluster can be joined at `ray={options.ray}` ({cause}): start one, set RAY_AUTH_MODE=token where "
+            "it wants a token, or use `ray=local`"
         ) from error
 
 

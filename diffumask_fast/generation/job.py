@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.attention.phrases import PhraseNotFound, phrase_columns
@@ -21,6 +21,9 @@ from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.planner import Plan, Recipe
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from diffumask_fast.generation.cluster import Cluster
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class Job:
         rounds = [[part["classes"].get(name, 0) for name in names] for part in plan.get("rounds", [])]
         return self.with_rounds(rounds) if rounds else self
 
-    def plan(self, pipe: DiffuMaskPipeline) -> Plan:
+    def plan(self, pipe: DiffuMaskPipeline | Cluster) -> Plan:
         """Return the requests, each made when it is asked for; the pipeline's tokenizer says which captions fit."""
         tokenizer = pipe.pipe.tokenizer
 

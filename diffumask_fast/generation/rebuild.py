@@ -122,7 +122,8 @@ def job_of(folder: Path, manifest: Mapping[str, Any], options: RebuildOptions) -
         raise DiffuMaskError(f"{folder} was not drawn by generate, so no sample of it can be drawn again")
     vocabulary = Vocabulary(tuple(ClassEntry(**entry) for entry in manifest["classes"]))
     rounds = [tuple(part["classes"].get(name, 0) for name in vocabulary.names) for part in plan.get("rounds", ())]
-    recipe = {"num": plan["rows"], "seed": recorded["seed"], "classes_per_image": recorded["classes_per_image"]}
+    recipe: dict[str, Any] = {name: recorded[name] for name in ("seed", "classes_per_image")}
+    recipe |= {"num": plan["rows"], **({"rounds": tuple(rounds)} if rounds else {})}
     height, width = map(int, recorded["size"].split("x"))
     return Job(
         model=options.model or model,
@@ -130,12 +131,12 @@ def job_of(folder: Path, manifest: Mapping[str, Any], options: RebuildOptions) -
         scheduler=recorded["scheduler"],
         dtype=next(name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{recorded['dtype']}"),
         engine=recorded["engine"],
-        engine_path=options.engine_path and str(options.engine_path),
+        engine_path=None if options.engine_path is None else str(options.engine_path),
         attention=recorded.get("attention", "sdpa"),
         identity=model,
         weights=manifest["model"]["weights"],
         engine_sha256=recorded.get("engine_sha256"),
-        recipe=Recipe(vocabulary, **recipe, **({"rounds": tuple(rounds)} if rounds else {})),
+        recipe=Recipe(vocabulary, **recipe),
         batch_size=recorded["batch_size"],
         steps=recorded["steps"],
         guidance_scale=recorded["guidance_scale"],
@@ -205,7 +206,7 @@ def _same(row: Row, drawn: Mapping[str, Any], name: str) -> bool:
     """Tell whether a stored row has the same value in a column as one that is drawn."""
     there, now = row.values[name], drawn[name]
     if name == "maps":
-        return np.array_equal(row.maps, decode_maps(drawn))
+        return np.array_equal(np.asarray(row.maps), np.asarray(decode_maps(dict(drawn))))
     if name == "quality":
         return np.array_equal(np.float32(there), np.float32(now), equal_nan=True)
     return there["bytes"] == now["bytes"] if name in ("image", "mask") else there == now

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import resource
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from diffumask_fast.pipeline import DiffuMaskPipeline
+
+if TYPE_CHECKING:
+    from diffumask_fast.generation.cluster import Cluster
 
 logger = logging.getLogger("diffumask_fast")
 
@@ -21,7 +24,7 @@ class ShardLog:
         pipe: what draws them.
     """
 
-    def __init__(self, pipe: DiffuMaskPipeline) -> None:
+    def __init__(self, pipe: DiffuMaskPipeline | Cluster) -> None:
         self._pipe, self._before = pipe, pipe.seconds.as_dict()
         self._retries = 0
         self._drawn: dict[int, dict[str, Any]] = {}
