@@ -1,11 +1,17 @@
 """Files are written over only where we wrote them: each kind of ours bears a sign; links are not followed."""
 
+import re
 from pathlib import Path
 
 from diffumask_fast.errors import DiffuMaskError
 
 SIGN = "diffumask-fast"  # in the first bytes of every picture that we write
 HEAD = 4096
+
+
+def is_address(path: Path) -> bool:
+    """Tell whether a path was made of an address such as s3://bucket, of which it keeps one slash."""
+    return re.match(r"[a-z][a-z0-9+.-]+:/", str(path)) is not None
 
 
 def check_own(path: Path, sign: str = SIGN) -> None:

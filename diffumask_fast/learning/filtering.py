@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from rich.progress import Progress
 
 from diffumask_fast.dataset.derive import check_apart, derive
 from diffumask_fast.dataset.reader import Row, read_rows
 from diffumask_fast.dataset.schema import MANIFEST
+from diffumask_fast.dataset.storage import Place
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.learning.cross_validation import (
     CleanlabFile,
@@ -72,9 +73,7 @@ def filter_dataset(
         raise DiffuMaskError("`export_cleanlab` needs predictions: rank by cross-validation")
     check_apart(options.source, options.out)
     by_quality = options.pruning.rank == "quality"
-    if not by_quality and (options.out / MANIFEST).exists() and not (options.out / FOLDS).exists():
-        raise DiffuMaskError(f"{options.out} holds another dataset: name a folder of its own")
-    scores = _qualities(options) if by_quality else _cross_validated(options, progress)
+    scores = _qualities(options) if by_quality else _cross_validated(options, _folder_of_folds(options.out), progress)
     verdicts = rank(scores, options.pruning.alpha)
 
     def transform(rows: Iterator[Row]) -> Iterator[dict[str, Any]]:
@@ -117,7 +116,18 @@ def _qualities(options: FilterOptions) -> Scores:
     return scores
 
 
-def _cross_validated(options: FilterOptions, progress: Callable[[int], Progress]) -> Scores:
+def _folder_of_folds(out: Place) -> Path:
+    """Return where the segmenters of the folds go; raise where they cannot."""
+    if not isinstance(out, Path):
+        raise DiffuMaskError(
+            f"{out} is an address, and segmenters are trained in a folder: rank by quality, or name a folder"
+        )
+    if (out / MANIFEST).exists() and not (out / FOLDS).exists():
+        raise DiffuMaskError(f"{out} holds another dataset: name a folder of its own")
+    return out / FOLDS
+
+
+def _cross_validated(options: FilterOptions, folds: Path, progress: Callable[[int], Progress]) -> Scores:
     """Train a segmenter for each fold, and compare each sample's mask with what is predicted for it."""
     pruning = options.pruning
     data = Dataset(options.source, max_pixels=options.reading.max_pixels)
@@ -131,9 +141,7 @@ def _cross_validated(options: FilterOptions, progress: Callable[[int], Progress]
     classes = {entry.key: entry.classes for entry in data.rows.entries}
     fold_of = deal(list(classes.values()), pruning.folds, pruning.learning.seed)
     device = resolve_device(options.device)
-    segmenters = train_folds(
-        data, fold_of, options.out / FOLDS, pruning.learning, device=options.device, progress=progress
-    )
+    segmenters = train_folds(data, fold_of, folds, pruning.learning, device=options.device, progress=progress)
     predictions = held_out_predictions(data, fold_of, segmenters, device)
     if cleanlab is not None:
         predictions = cleanlab.write(predictions)

@@ -5,6 +5,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
+from diffumask_fast.dataset.storage import Place, place
 from diffumask_fast.options import (
     Options,
     Reader,
@@ -26,8 +27,9 @@ class EvaluateOptions(Options):
     """Whose masks to judge by mini's oracle, or which segmenter to judge by whose masks."""
 
     model: str = argument("mini-oracle, the judge of mini's world; or a folder that train wrote.")
-    data: Path = argument(
-        "Whose masks mini-oracle judges; or what a segmenter is judged by: also VOC's or Cityscapes' layout."
+    data: Place = argument(
+        "Whose masks mini-oracle judges; or what a segmenter is judged by: also VOC's or Cityscapes' layout.",
+        read=place,
     )
     accepted: bool = option(False, "mini-oracle: leave out rejected rows. By others only accepted ones are looked at.")
     ignored_is_background: bool = option(False, "mini-oracle: count 255 as background, in place of leaving it out.")
@@ -140,8 +142,8 @@ class AugmentationOptions(Options):
 class AugmentOptions(Options):
     """What to augment, and where to; shares are new images for each image that is there."""
 
-    source: Path = argument("Dataset to augment.", "IN")
-    out: Path = argument("Folder of the new dataset; run again to finish it.")
+    source: Place = argument("Dataset to augment.", "IN", place)
+    out: Place = argument("Folder or address of the new dataset; run again to finish it.", read=place)
     augmentations: AugmentationOptions = AugmentationOptions()
     seed: int = option(0, "Of all that is drawn at random.", whole(0, 2**63 - 1))
     originals: bool = option(True, "Keep the images of IN beside the new ones.")
@@ -206,10 +208,10 @@ class LearnOptions(Options):
 class TrainOptions(Options):
     """What to train on, and where the segmenter goes."""
 
-    data: Path = argument("A dataset, or a folder in VOC's or Cityscapes' layout.", "IN")
+    data: Place = argument("A dataset, or a folder in VOC's or Cityscapes' layout.", "IN", place)
     out: Path = required("Folder of the segmenter; run again to finish it.")
     split: str | None = option(None, "Of a layout: the part to train on, such as train.")
-    finetune_on: Path | None = option(None, "Then go on with these data, such as real ones.")
+    finetune_on: Place | None = option(None, "Then go on with these data, such as real ones.", place)
     finetune_split: str | None = option(None, "Of their layout: the part to train on.")
     finetune_steps: int = option(600, "Number of batches of them.", whole(1))
     finetune_lr: float | None = option(
@@ -238,8 +240,8 @@ class PruneOptions(Options):
 class FilterOptions(Options):
     """What to filter, how, and where to."""
 
-    source: Path = argument("Dataset to filter.", "IN")
-    out: Path = argument("Folder of the new dataset; run again to finish it.")
+    source: Place = argument("Dataset to filter.", "IN", place)
+    out: Place = argument("Folder or address of the new dataset; run again to finish it.", read=place)
     pruning: PruneOptions = PruneOptions()
     export_cleanlab: Path | None = option(
         None, "Write labels and pred_probs as cleanlab.segmentation takes them: FILE.npz."
