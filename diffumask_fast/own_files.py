@@ -37,6 +37,17 @@ def check_own(path: Path, sign: str = SIGN) -> None:
         raise DiffuMaskError(f"{path} is there and was not written by this program: move it away, or name another")
 
 
+def check_place(path: Path, sign: str = SIGN) -> None:
+    """Raise unless a file can be written at a path, over one of ours at most; to be asked before long work.
+
+    Raises:
+        DiffuMaskError: as `check_own`, or there is no such folder.
+    """
+    check_own(path, sign)
+    if not path.parent.is_dir():
+        raise DiffuMaskError(f"{path.parent} is no folder: make it, or name another place for {path.name}")
+
+
 def check_no_link(path: Path) -> None:
     """Raise where a path is a link to a file, a folder or nothing: what is written would land elsewhere.
 

@@ -21,6 +21,11 @@ def test_what_is_refused(tmp_path):
     Image.new("I;16", (5, 4)).save(tmp_path / "x.png")
     with pytest.raises(DiffuMaskError, match="has mode I;16: images have 8 bits a channel"):
         decode_image(tmp_path / "x.png", 100)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (5, 4)).save(tmp_path / "x.png", exif=turned)
+    with pytest.raises(DiffuMaskError, match="is to be turned when it is shown"):
+        decode_image(tmp_path / "x.png", 100)
     Image.new("RGB", (50, 40)).save(tmp_path / "x.png")
     with pytest.raises(DiffuMaskError, match="has 40x50, more than 100 pixels"):
         decode_image(tmp_path / "x.png", 100)

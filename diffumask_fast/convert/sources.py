@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.pictures import decode_picture
-
-IMAGE_MODES = ("RGB", "L", "P", "CMYK", "YCbCr", "RGBA", "LA")  # 8 bits a channel; all become RGB
+from diffumask_fast.learning import layouts
 
 
 @dataclass(frozen=True)
@@ -77,11 +74,8 @@ def decode_image(path: Path, max_pixels: int) -> np.ndarray:
     """Return the pixels [H, W, 3] uint8 of an image with 8 bits a channel.
 
     Raises:
-        DiffuMaskError: it is missing, damaged, too large, or of another kind.
+        DiffuMaskError: it is missing, or as `layouts.decode_image`.
     """
     if not path.is_file():
         raise DiffuMaskError(f"{path} is missing: bring it back, or take it out of the list")
-    picture: Image.Image = decode_picture(path, max_pixels=max_pixels)
-    if picture.mode not in IMAGE_MODES:
-        raise DiffuMaskError(f"{path} has mode {picture.mode}: images have 8 bits a channel")
-    return np.array(picture.convert("RGB"))
+    return layouts.decode_image(path, max_pixels)

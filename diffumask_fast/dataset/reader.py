@@ -240,7 +240,27 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         raise ValueError("numbers that are none")
     if plan["shards"] != -(-plan["rows"] // size) or not isinstance(plan["sha256"], str):
         raise ValueError("a plan that does not fit")
+    _check_rounds(plan, size)
     if not all(isinstance(manifest[name], dict) for name in ("model", "environment")):
         raise TypeError("no objects")
     if not all(isinstance(entry[name], str) for entry in manifest["classes"] for name in ("name", "phrase")):
         raise TypeError("classes without a name")
+    drifts = manifest.get("drift", [])
+    if not all(isinstance(one["environment"], dict) and isinstance(one["shards"], list) for one in drifts):
+        raise TypeError("a drift without its environment or shards")
+    if not all(type(index) is int for one in drifts for index in [one.get("batch_size", 1), *one["shards"]]):
+        raise TypeError("numbers of a drift that are none")
+
+
+def _check_rounds(plan: dict[str, Any], shard_size: int) -> None:
+    """Raise as `_check_manifest` unless the rounds of a plan, if it has some, add up to it in whole shards."""
+    rows = 0
+    for part in plan.get("rounds", []):
+        counts = list(part["classes"].values())
+        rows += sum(counts)
+        if not counts or not all(type(count) is int and count > 0 for count in counts):
+            raise ValueError("a round without images")
+        if [part["rows"], part["shards"] * shard_size] != [rows, rows] or not isinstance(part["sha256"], str):
+            raise ValueError("rounds that do not fit")
+    if rows not in (0, plan["rows"]):
+        raise ValueError("rounds that are not all")

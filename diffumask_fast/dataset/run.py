@@ -1,7 +1,8 @@
 """A run in a folder: what it was asked for, which shards are there, which are missing."""
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from diffumask_fast.dataset.folder import DatasetPlace, differences, open_folder
@@ -17,6 +18,8 @@ from diffumask_fast.options import checked, whole
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import Vocabulary
 
+Rounds = Sequence[Mapping[str, int]]
+
 
 def open_run(
     folder: str | Place,
@@ -28,14 +31,15 @@ def open_run(
     *,
     model: dict[str, Any] | None = None,
     vocabulary: Vocabulary | None = None,
+    rounds: Rounds = (),
     part: Part | None = None,
 ) -> "Run":
     """Begin a run in a folder, or go on with the one that is there.
 
-    `dataset.json` is written before the first shard; it never changes afterwards, except that a tolerated drift is
-    added. What a killed run left half-written is removed, and a shard that does not decode is drawn anew: of a large
-    run that is looked for in footers, keys and seeds alone. The run is locked against other processes until it is
-    finished or the process ends; a part of it against the same part.
+    `dataset.json` is written before the first shard; it never changes afterwards, except that a tolerated drift or a
+    round is added. What a killed run left half-written is removed, and a shard that does not decode is drawn anew: of
+    a large run that is looked for in footers, keys and seeds alone. The run is locked against other processes until it
+    is finished or the process ends; a part of it against the same part.
 
     Args:
         folder: made if needed.
@@ -47,6 +51,7 @@ def open_run(
         allow_drift: go on in another environment and record it under `drift`, with the shards that were missing.
         model: `{"id": ..., "weights": hash}`.
         vocabulary: recorded under `classes`.
+        rounds: how many requests of each class each round has, where the run grows by rounds; see `Run.extend`.
         part: whose shards alone are looked at and written; None is all. It is not recorded.
 
     Returns:
@@ -59,7 +64,7 @@ def open_run(
     shard_size = checked("shard_size", shard_size, whole(1))
     if not requests:
         raise DiffuMaskError("a run needs at least one request")
-    plan = digest_plan(requests, shard_size)
+    plan, planned = _planned(requests, shard_size, rounds)
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "model": model or {},
@@ -68,14 +73,14 @@ def open_run(
             {"id": entry.id, "name": entry.name, "phrase": entry.phrase}
             for entry in (vocabulary.entries if vocabulary else ())
         ],
-        "plan": {"rows": len(requests), "shards": len(plan.shards), "sha256": plan.sha256},
+        "plan": planned,
         "environment": environment,
     }
     # Read back, so that both sides of the comparison have JSON's types.
     manifest = json.loads(dump_manifest(manifest))
     place = open_folder(folder, part)
     try:
-        return Run(place, requests, shard_size, *_begin(place, manifest, allow_drift, plan))
+        return Run(place, requests, shard_size, manifest["environment"], *_begin(place, manifest, allow_drift, plan))
     except BaseException:
         place.close()
         raise
@@ -89,11 +94,13 @@ class Run:
         place: DatasetPlace,
         requests: Sequence[Request],
         shard_size: int,
+        environment: dict[str, Any],
         manifest: dict[str, Any],
         done: Collection[int],
     ):
         self.folder, self.requests, self.shard_size, self.manifest = place.path, requests, shard_size, manifest
         self.part, self.shards = place.part, _shards(manifest, place.part)
+        self._environment = environment
         self._place, self._done = place, set(done)
 
     def missing_shards(self) -> list[int]:
@@ -108,6 +115,39 @@ class Run:
     def requests_of(self, index: int) -> tuple[Request, ...]:
         """Return the requests of a shard."""
         return tuple(self.requests[index * self.shard_size : (index + 1) * self.shard_size])
+
+    def batch_sizes(self) -> dict[int, int | None]:
+        """Return the batch size that each shard was reduced to for want of memory; those that were not have none."""
+        return {index: one.get("batch_size") for one in self.manifest.get("drift", []) for index in one["shards"]}
+
+    def reduce_batch_size(self, batch_size: int, shards: Sequence[int]) -> None:
+        """Record under `drift` that shards are drawn in smaller batches than the options say: equal up to rounding.
+
+        Args:
+            batch_size: of those shards.
+            shards: that are still to be drawn.
+        """
+        drift = {"environment": self._environment, "batch_size": batch_size, "shards": list(shards)}
+        with self._place.ending():
+            self.manifest = _add_drift(self._place, read_manifest(self.folder), drift)
+
+    def extend(self, requests: Sequence[Request], rounds: Rounds) -> None:
+        """Add a round: what is there stays, and its shards with it.
+
+        Args:
+            requests: all of the run, those of the new round at the end.
+            rounds: of all of them; those before the new one are whole shards.
+
+        Raises:
+            DiffuMaskError: they do not begin with those that the run has.
+        """
+        _, plan = _planned(requests, self.shard_size, rounds)
+        there = self.manifest["plan"].get("rounds", [])
+        if plan["rounds"][: len(there)] != there or there and there[-1]["rows"] % self.shard_size:
+            raise DiffuMaskError(f"the rounds of {self.folder} are not those that the new one follows")
+        self.manifest["plan"], self.requests = plan, requests
+        self.shards = _shards(self.manifest, self.part)
+        self._place.write_manifest(self.manifest)
 
     def write(self, index: int, samples: Sequence[Sample]) -> Place:
         """Write a whole shard.
@@ -167,6 +207,19 @@ class Run:
         self.close()
 
 
+def _planned(requests: Sequence[Request], shard_size: int, rounds: Rounds) -> tuple[PlanDigest, dict[str, Any]]:
+    """Return the hashes of a plan, and what `dataset.json` says of it: of each round, the plan as it was then."""
+    ends = list(accumulate(sum(counts.values()) for counts in rounds))
+    digest = digest_plan(requests, shard_size, set(ends))
+    plan: dict[str, Any] = {"rows": len(requests), "shards": len(digest.shards), "sha256": digest.sha256}
+    if rounds:
+        plan["rounds"] = [
+            {"rows": rows, "shards": -(-rows // shard_size), "sha256": sha256, "classes": dict(counts)}
+            for rows, sha256, counts in zip(ends, digest.rounds, rounds, strict=True)
+        ]
+    return digest, plan
+
+
 def _begin(
     place: DatasetPlace, manifest: dict[str, Any], allow_drift: bool, plan: PlanDigest
 ) -> tuple[dict[str, Any], set[int]]:
@@ -188,15 +241,17 @@ def _begin(
     done = done_shards(place.path, there, plan.shards.__getitem__, shards)
     if missing := [index for index in shards if index not in done]:
         with place.ending():
-            _record_drift(place, {"environment": manifest["environment"], "shards": missing})
+            there = read_manifest(place.path)
+            if (there.get("drift") or [there])[-1]["environment"] != manifest["environment"]:  # of the last who went on
+                there = _add_drift(place, there, {"environment": manifest["environment"], "shards": missing})
     return there, done
 
 
-def _record_drift(place: DatasetPlace, drift: dict[str, Any]) -> None:
-    """Add the environment to the manifest, unless it is that of the last who went on."""
-    there = read_manifest(place.path)
-    if (there.get("drift") or [there])[-1]["environment"] != drift["environment"]:
-        place.write_manifest({**there, "drift": [*there.get("drift", []), drift]})
+def _add_drift(place: DatasetPlace, there: dict[str, Any], drift: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest with one more drift, which is written."""
+    there = {**there, "drift": [*there.get("drift", []), drift]}
+    place.write_manifest(there)
+    return there
 
 
 def _shards(manifest: dict[str, Any], part: Part | None) -> range:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from operator import attrgetter
@@ -32,6 +32,7 @@ BOUND = ("model", "classes", "plan")  # of a manifest: what, with its options, t
 PARQUET = b"PAR1"
 # Options that older runs did not record, with the values that they used.
 UNRECORDED = {"attention": "sdpa"}
+_VALUES = attrgetter(*(part.name for part in fields(Request)))
 
 Read = TypeVar("Read")
 Names = Sequence[tuple[str, int]]  # key and seed of each row
@@ -48,10 +49,11 @@ class Content:
 
 @dataclass(frozen=True)
 class PlanDigest:
-    """Hashes of a plan: of all that it says, and of the keys and seeds of each shard."""
+    """Hashes of a plan: of all that it says, of the keys and seeds of each shard, and of all up to each round's end."""
 
     sha256: str
     shards: list[bytes]
+    rounds: list[str]
 
 
 def mark_of(manifest: dict[str, Any], index: int, names: Iterable[tuple[str, int]]) -> str:
@@ -63,8 +65,14 @@ def mark_of(manifest: dict[str, Any], index: int, names: Iterable[tuple[str, int
         names: key and seed of each row.
     """
     options = {**UNRECORDED, **manifest["options"]}
-    bound = [{name: manifest[name] for name in BOUND}, options, index, [list(name) for name in names]]
+    parts = {name: manifest[name] for name in BOUND} | {"plan": _plan_of(manifest["plan"], index)}
+    bound = [parts, options, index, [list(name) for name in names]]
     return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
+
+
+def _plan_of(plan: dict[str, Any], index: int) -> dict[str, Any]:
+    """Return the plan as it was when a shard's round was the last: later rounds make no difference to the shard."""
+    return next((part for part in plan.get("rounds", []) if index < part["shards"]), plan)
 
 
 def done_shards(
@@ -105,7 +113,7 @@ def done_shards(
             logger.warning("%s is damaged: it is made anew", path)
             continue
         left -= content.bytes
-        _check_content(path, content, manifest, index, planned(index))
+        check_content(path, content, manifest, index, planned(index))
         done.add(index)
     return done
 
@@ -134,7 +142,7 @@ def finished_shards(folder: str | Place, manifest: dict[str, Any]) -> list[Place
         raise DiffuMaskError(f"{folder} is not finished: {first} is missing, one of {len(missing)}; {command}")
     marked = True
     for index, (path, content) in enumerate(zip(paths, _each(read_content, paths), strict=True)):
-        _check_content(path, content, manifest, index)
+        check_content(path, content, manifest, index)
         marked = marked and content.mark is not None
     if not marked and manifest["classes"]:
         _check_plan(folder, paths, manifest)
@@ -157,12 +165,13 @@ def _check_plan(folder: str | Place, paths: Sequence[Place], manifest: dict[str,
         )
 
 
-def digest_plan(requests: Iterable[Request], shard_size: int) -> PlanDigest:
+def digest_plan(requests: Iterable[Request], shard_size: int, rounds: Collection[int] = ()) -> PlanDigest:
     """Return the hashes of a plan, whose requests are read once.
 
     Args:
         requests: all of them, in order.
         shard_size: requests of a shard.
+        rounds: how many requests there are up to the end of each round.
 
     Raises:
         DiffuMaskError: a key comes twice.
@@ -170,16 +179,23 @@ def digest_plan(requests: Iterable[Request], shard_size: int) -> PlanDigest:
     digest, keys = hashlib.sha256(), array("q")
     names: list[tuple[str, int]] = []
     shards: list[bytes] = []
-    values = attrgetter(*(part.name for part in fields(Request)))
+    ends: list[str] = []
     for request in requests:
-        digest.update(json.dumps(values(request)).encode())
+        digest.update(planned_line(request))
         keys.append(hash(request.key))
         names.append((request.key, request.seed))
         if len(names) == shard_size:
             shards.append(names_digest(names))
             names.clear()
+        if len(keys) in rounds:
+            ends.append(digest.hexdigest())
     _check_unique(np.asarray(keys))
-    return PlanDigest(digest.hexdigest(), [*shards, names_digest(names)] if names else shards)
+    return PlanDigest(digest.hexdigest(), [*shards, names_digest(names)] if names else shards, ends)
+
+
+def planned_line(request: Request) -> bytes:
+    """Return what a plan's hash takes of a request."""
+    return json.dumps(_VALUES(request)).encode()
 
 
 def _check_unique(hashes: np.ndarray) -> None:
@@ -227,7 +243,7 @@ def read_content(path: Place, *, whole: bool = False) -> Content:
     return Content(names, marks[MARK].decode(errors="replace") if MARK in marks else None, size)
 
 
-def _check_content(
+def check_content(
     path: Place, content: Content, manifest: dict[str, Any], index: int, planned: bytes | None = None
 ) -> None:
     """Raise unless the shard holds what is planned, and is marked so; shards of older versions bear no mark."""

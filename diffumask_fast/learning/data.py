@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from diffumask_fast.dataset.lookup import RowLookup, class_names
 from diffumask_fast.dataset.schema import MANIFEST
+from diffumask_fast.dataset.shard_check import BOUND
 from diffumask_fast.dataset.storage import Place, place
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.make import IGNORE
@@ -42,6 +43,10 @@ class SegmentationData(Protocol):
     @property
     def names(self) -> Sequence[str]:
         """The examples' names, in their order; nothing is decoded for them."""
+
+    @property
+    def origin(self) -> Any:
+        """What tells the data from others of the same names and classes, as a value that JSON can hold."""
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -107,6 +112,7 @@ class Dataset:
             raise DiffuMaskError(f"{path} holds no accepted row: draw more, or loosen what rejects them by remask")
         self.classes = class_names(self.rows)
         self.names = [entry.key for entry in self.rows.entries]
+        self.origin = {name: self.rows.manifest[name] for name in (*BOUND, "options")}
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from rich.progress import Progress
 
 from diffumask_fast.dataset.derive import check_apart, derive
@@ -24,7 +23,7 @@ from diffumask_fast.learning.cross_validation import (
     held_out_predictions,
     train_folds,
 )
-from diffumask_fast.learning.data import open_data
+from diffumask_fast.learning.data import Dataset
 from diffumask_fast.learning.options import FilterOptions, PruneOptions
 from diffumask_fast.models.device import resolve_device
 from diffumask_fast.options import Options
@@ -54,8 +53,8 @@ def filter_dataset(
 ) -> dict[str, Any]:
     """Write a dataset in which what ranks lowest in its class is rejected; run again, it is finished.
 
-    The score of a sample in a class is the IoU of its mask with what a segmenter predicts that was trained on the
-    other folds (Northcutt et al., JAIR 2021, as DiffuMask takes it up), or its stored quality. A sample of several
+    The score of a sample in a class is the `agreement` of its mask with what a segmenter predicts that was trained on
+    the other folds (Northcutt et al., JAIR 2021, as DiffuMask takes it up), or its stored quality. A sample of several
     classes goes if it is pruned in one of them. Pruned rows stay, with their rank as the reason; rows that were
     rejected before stay as they are and take no part. The segmenters stay in `OUT/folds`.
 
@@ -67,7 +66,8 @@ def filter_dataset(
         folder, images, accepted, pruned; and `per_class`: images, pruned, and the lowest score that was kept.
 
     Raises:
-        DiffuMaskError: a class has fewer images than there are folds; or as `train` and `derive`.
+        DiffuMaskError: a class has fewer images than there are folds, or the dataset is augmented; or as `train` and
+            `derive`.
     """
     if options.export_cleanlab is not None and options.pruning.rank == "quality":
         raise DiffuMaskError("`export_cleanlab` needs predictions: rank by cross-validation")
@@ -130,29 +130,37 @@ def _folder_of_folds(out: Place) -> Path:
 def _cross_validated(options: FilterOptions, folds: Path, progress: Callable[[int], Progress]) -> Scores:
     """Train a segmenter for each fold, and compare each sample's mask with what is predicted for it."""
     pruning = options.pruning
-    data = open_data(options.source, max_pixels=options.reading.max_pixels)
+    data = Dataset(options.source, max_pixels=options.reading.max_pixels)
+    if "augment" in data.rows.manifest["options"]:
+        raise DiffuMaskError(
+            f"{options.source} is augmented, and each segmenter would have seen parts of what it judges: filter the "
+            "dataset that it was made of, then augment the result"
+        )
+    cleanlab = CleanlabFile(options.export_cleanlab, data) if options.export_cleanlab is not None else None
     ids = {name: value for value, name in data.classes.items()}
-    classes = {row.key: list(row.classes) for row in read_rows(options.source, columns=["key", "classes"])}
-    fold_of = deal([classes[name][0] for name in data.names], pruning.folds, pruning.learning.seed)
+    classes = {entry.key: entry.classes for entry in data.rows.entries}
+    fold_of = deal(list(classes.values()), pruning.folds, pruning.learning.seed)
     device = resolve_device(options.device)
     segmenters = train_folds(data, fold_of, folds, pruning.learning, device=options.device, progress=progress)
     predictions = held_out_predictions(data, fold_of, segmenters, device)
-    if options.export_cleanlab is not None:
-        predictions = CleanlabFile(options.export_cleanlab, data).write(predictions)
-    values = np.array(sorted(data.classes), np.uint8)
+    if cleanlab is not None:
+        predictions = cleanlab.write(predictions)
+    values = sorted(data.classes)
     scores: Scores = {}
     with progress(len(data)) as bar:
         task = bar.add_task("ranking", total=len(data))
         for example, probabilities in predictions:
-            predicted = values[probabilities.argmax(0).numpy()]
-            scores[example.name] = {name: agreement(example, predicted, ids[name]) for name in classes[example.name]}
+            pixels = probabilities.numpy()
+            scores[example.name] = {
+                name: agreement(example, pixels, values, ids[name]) for name in classes[example.name]
+            }
             bar.advance(task)
     return scores
 
 
 def _reason(given: list[Verdict], ranked_by: str) -> str:
     """Say in which classes a sample is pruned; "" where in none."""
-    of = "IoU" if ranked_by == "cross-validation" else "quality"
+    of = "agreement" if ranked_by == "cross-validation" else "quality"
     parts = [f"{one.rank} of {one.of} {one.name}, {of} {one.score:.3f}" for one in given if one.pruned]
     return f"pruned: rank from the worst {'; '.join(parts)}" if parts else ""
 
