@@ -7,10 +7,11 @@ import pytest
 from PIL import Image
 from samples import draw, requests
 
-from diffumask_fast.dataset.preview import colour, overlay, write_preview
+from diffumask_fast.dataset.preview import write_preview
 from diffumask_fast.dataset.schema import make_row
 from diffumask_fast.dataset.writer import make_folder, write_shard
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.show import colour, overlay
 
 DRAWN = [draw(request) for request in requests(5)]
 

@@ -216,7 +216,7 @@ def _making(manifest: dict[str, Any]) -> Iterator[str]:
     version = _plain(str(manifest["environment"].get("diffumask_fast") or ""))
     yield f"\n## How it was made\n\nBy diffumask-fast {version}".rstrip() + ", with these options:\n"
     yield "| option | |\n|---|---|"
-    for name, value in _flat(manifest["options"]):
+    for name, value in flat(manifest["options"]):
         yield f"| {_plain(name)} | {_plain(value if isinstance(value, str) else json.dumps(value))} |"
 
 
@@ -229,10 +229,11 @@ def _use(figures: Figures) -> Iterator[str]:
     yield "To publish it, in this folder: `hf upload OWNER/NAME . --repo-type dataset`"
 
 
-def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield names and values of options; names of nested ones are joined by dots."""
     for name, value in options.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
