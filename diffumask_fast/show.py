@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from base64 import b64encode
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
@@ -34,16 +35,25 @@ def webp(pixels: np.ndarray, side: int = SIDE) -> bytes:
     return stream.getvalue()
 
 
-def sample_html(image: np.ndarray | None, mask: np.ndarray, caption: str) -> str:
+def caption_of(
+    key: str, prompt: str, classes: Sequence[str], quality: Sequence[float], reason: str | None = None
+) -> str:
+    """Return what is said of a sample in a line."""
+    rated = dict(zip(classes, quality, strict=False))
+    named = ", ".join(f"{name} {rated[name]:.2f}" if name in rated else name for name in classes)
+    return "; ".join(filter(None, [key, prompt, named, f"rejected: {reason}" if reason else ""]))
+
+
+def sample_html(image: np.ndarray, mask: np.ndarray, caption: str) -> str:
     """Return a sample as HTML that needs nothing else: image, mask over it, mask, and a line of text.
 
     Args:
-        image: [H, W, 3] uint8; None, or one of another size, is left out.
+        image: [H, W, 3] uint8; one of another size than the mask is left out.
         mask: [H, W] uint8.
         caption: any text; it stays text.
     """
     parts = [colour(mask)]
-    if image is not None and image.shape[:2] == mask.shape:
+    if image.shape[:2] == mask.shape:
         parts = [image, overlay(image, mask), *parts]
     gap = np.full((mask.shape[0], _GAP, 3), 255, np.uint8)
     wide = np.concatenate([piece for part in parts for piece in (gap, part)][1:], 1)

@@ -87,14 +87,6 @@ def test_numbers_that_show_nothing(folder, number):
             write_preview(folder, **{name: number})
 
 
-def test_overlay_keeps_the_background():
-    image, mask = DRAWN[0].image, DRAWN[0].mask
-    mixed = overlay(image, mask)
-    assert np.array_equal(mixed[mask == 0], image[mask == 0])
-    wanted = (image[mask == 12].astype(float) + (64, 0, 128)) / 2
-    assert np.abs(mixed[mask == 12] - wanted).max() <= 0.5
-
-
 def test_nothing_to_show(tmp_path):
     with pytest.raises(DiffuMaskError, match="holds no data"):
         write_preview(tmp_path)

@@ -217,7 +217,8 @@ def _making(manifest: dict[str, Any]) -> Iterator[str]:
     yield f"\n## How it was made\n\nBy diffumask-fast {version}".rstrip() + ", with these options:\n"
     yield "| option | |\n|---|---|"
     for name, value in flat(manifest["options"]):
-        yield f"| {_plain(name)} | {_plain(value if isinstance(value, str) else json.dumps(value))} |"
+        text = "not set" if value is None else value if isinstance(value, str) else json.dumps(value)
+        yield f"| {_plain(name)} | {_plain(text)} |"
 
 
 def _use(figures: Figures) -> Iterator[str]:

@@ -2,7 +2,7 @@
 // Everything is made of text nodes and elements; no text is ever read as HTML.
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
-const PAGE = 48;
+const PAGE = matchMedia("(max-width: 46rem)").matches ? 24 : 48;
 const classes = new Map(data.classes.map((one) => [one.id, one]));
 const number = (value) => value.toLocaleString("en");
 const percent = (share, digits = 0) => (100 * share).toFixed(digits) + " %";
@@ -157,7 +157,7 @@ function pictures() {
   segments($("views"), "view", Object.keys(data.views).map((name) => [name, titles[name]]), state.view, show);
   const layers = [["mask", "Mask"]];
   if (data.entries.some((entry) => entry.maps)) layers.push(["map", "Map"]);
-  layers.push(["none", "Nothing"]);
+  layers.push(["none", "None"]);
   segments($("layers"), "layer", layers, "mask", (value) => { state.layer = value; draw(); });
   $("class").append(el("option", { value: "" }, "all"), ...asked.map((one) => el("option", { value: String(one.id) }, one.name)));
   const rated = data.entries.some((entry) => entry.quality?.length);
@@ -342,10 +342,13 @@ function twins() {
     $("twins").append(el("h3", {}, number(data.twin_groups[index]) + " images alike" + (data.twin_groups[index] > places.length ? ", the first " + places.length : "")), list);
   });
 }
+function breakable(key) {
+  return key.replaceAll("_", " ").split(/(?<=\.)/).flatMap((part) => [el("wbr"), part]);
+}
 function run() {
   const titles = { model: "Model", options: "Options", environment: "Environment", plan: "Plan", drift: "Other environments", source: "Source" };
   for (const [name, rows] of data.run) {
-    $("tables").append(el("table", {}, el("caption", {}, titles[name]), el("tbody", {}, ...rows.map(([key, value]) => el("tr", {}, el("th", { scope: "row" }, key.replaceAll("_", " ")), el("td", {}, value))))));
+    $("tables").append(el("table", {}, el("caption", {}, titles[name]), el("tbody", {}, ...rows.map(([key, value]) => el("tr", {}, el("th", { scope: "row" }, ...breakable(key)), el("td", {}, value))))));
   }
 }
 

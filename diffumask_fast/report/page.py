@@ -22,8 +22,8 @@ from diffumask_fast.dataset.writer import write_file
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.own_files import check_own
 from diffumask_fast.report.entries import entry_of, rows_at, within
-from diffumask_fast.report.figures import page_data
 from diffumask_fast.report.options import ReportOptions
+from diffumask_fast.report.page_data import page_data
 from diffumask_fast.report.survey import Look, Survey, look_at
 
 PAGE = "report.html"

@@ -83,5 +83,5 @@ def _run(manifest: dict[str, Any]) -> list[list[Any]]:
 
 
 def _text(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = "not set" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 500 else text[:499] + "…"
