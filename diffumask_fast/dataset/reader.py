@@ -81,7 +81,8 @@ class Row:
         have = self.values.get
         if not have("image") or not have("mask"):
             return None
-        words = caption_of(*(have(name) or () for name in ("key", "prompt", "classes", "quality", "reason")))
+        key, prompt, reason = (have(name) or "" for name in ("key", "prompt", "reason"))
+        words = caption_of(key, prompt, have("classes") or (), have("quality") or (), reason)
         return sample_html(self.image, self.mask, words)
 
     def _decoded(self, name: str, axes: int) -> np.ndarray:
