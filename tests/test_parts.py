@@ -50,13 +50,13 @@ def test_two_parts_at_once_give_the_bytes_of_one_process(tmp_path):
         with begin(out, part=B) as second:
             assert (first.missing_shards(), second.missing_shards()) == ([0, 2], [1])
             write(second)
-            assert second.num_missing() == 2 and second.show(24, 10**6) == 2
+            assert second.num_missing() == 2 and second.show(None, 10**6) == 2
             assert [row.key for row in second.rows(accepted_only=False)] == [one.key for one in requests(7)[3:6]]
         assert sorted(path.name for path in out.iterdir()) == [".0-of-2.lock", "data", "dataset.json"]
         write(first)
-        assert first.show(24, 10**6) == 0
-    assert contents(out).pop("preview.png")[:4] == b"\x89PNG"
-    assert {name: data for name, data in contents(out).items() if name != "preview.png"} == whole
+        assert first.show(None, 10**6) == 0
+    files = contents(out)
+    assert files.pop("preview.png")[:4] == b"\x89PNG" and files.pop("README.md")[:4] == b"---\n" and files == whole
     with begin(out) as run:
         assert run.missing_shards() == []
 
@@ -137,7 +137,7 @@ def test_the_last_part_removes_what_a_killed_one_left(tmp_path):
     with begin(tmp_path, part=B) as run:
         leave(tmp_path, ".0-of-2.lock", "data/.shard-00000.parquet.0-of-2.tmp")
         write(run)
-        run.show(24, 10**6)
+        run.show(None, 10**6)
     assert not [name for name in contents(tmp_path) if "of-2" in name]
 
 
@@ -152,9 +152,9 @@ def test_file_systems_without_locks(tmp_path, monkeypatch):
                 begin(tmp_path, part=Part(1, 3), **change(seed=1))
             write(first)
             write(second)
-            second.show(24, 10**6)
+            second.show(None, 10**6)
     files = contents(tmp_path)
-    assert files.pop("preview.png") and files == finish(tmp_path.with_name("whole"))
+    assert files.pop("preview.png") and files.pop("README.md") and files == finish(tmp_path.with_name("whole"))
 
 
 def test_drift_of_a_part_is_recorded_with_its_own_shards(tmp_path):

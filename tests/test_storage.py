@@ -109,9 +109,10 @@ def test_a_run_at_an_address_has_the_bytes_of_one_in_a_folder(url, tmp_path):
     with begin(url) as run:
         assert run.missing_shards() == [2]
         write(run)
-        assert run.show(24, 10**6) == 0
+        assert run.show(None, 10**6) == 0
     files = stored(url)
-    assert files.pop("preview.png")[:4] == b"\x89PNG" and files == finish(tmp_path)
+    assert files.pop("preview.png")[:4] == b"\x89PNG" and files.pop("README.md")[:4] == b"---\n"
+    assert files == finish(tmp_path)
     keys = [request.key for request in requests(7)]
     assert [row.key for row in read_rows(url, accepted_only=False)] == keys
     assert [row.image.shape for row in RowLookup(url, accepted_only=False)] == [(24, 40, 3)] * 7
@@ -122,11 +123,11 @@ def test_parts_at_an_address(url, tmp_path):
         with pytest.raises(DiffuMaskError, match="`seed` was 0 and is 1 now"):
             begin(url, part=Part(1, 2), **change(seed=1))
         write(second)
-        assert second.show(24, 10**6) == 2
+        assert second.show(None, 10**6) == 2
         write(first)
-        assert first.show(24, 10**6) == 0
+        assert first.show(None, 10**6) == 0
     files = stored(url)
-    assert files.pop("preview.png") and files == finish(tmp_path)
+    assert files.pop("preview.png") and files.pop("README.md") and files == finish(tmp_path)
 
 
 def test_two_parts_that_begin_at_the_same_moment(url, monkeypatch):

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
+from diffumask_fast.dataset.licence import CARD
 from diffumask_fast.dataset.locks import Lock, Taken, is_taken
 from diffumask_fast.dataset.parts import Part
 from diffumask_fast.dataset.reader import read_manifest, shard_paths
@@ -19,7 +20,7 @@ from diffumask_fast.dataset.writer import dump_manifest, explain, make_folder, t
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.own_files import check_no_link
 
-WRITTEN = (MANIFEST, "*.png", "data/shard-*.parquet")
+WRITTEN = (MANIFEST, CARD, "*.png", "data/shard-*.parquet")
 
 
 class DatasetPlace:

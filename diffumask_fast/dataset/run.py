@@ -3,11 +3,12 @@
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
+from diffumask_fast.dataset.finish import finish
 from diffumask_fast.dataset.folder import DatasetPlace, differences, open_folder
 from diffumask_fast.dataset.parts import Part
-from diffumask_fast.dataset.preview import write_preview
 from diffumask_fast.dataset.reader import Row, read_manifest, read_paths, shard_paths
 from diffumask_fast.dataset.schema import SCHEMA_VERSION, Sample, make_row
 from diffumask_fast.dataset.shard_check import UNRECORDED, PlanDigest, digest_plan, done_shards, mark_of
@@ -183,17 +184,17 @@ class Run:
         """Tell of each row that is there whether it is accepted."""
         return [row.accepted for row in self.rows(accepted_only=False, columns=["accepted"])]
 
-    def show(self, limit: int, max_pixels: int) -> int:
-        """Write `preview.png` if the whole run is there; return the number of shards that it lacks.
+    def show(self, origin: Path | None, max_pixels: int) -> int:
+        """Write `preview.png` and the card if the whole run is there; return the number of shards that it lacks.
 
         Args:
-            limit: samples at most.
+            origin: folder of the model that draws it, None where there is none.
             max_pixels: of a picture that is decoded.
         """
         with self._place.ending():
             missing = self.num_missing()
             if not missing:
-                write_preview(self.folder, limit, max_pixels=max_pixels, tag=self._place.tag)
+                finish(self.folder, origin, max_pixels=max_pixels, tag=self._place.tag)
         return missing
 
     def close(self) -> None:

@@ -88,7 +88,8 @@ def _groups(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 def _bytes_of(row: dict[str, Any]) -> int:
-    return len(row["image"]["bytes"]) + len(row["mask"]["bytes"]) + len(row["maps"])
+    pictures = [(row[name] or {}).get("bytes") or b"" for name in ("image", "mask")]
+    return sum(map(len, pictures)) + len(row["maps"])
 
 
 def dump_manifest(manifest: dict[str, Any]) -> bytes:

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from diffumask_fast.generation.cluster import Cluster
 
 logger = logging.getLogger("diffumask_fast")
-PREVIEW = 24
 MAX_TOLD = 5  # names in one line
 FEWEST = 8  # images by which a run is judged
 
@@ -78,7 +77,7 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Progress]) 
             seconds = time.perf_counter() - start
             accepted = sum(run.accepted_flags())
             reasons = [] if accepted else [row.reason for row in run.rows(accepted_only=False, columns=["reason"])]
-            missing = run.show(PREVIEW, max(MAX_PIXELS, job.height * job.width))
+            missing = run.show(pipe.info.folder, max(MAX_PIXELS, job.height * job.width))
     return {
         "folder": str(options.out), "images": sum(map(job.num_rows, run.shards)), "accepted": accepted, "drawn": drawn,
         "part": str(run.part) if run.part else None, "missing_shards": missing,

@@ -20,6 +20,7 @@ from rich.progress import Progress
 from diffumask_fast.borrow import patched_threads
 from diffumask_fast.dataset.derive import check_apart, write_derived
 from diffumask_fast.dataset.lookup import RowLookup, class_names
+from diffumask_fast.dataset.origin import is_drawn
 from diffumask_fast.dataset.reader import Row
 from diffumask_fast.dataset.schema import make_row
 from diffumask_fast.errors import DiffuMaskError
@@ -63,6 +64,7 @@ class Made:
     quality: Sequence[float]
     accepted: bool
     reason: str
+    drawn: bool
     maps: None = None
 
 
@@ -114,6 +116,7 @@ def augment(
                 yield from pool.map(maker.row, ahead)
 
         return write_derived(
+            source,
             out,
             manifest,
             lambda shard: names[shard * size : (shard + 1) * size],
@@ -203,7 +206,8 @@ class _Maker:
         prompts = ("", "") if planned.kind == "splice" else (sources[0].prompt, sources[0].negative_prompt)
         request = Request(planned.key, *prompts, names, tuple(ids), planned.seed, names)
         quality = [_least_quality(number, sources) for number in ids]
-        return Made(request, image, mask, quality, not rejected and bool(left), reason)
+        drawn = any(is_drawn(row.values["image"]["bytes"]) for row in sources)
+        return Made(request, image, mask, quality, not rejected and bool(left), reason, drawn)
 
 
 def _augmented(planned: Planned, parts: list[Pixels], how: AugmentationOptions, max_pixels: int) -> tuple[Pixels, str]:
