@@ -11,6 +11,7 @@ export PYTHONSAFEPATH := 1
 
 demo: .venv/.core
 	$(BIN)/diffumask-fast generate demo --num 24
+	$(BIN)/diffumask-fast report demo
 
 test-env: .venv/.test
 

@@ -20,6 +20,7 @@ from diffumask_fast.generation.options import GenerateOptions
 from diffumask_fast.learning.options import AugmentOptions, EvaluateOptions, FilterOptions, TrainOptions
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import ReadOptions
+from diffumask_fast.report.options import ReportOptions
 
 app = typer.Typer(
     name="diffumask-fast", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -168,6 +169,20 @@ def evaluate(options: EvaluateOptions, as_json: JsonFlag = False) -> None:
         return
     for line in table(figures, options):
         say(line)
+
+
+@app.command()
+@with_flags
+def report(options: ReportOptions, as_json: JsonFlag = False) -> None:
+    """Write one HTML file that shows a dataset: figures, pictures, best and worst; it asks nothing of the network."""
+    from diffumask_fast.report.page import write_report
+
+    with stoppable("Stopped; nothing was written."):
+        summary = write_report(options, progress=progress_bar)
+    if as_json:
+        say(json.dumps(summary))
+    else:
+        say(f"{summary['accepted']} of {summary['images']} images accepted. Open {summary['page']} in a browser.")
 
 
 @app.command()

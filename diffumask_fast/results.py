@@ -15,8 +15,10 @@ from diffumask_fast.attention.store import MapStore
 from diffumask_fast.attention.tap import Levels
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.prompts.request import Request
+from diffumask_fast.show import caption_of, sample_html
 
 LIBRARIES = ("torch", "diffusers", "transformers")
+MOST_SHOWN = 8  # samples of an output, in a notebook
 
 
 @dataclass
@@ -120,6 +122,17 @@ class Output:
         """Model, options and versions that made this, as JSON types."""
         return self.made_by.as_dict()
 
+    def _repr_html_(self) -> str:
+        """Show the first samples in a notebook."""
+        shown = []
+        for index, (mask, ids) in enumerate(zip(self.masks[:MOST_SHOWN], self.class_ids, strict=False)):
+            rated = zip(ids, self.quality[index], strict=True)
+            words = "; ".join(f"id {number}: quality {quality:.2f}" for number, quality in rated)
+            shown.append(sample_html(_pixels(self.images, index), mask, words))
+        if rest := len(self.masks) - len(shown):
+            shown.append(f"<p>and {rest} more</p>")
+        return "".join(shown)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -132,6 +145,12 @@ class Result:
     maps: np.ndarray
     accepted: bool
     reason: str
+
+    def _repr_html_(self) -> str:
+        """Show the sample in a notebook."""
+        asked = self.request
+        words = caption_of(asked.key, asked.prompt, asked.classes, self.quality, self.reason)
+        return sample_html(self.image, self.mask, words)
 
 
 @dataclass
@@ -149,3 +168,12 @@ class Seconds:
     def as_dict(self) -> dict[str, float]:
         """Return the stages by name."""
         return dict(vars(self))
+
+
+def _pixels(images: Any, index: int) -> np.ndarray:
+    """Return an image of an output, whatever its type, as [H, W, 3] uint8."""
+    image = images[index]
+    if isinstance(image, Tensor):
+        image = image.detach().float().cpu().movedim(0, -1).numpy()
+    pixels = np.asarray(image)
+    return pixels if pixels.dtype == np.uint8 else (pixels.clip(0, 1) * 255).round().astype(np.uint8)

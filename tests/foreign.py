@@ -11,6 +11,7 @@ from diffumask_fast.convert.import_folder import import_folder
 from diffumask_fast.convert.options import ConvertOptions, ImportOptions
 from diffumask_fast.dataset.reader import Row, read_rows
 from diffumask_fast.dataset.run import open_run
+from diffumask_fast.dataset.schema import make_row
 from diffumask_fast.prompts.request import Request
 
 CLASSES = {12: "dog", 21: "traffic light"}
@@ -52,7 +53,7 @@ def dataset(folder: Path, num: int = 12, classes: dict[int, str] = CLASSES) -> P
     samples = [drawn(index, classes) for index in range(num)]
     with open_run(folder, [sample.request for sample in samples], {"seed": 0}, {}, 5) as run:
         for index in run.missing_shards():
-            run.write(index, samples[5 * index : 5 * index + 5])
+            run.write_rows(index, [make_row(sample, drawn=True) for sample in samples[5 * index : 5 * index + 5]])
     return folder
 
 

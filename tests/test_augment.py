@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 
 from diffumask_fast.cli import app
 from diffumask_fast.dataset.derive import derive
+from diffumask_fast.dataset.origin import is_drawn
 from diffumask_fast.dataset.reader import read_rows
 from diffumask_fast.dataset.remask import remask
 from diffumask_fast.dataset.run import open_run
+from diffumask_fast.dataset.schema import make_row
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.learning.augment import NOTHING_LEFT, augment, plan_rows
 from diffumask_fast.learning.augmentations import gaussian_blur, splice
@@ -240,6 +242,15 @@ def test_what_is_made_of_an_augmented_dataset_keeps_its_columns(tmp_path):
     ]
     with pytest.raises(DiffuMaskError, match="stores no maps to make masks of"):
         remask(tmp_path / "b", tmp_path / "d")
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_what_is_made_of_drawn_images_is_marked_as_drawn(tmp_path, drawn):
+    with open_run(tmp_path / "a", requests(6), {"seed": 0}, {}, 6, vocabulary=Vocabulary.parse("dog,car")) as run:
+        run.write_rows(0, [make_row(draw(request), drawn=drawn) for request in run.requests_of(0)])
+    augmented(tmp_path / "a", tmp_path / "b")
+    marked = [is_drawn(row.values["image"]["bytes"]) for row in rows(tmp_path / "b").values()]
+    assert len(marked) > 12 and set(marked) == {drawn}
 
 
 def test_others_read_it(tmp_path):

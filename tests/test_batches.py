@@ -94,3 +94,18 @@ def test_one_example_of_which_nothing_is_known_is_passed_over_and_a_batch_of_the
     assert (batches(data)[0][1] == 255).flatten(1).all(1).sum() == 1
     with pytest.raises(DiffuMaskError, match="nothing can be learnt from square-0: every pixel .* is 255"):
         batches(Squares(count=1, ignored=(0,)), batch_size=1)[0]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_scaled_label_is_that_of_the_pixel_under_its_centre(axis, monkeypatch):
+    """Where the red of an image rises by 4 a pixel, and labels count the pixels, red tells where a label lies."""
+    monkeypatch.setattr("diffumask_fast.learning.batches.GAIN", 0)
+    monkeypatch.setattr("diffumask_fast.learning.batches.OFFSET", 0)
+    labels = np.broadcast_to(np.arange(60, dtype=np.uint8), (60, 60)).swapaxes(0, 1 - axis)
+    image = np.zeros((60, 60, 3), np.uint8)
+    image[..., 0] = 4 * labels
+    for seed in range(12):
+        pixels, places = crop(Example("ramp", image, labels), (32, 32), np.random.default_rng(seed))
+        inner = (places > 1) & (places < 58)
+        away = (pixels[0] / 4 - places)[inner]
+        assert away.abs().max() < 0.55 and away.mean().abs() < 0.1

@@ -1,7 +1,9 @@
 """learning/class_lists.py: classes of two lists meet by name."""
 
 import numpy as np
+import pytest
 
+from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.learning.class_lists import channels, lookup, united
 
 OURS = {0: "background", 3: "bird", 12: "dog"}
@@ -20,3 +22,9 @@ def test_lookup_goes_by_name():
 
 def test_channels_are_in_the_order_of_the_ids():
     assert channels({12: "dog", 0: "background", 3: "bird"})[[0, 3, 12, 255, 5]].tolist() == [0, 1, 2, 255, 255]
+
+
+def test_more_classes_than_a_mask_has_numbers():
+    many = {number: str(number) for number in range(255)}
+    with pytest.raises(DiffuMaskError, match="more than 254 classes together"):
+        united(many, THEIRS)

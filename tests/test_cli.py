@@ -48,7 +48,7 @@ def test_generate_writes_images_and_masks(finished):
     seconds = summary["seconds"]
     assert summary["images_per_s"] > 0 and seconds.keys() == {"denoise", "decode", "masks", "encode", "write", "all"}
     assert min(seconds.values()) > 0 and sum(seconds.values()) <= 2 * seconds["all"]
-    assert sorted(p.name for p in out.iterdir()) == ["data", "dataset.json", "preview.png"]
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "data", "dataset.json", "preview.png"]
     assert len(list((out / "data").iterdir())) == 3
     assert [row["key"] for row in rows][:2] == ["aeroplane-000000", "bird-000000"]
 

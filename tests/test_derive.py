@@ -9,6 +9,7 @@ from samples import contents, draw, requests
 
 from diffumask_fast.dataset.derive import derive
 from diffumask_fast.dataset.folder import DatasetFolder
+from diffumask_fast.dataset.licence import Licence, licence_of
 from diffumask_fast.dataset.run import open_run
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.options import Options, number, option
@@ -42,9 +43,15 @@ def test_shards_options_and_summary(tmp_path):
     manifests = [json.loads((tmp_path / name / "dataset.json").read_text()) for name in "ab"]
     assert manifests[1] == manifests[0] | {"options": {"seed": 0, "shard_size": 3, "cut": 0.4}}
     names = [f"data/shard-0000{index}.parquet" for index in range(3)]
-    assert list(contents(tmp_path / "b")) == [*names, "dataset.json", "preview.png"]
+    assert list(contents(tmp_path / "b")) == ["README.md", *names, "dataset.json", "preview.png"]
     accepted = sum(min(draw(request).quality) >= 0.4 for request in requests(7))
     assert summary == {"folder": str(tmp_path / "b"), "images": 7, "accepted": accepted} and 0 < accepted < 7
+
+
+def test_the_licence_is_that_of_the_source(tmp_path):
+    (dataset(tmp_path / "a") / "README.md").write_text("---\nlicense: cc0-1.0\n---\n")
+    derived(tmp_path / "a", tmp_path / "b")
+    assert licence_of(tmp_path / "b") == Licence("cc0-1.0")
 
 
 def test_run_again_it_makes_what_is_missing_alone(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from samples import draw, requests
 from test_generation import options, silent
 
+from diffumask_fast.dataset.origin import is_drawn
 from diffumask_fast.dataset.reader import read_manifest
 from diffumask_fast.dataset.schema import make_row
 from diffumask_fast.dataset.shard_check import mark_of
@@ -47,6 +48,7 @@ def test_shards_in_any_order_are_those_of_the_run(run, tmp_path, indices):
     for index, rows in draw_shards(pipe, job, indices, seen.append):
         write_shard(tmp_path, index, rows, mark(out, index, rows))
         assert len(seen) == sum(map(job.num_rows, indices[: indices.index(index) + 1]))
+        assert all(is_drawn(row["image"]["bytes"]) and not is_drawn(row["mask"]["bytes"]) for row in rows)
     assert all(shard_path(tmp_path, index).read_bytes() == shards_of(out)[index] for index in indices)
     assert pipe.seconds.encode > 0
 
@@ -84,10 +86,10 @@ def test_leaving_early_leaves_a_pipeline_that_draws(run):
 def test_no_more_than_so_many_samples_wait(monkeypatch):
     gate, begun = threading.Event(), []
 
-    def slow(sample):
+    def slow(sample, **keywords):
         begun.append(sample)
         gate.wait()
-        return make_row(sample)
+        return make_row(sample, **keywords)
 
     monkeypatch.setattr(drawing, "make_row", slow)
     samples = [draw(request) for request in requests(5)]

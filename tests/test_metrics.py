@@ -145,6 +145,7 @@ def test_zero_shot_figures():
         ("human=person,unicorn", "names unicorn, which is none of cat, dog, person, rider, zebra"),
         ("a=cat;b=cat", "names cat, which is none of"),
         ("dog=cat,zebra", "makes a second dog"),
+        ("background=cat,zebra", "makes a second background"),
     ],
 )
 def test_a_merge_that_cannot_be_is_one_sentence(merge, says):
@@ -164,3 +165,14 @@ def test_nothing_to_judge_is_one_sentence():
 def test_two_empty_masks_agree():
     nothing = np.zeros((4, 4), bool)
     assert binary_iou(nothing, nothing) == 1
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 40])
+def test_a_boundary_is_what_is_near_the_outside(width):
+    mask = np.random.default_rng(width).random((23, 31)) < 0.97
+    expected = np.zeros_like(mask)
+    framed = np.pad(mask, width)
+    for y, x in np.argwhere(mask):
+        expected[y, x] = not framed[y : y + 2 * width + 1, x : x + 2 * width + 1].all()
+    assert np.array_equal(boundary(mask, width), expected)
+    assert not boundary(np.zeros((4, 5), bool), width).any()

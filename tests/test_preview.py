@@ -7,10 +7,11 @@ import pytest
 from PIL import Image
 from samples import draw, requests
 
-from diffumask_fast.dataset.preview import colour, overlay, write_preview
+from diffumask_fast.dataset.preview import write_preview
 from diffumask_fast.dataset.schema import make_row
 from diffumask_fast.dataset.writer import make_folder, write_shard
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.show import colour, overlay
 
 DRAWN = [draw(request) for request in requests(5)]
 
@@ -84,14 +85,6 @@ def test_numbers_that_show_nothing(folder, number):
     for name in ("limit", "side", "columns"):
         with pytest.raises(DiffuMaskError, match=f"`{name}` must be a whole number"):
             write_preview(folder, **{name: number})
-
-
-def test_overlay_keeps_the_background():
-    image, mask = DRAWN[0].image, DRAWN[0].mask
-    mixed = overlay(image, mask)
-    assert np.array_equal(mixed[mask == 0], image[mask == 0])
-    wanted = (image[mask == 12].astype(float) + (64, 0, 128)) / 2
-    assert np.abs(mixed[mask == 12] - wanted).max() <= 0.5
 
 
 def test_nothing_to_show(tmp_path):

@@ -107,3 +107,19 @@ def test_what_cannot_be_judged_is_one_sentence(made, tmp_path):
 
     with pytest.raises(DiffuMaskError, match="no pixel to judge"):
         evaluate(options(model, dataset(tmp_path / "unknown", change=unknown)))
+
+
+def test_a_class_is_known_that_is_merged_with_one_that_is(made, tmp_path):
+    """The segmenter takes each bus for a car at best; merged, that is right."""
+    model, _ = made
+    source = dataset(tmp_path / "data", classes="dog,bus")
+    segmenter, data = load_segmenter(model), open_data(source)
+    right = np.stack([data[index].labels for index in range(len(data))])
+    said = segmenter.masks(np.stack([data[index].image for index in range(len(data))]))
+    both, either = ((right == 6) & (said == 9), ((right == 6) | (said == 9)) & (right != 255))
+    for others in ("refuse", "background", "ignored"):
+        figures = evaluate(options(model, source, merge="vehicle=car,bus", others=others))
+        assert figures["per_class_iou"]["vehicle"] == pytest.approx(both.sum() / either.sum())
+        assert list(figures["per_class_iou"]) == ["vehicle", "dog"]
+    with pytest.raises(DiffuMaskError, match="does not know beast: say by `others`"):
+        evaluate(options(model, dataset(tmp_path / "cats", classes="dog,bus,cat"), merge="beast=bus,cat"))

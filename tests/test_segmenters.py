@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.learning.evaluation import evaluate, predict
 from diffumask_fast.learning.options import EvaluateOptions, LearnOptions, TrainOptions
-from diffumask_fast.learning.segmenters import FAMILIES, load_segmenter, new_segmenter, normalised
+from diffumask_fast.learning.segmenters import FAMILIES, _nearest, load_segmenter, new_segmenter, normalised
 from diffumask_fast.learning.training import train
 
 CLASSES = {0: "background", 7: "car", 12: "dog"}
@@ -135,3 +135,8 @@ def test_a_pickle_is_not_loaded(tmp_path):
     weights.unlink()
     with pytest.raises(DiffuMaskError, match="cannot be|can be loaded"):
         new_segmenter(str(folder), CLASSES, 64)
+
+
+def test_labels_of_eomts_one_size_are_those_of_the_nearest_pixels():
+    labels = torch.arange(6).expand(1, 6, 6)
+    assert _nearest(labels, 4)[0, 0].tolist() == [0, 2, 3, 5] and _nearest(labels, 4).dtype == torch.int64

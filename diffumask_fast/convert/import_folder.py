@@ -13,9 +13,10 @@ from rich.progress import Progress
 from diffumask_fast.convert.names import key_of
 from diffumask_fast.convert.options import ImportOptions
 from diffumask_fast.convert.sources import Head, Pixels, Source
-from diffumask_fast.dataset.derive import PREVIEW, check_apart
-from diffumask_fast.dataset.preview import write_preview
+from diffumask_fast.dataset.derive import check_apart
+from diffumask_fast.dataset.finish import finish
 from diffumask_fast.dataset.run import open_run
+from diffumask_fast.dataset.schema import make_row
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import ClassEntry, Vocabulary
@@ -82,18 +83,19 @@ def _write(
     places: list[int],
     bar: Progress,
 ) -> int:
-    """Write the shards that are missing, and the preview; return how many rows are accepted."""
+    """Write the shards that are missing, preview and card; return how many rows are accepted."""
     task = bar.add_task("write", total=len(requests))
     with open_run(options.out, requests, *_record(options), options.shard_size, vocabulary=vocabulary) as run:
         missing = run.missing_shards()
         bar.advance(task, len(requests) - sum(len(run.requests_of(index)) for index in missing))
         for index in missing:
-            first, samples = index * options.shard_size, []
+            first, rows = index * options.shard_size, []
             for offset, request in enumerate(run.requests_of(index)):
-                samples.append(_sample(request, source.pixels(places[first + offset])))
+                pixels = source.pixels(places[first + offset])
+                rows.append(make_row(_sample(request, pixels), drawn=pixels.drawn))
                 bar.advance(task)
-            run.write(index, samples)
-        write_preview(options.out, PREVIEW, max_pixels=options.reading.max_pixels)
+            run.write_rows(index, rows)
+        finish(options.out, None, max_pixels=options.reading.max_pixels)
         return sum(run.accepted_flags())
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.progress import Progress
 
+from diffumask_fast.dataset.finish import finish
 from diffumask_fast.dataset.folder import DatasetFolder, differences
-from diffumask_fast.dataset.preview import write_preview
 from diffumask_fast.dataset.reader import Row, read_manifest, read_rows, read_shard
 from diffumask_fast.dataset.shard_check import (
     Names,
@@ -25,8 +25,6 @@ from diffumask_fast.dataset.shard_check import (
 from diffumask_fast.dataset.writer import dump_manifest, write_shard
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.options import MAX_PIXELS, Options
-
-PREVIEW = 24
 
 Transform = Callable[[Iterator[Row]], Iterator[dict[str, Any]]]
 
@@ -73,10 +71,11 @@ def derive(
         with _naming(paths[index]):
             yield from _named(transform(read_shard(paths[index], max_pixels=max_pixels)), names_of(index))
 
-    return write_derived(out, manifest, names_of, rows_of, max_pixels=max_pixels, progress=progress)
+    return write_derived(source, out, manifest, names_of, rows_of, max_pixels=max_pixels, progress=progress)
 
 
 def write_derived(
+    source: Path,
     out: Path,
     manifest: dict[str, Any],
     names_of: Callable[[int], Names],
@@ -88,6 +87,7 @@ def write_derived(
     """Write the shards of a dataset that is made of another one; run again, it goes on with those that are missing.
 
     Args:
+        source: folder of that one.
         out: folder of the new one.
         manifest: its `dataset.json`, written before the first shard.
         names_of: gives the keys and seeds of a shard's rows.
@@ -111,7 +111,7 @@ def write_derived(
                 write_shard(out, index, rows_of(index), mark_of(manifest, index, names_of(index)))
             bar.advance(task)
         flags = [row.accepted for row in read_rows(out, accepted_only=False, columns=["accepted"])]
-        write_preview(out, PREVIEW, max_pixels=max_pixels)
+        finish(out, source, max_pixels=max_pixels)
     return {"folder": str(out), "images": len(flags), "accepted": sum(flags)}
 
 

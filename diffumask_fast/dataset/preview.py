@@ -15,7 +15,7 @@ from diffumask_fast.dataset.writer import write_file
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.options import MAX_PIXELS, checked, whole
 from diffumask_fast.own_files import SIGN, check_own
-from diffumask_fast.prompts.vocabulary import voc_palette
+from diffumask_fast.show import colour, overlay
 
 RED = "#b00020"
 _GAP, _SEAM, _LINE = 10, 2, 17
@@ -74,17 +74,6 @@ def write_png(path: Path, picture: Image.Image) -> None:
     note.add_text("Software", SIGN)
     picture.save(stream, "PNG", compress_level=PNG_LEVEL, pnginfo=note)
     write_file(path, stream.getvalue())
-
-
-def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.5) -> np.ndarray:
-    """Lay a mask's colours over an image [H, W, 3] uint8; background stays as it is."""
-    mixed = image + opacity * (colour(mask).astype(np.float32) - image)
-    return np.where((mask > 0)[..., None], mixed.round(), image).astype(np.uint8)
-
-
-def colour(mask: np.ndarray) -> np.ndarray:
-    """Give a mask [H, W] its colours in VOC's palette: [H, W, 3] uint8."""
-    return np.array(voc_palette(), np.uint8).reshape(256, 3)[mask]
 
 
 def tile(arrays: Sequence[np.ndarray], text: str, ink: str = "black", side: int = 160) -> Image.Image:

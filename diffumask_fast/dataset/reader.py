@@ -22,6 +22,7 @@ from diffumask_fast.dataset.schema import (
 )
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.options import MAX_PIXELS
+from diffumask_fast.show import caption_of, sample_html
 
 BATCH = 64  # rows that are read at once
 
@@ -74,6 +75,15 @@ class Row:
         """The class maps that the mask was made of, [K, h, w] uint8; None where no maps are stored."""
         with self._naming():
             return decode_maps(self.values)
+
+    def _repr_html_(self) -> str | None:
+        """Show the row in a notebook, where its pictures were read."""
+        have = self.values.get
+        if not have("image") or not have("mask"):
+            return None
+        key, prompt, reason = (have(name) or "" for name in ("key", "prompt", "reason"))
+        words = caption_of(key, prompt, have("classes") or (), have("quality") or (), reason)
+        return sample_html(self.image, self.mask, words)
 
     def _decoded(self, name: str, axes: int) -> np.ndarray:
         with self._naming():

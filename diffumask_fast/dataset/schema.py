@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from diffumask_fast.dataset.origin import drawn_note
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.options import MAX_PIXELS
 from diffumask_fast.pictures import decode_picture
@@ -39,7 +40,7 @@ _FIELDS = [
 _AUGMENTED_FIELDS = [*_FIELDS, ("augmentation", pa.string()), ("sources", pa.list_(pa.string()))]
 
 
-def _datasets_features(columns: Sequence[tuple[str, pa.DataType]]) -> dict[str, Any]:
+def datasets_features(columns: Sequence[tuple[str, pa.DataType]]) -> dict[str, Any]:
     """Return the columns as the `datasets` library notes them, so that it hands out pictures instead of bytes."""
     features: dict[str, object] = {}
     for name, kind in columns:
@@ -57,7 +58,7 @@ def _datasets_features(columns: Sequence[tuple[str, pa.DataType]]) -> dict[str, 
 
 
 def _schema(columns: Sequence[tuple[str, pa.DataType]]) -> pa.Schema:
-    note = json.dumps({"info": {"features": _datasets_features(columns)}})
+    note = json.dumps({"info": {"features": datasets_features(columns)}})
     return pa.schema(columns, metadata={"schema_version": str(SCHEMA_VERSION), "huggingface": note})
 
 
@@ -97,11 +98,12 @@ class Sample(Protocol):
         """Why it is not; "" where it is."""
 
 
-def make_row(sample: Sample) -> dict[str, Any]:
+def make_row(sample: Sample, *, drawn: bool = False) -> dict[str, Any]:
     """Turn a sample into a row of `SCHEMA`.
 
     Args:
         sample: see `Sample`. `maps` are what its mask was made of, so that it can be made again; None stores none.
+        drawn: whether a model drew the image, which is then marked so.
 
     Returns:
         One value per column; `map_sizes` holds [h, w] for each class, whose maps lie one after the other in `maps`.
@@ -124,7 +126,7 @@ def make_row(sample: Sample) -> dict[str, Any]:
         raise DiffuMaskError(f"{request.key}: quality has {len(quality)} numbers for {size} classes")
     return {
         "key": request.key,
-        "image": {"bytes": encode_png(image), "path": f"{request.key}.png"},
+        "image": {"bytes": encode_png(image, drawn=drawn), "path": f"{request.key}.png"},
         "mask": {"bytes": encode_png(mask), "path": f"{request.key}_mask.png"},
         "classes": list(request.classes),
         "class_ids": list(request.class_ids),
@@ -139,10 +141,10 @@ def make_row(sample: Sample) -> dict[str, Any]:
     }
 
 
-def encode_png(pixels: np.ndarray) -> bytes:
-    """Encode [H, W, 3] or [H, W] uint8 as PNG, mode RGB or L."""
-    stream = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(stream, "PNG", compress_level=PNG_LEVEL)
+def encode_png(pixels: np.ndarray, *, drawn: bool = False) -> bytes:
+    """Encode [H, W, 3] or [H, W] uint8 as PNG, mode RGB or L; `drawn` marks it as drawn by a model."""
+    stream, picture = io.BytesIO(), Image.fromarray(np.ascontiguousarray(pixels))
+    picture.save(stream, "PNG", compress_level=PNG_LEVEL, pnginfo=drawn_note() if drawn else None)
     return stream.getvalue()
 
 

@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from diffumask_fast import __version__
 from diffumask_fast.attention.choice import attention_of
-from diffumask_fast.dataset.preview import write_preview
+from diffumask_fast.dataset.finish import finish
 from diffumask_fast.dataset.run import Run, open_run
 from diffumask_fast.dataset.shard_writer import ShardWriter
 from diffumask_fast.errors import DiffuMaskError, is_out_of_memory
@@ -31,7 +31,6 @@ from diffumask_fast.prompts.vocabulary import Vocabulary
 from diffumask_fast.results import Result
 
 logger = logging.getLogger("diffumask_fast")
-PREVIEW = 24
 MAX_TOLD = 5  # names in one line
 FEWEST = 8  # images by which a run is judged
 
@@ -66,7 +65,7 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Progress]) 
             seconds = time.perf_counter() - start
             accepted = sum(run.accepted_flags())
             reasons = [] if accepted else [row.reason for row in run.rows(accepted_only=False, columns=["reason"])]
-            write_preview(options.out, PREVIEW, max_pixels=max(MAX_PIXELS, job.height * job.width))
+            finish(options.out, pipe.info.folder, max_pixels=max(MAX_PIXELS, job.height * job.width))
     return {
         "folder": str(options.out), "images": len(plan), "accepted": accepted, "drawn": drawn,
         "dropped_captions": plan.dropped, "images_per_s": drawn / seconds if drawn else 0.0,

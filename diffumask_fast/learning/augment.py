@@ -20,6 +20,7 @@ from rich.progress import Progress
 from diffumask_fast.borrow import patched_threads
 from diffumask_fast.dataset.derive import check_apart, write_derived
 from diffumask_fast.dataset.lookup import RowLookup, class_names
+from diffumask_fast.dataset.origin import is_drawn
 from diffumask_fast.dataset.reader import Row
 from diffumask_fast.dataset.schema import make_row
 from diffumask_fast.errors import DiffuMaskError
@@ -114,6 +115,7 @@ def augment(
                 yield from pool.map(maker.row, ahead)
 
         return write_derived(
+            source,
             out,
             manifest,
             lambda shard: names[shard * size : (shard + 1) * size],
@@ -186,7 +188,8 @@ class _Maker:
             return {**self._rows[planned.sources[0]].values, "augmentation": "", "sources": []}
         sources = [self._rows[index] for index in planned.sources]
         pixels, note = _augmented(planned, [self._pixels(row) for row in sources], self._how, self._max_pixels)
-        made = make_row(self._sample(planned, pixels, sources))
+        drawn = any(is_drawn(row.values["image"]["bytes"]) for row in sources)
+        made = make_row(self._sample(planned, pixels, sources), drawn=drawn)
         return {**made, "augmentation": note, "sources": [row.key for row in sources]}
 
     def _pixels(self, row: Row) -> Pixels:

@@ -76,7 +76,7 @@ def crop(example: Example, size: tuple[int, int], rng: np.random.Generator) -> t
     scale = float(np.exp(rng.uniform(*np.log(SCALES))))
     scaled = [max(1, round(side * scale)) for side in labels.shape[2:]]
     image = F.interpolate(image, scaled, mode="bilinear", align_corners=False, antialias=scale < 1)
-    labels = F.interpolate(labels, scaled, mode="nearest")
+    labels = F.interpolate(labels, scaled, mode="nearest-exact")
     bottom, right = (max(0, wanted - side) for wanted, side in zip(size, scaled, strict=True))
     top, left = int(rng.integers(bottom + 1)), int(rng.integers(right + 1))
     border = (left, right - left, top, bottom - top)

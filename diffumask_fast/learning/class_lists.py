@@ -6,11 +6,16 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.make import IGNORE
 
 
 def united(first: Mapping[int, str], second: Mapping[int, str]) -> dict[int, str]:
-    """Return the classes of both lists by name; the first keeps its ids, what it lacks takes ids that are free."""
+    """Return the classes of both lists by name; the first keeps its ids, what it lacks takes ids that are free.
+
+    Raises:
+        DiffuMaskError: they are more than a mask has numbers for.
+    """
     classes = dict(first)
     for value, name in sorted(second.items()):
         if name not in classes.values():
@@ -19,7 +24,10 @@ def united(first: Mapping[int, str], second: Mapping[int, str]) -> dict[int, str
 
 
 def _free(wanted: int, classes: Mapping[int, str]) -> int:
-    return wanted if wanted not in classes else next(value for value in range(1, IGNORE) if value not in classes)
+    free = [value for value in (wanted, *range(1, IGNORE)) if value not in classes]
+    if not free:
+        raise DiffuMaskError(f"there are more than {IGNORE - 1} classes together: leave some out")
+    return free[0]
 
 
 def lookup(source: Mapping[int, str], target: Mapping[int, str], missing: int = IGNORE) -> np.ndarray:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from rich.progress import Progress
 
-from diffumask_fast.dataset.preview import colour, overlay, sheet, tile, write_png
+from diffumask_fast.dataset.preview import sheet, tile, write_png
 from diffumask_fast.dataset.reader import Row, read_manifest, read_shard
 from diffumask_fast.dataset.shard_check import finished_shards
 from diffumask_fast.errors import DiffuMaskError
@@ -22,6 +22,7 @@ from diffumask_fast.learning.options import EvaluateOptions
 from diffumask_fast.masks.make import IGNORE, refine_maps
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.own_files import check_own
+from diffumask_fast.show import colour, overlay
 
 ORACLE = "mini-oracle"
 VISIBLE = 0.01  # the share of the image above which an object counts as seen

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from torch.nn import functional as F
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.make import IGNORE
@@ -145,7 +143,7 @@ def merge_classes(classes: Mapping[int, str], merge: str) -> tuple[dict[int, str
         if unknown := [member for member in names if member not in ids]:
             raise DiffuMaskError(f"`merge` names {unknown[0]}, which is none of {_listed(left)}")
         values = [ids[member] for member in names]
-        if name.strip() in ids and ids[name.strip()] not in values:
+        if name.strip() in left.values() and name.strip() not in names:
             raise DiffuMaskError(f"`merge` makes a second {name.strip()}: name it otherwise, or let it take the first")
         lookup[values] = min(values)
         left = {value: kept for value, kept in left.items() if value not in values} | {min(values): name.strip()}
@@ -176,9 +174,11 @@ def boundary(mask: np.ndarray, width: int | None = None) -> np.ndarray:
         width: how many rows or columns from the outside; beyond the image is outside. `boundary_width` when None.
     """
     width = width or boundary_width(mask.shape)
-    outside = F.pad(torch.from_numpy(~mask)[None, None].float(), (width,) * 4, value=1.0)
-    near = F.max_pool2d(outside, 2 * width + 1, 1)[0, 0] > 0
-    return mask & near.numpy()
+    near = np.pad(~mask, width, constant_values=True)
+    for _ in range(2):  # along one axis, then along the other
+        outside = np.cumsum(np.pad(near, ((1, 0), (0, 0))), axis=0, dtype=np.int32)
+        near = (outside[2 * width + 1 :] > outside[: -2 * width - 1]).T
+    return mask & near
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

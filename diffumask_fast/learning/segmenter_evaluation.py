@@ -52,18 +52,14 @@ def judge_segmenter(
         check_own(options.sheet)
     segmenter = load_segmenter(options.model, resolve_device(options.device))
     data = open_data(options.data, split=options.split, max_pixels=options.reading.max_pixels)
-    right = _known(data.classes, segmenter.classes, options)
-    everyone = united(data.classes, segmenter.classes)
-    said = lookup(segmenter.classes, everyone)
-    names, merged = merge_classes(everyone, options.merge)
-    classes = {int(merged[value]): names[int(merged[value])] for value in data.classes if right[value] == value}
+    classes, right, said = _common(data.classes, segmenter.classes, options)
     metrics = SegmentationMetrics(classes, [name.strip() for name in options.unseen.split(",") if name.strip()])
     worst: list[Judged] = []
     with progress(len(data)) as bar:
         task = bar.add_task("judging", total=len(data))
         for part in batches((data[index] for index in range(len(data))), batch):
             for example, mask in zip(part, predict(segmenter, [one.image for one in part]), strict=True):
-                labels, predicted = merged[right[example.labels]], merged[said[mask]]
+                labels, predicted = right[example.labels], said[mask]
                 iou = metrics.update(labels, predicted)
                 if iou is not None:
                     worst.append(Judged(iou, example.name, example.image, labels, predicted))
@@ -75,16 +71,25 @@ def judge_segmenter(
     return figures
 
 
-def _known(classes: Mapping[int, str], model: Mapping[int, str], options: EvaluateOptions) -> np.ndarray:
-    """Return what each id of the data counts as, [256] uint8: itself where the model knows its class."""
-    unknown = [value for value, name in classes.items() if name not in model.values()]
-    if len(unknown) == len(classes) - 1:
+def _common(
+    data: Mapping[int, str], model: Mapping[int, str], options: EvaluateOptions
+) -> tuple[dict[int, str], np.ndarray, np.ndarray]:
+    """Return the classes that have a figure, and what each id of the data and of the model counts as, [256] uint8.
+
+    Classes are merged first: one that the model lacks may be merged with one that it knows.
+    """
+    everyone = united(data, model)
+    names, merged = merge_classes(everyone, options.merge)
+    right, said = (merged[lookup(classes, everyone)] for classes in (data, model))
+    wanted, known = ({int(table[value]) for value in classes} for classes, table in ((data, right), (model, said)))
+    unknown = sorted(wanted - known)
+    if len(unknown) == len(wanted) - 1:
         raise DiffuMaskError(f"{options.model} knows none of the classes of {options.data}: judge by other data")
     if unknown and options.others == "refuse":
-        names = ", ".join(classes[value] for value in unknown)
+        listed = ", ".join(names[value] for value in unknown)
         raise DiffuMaskError(
-            f"{options.model} does not know {names}: say by `others` whether they count as background or are ignored"
+            f"{options.model} does not know {listed}: say by `others` whether they count as background or are ignored, "
+            "or merge them with others by `merge`"
         )
-    table = np.arange(IGNORE + 1, dtype=np.uint8)
-    table[unknown] = 0 if options.others == "background" else IGNORE
-    return table
+    right[np.isin(right, unknown)] = 0 if options.others == "background" else IGNORE
+    return {value: names[value] for value in sorted(wanted & known)}, right, said

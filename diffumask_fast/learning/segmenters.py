@@ -244,4 +244,4 @@ def _resized(pixels: Tensor, side: int) -> Tensor:
 
 
 def _nearest(labels: Tensor, side: int) -> Tensor:
-    return F.interpolate(labels[:, None].float(), (side, side), mode="nearest")[:, 0].long()
+    return F.interpolate(labels[:, None].float(), (side, side), mode="nearest-exact")[:, 0].long()

@@ -1,0 +1,24 @@
+"""What a finished dataset shows to people: a sheet of samples and its card."""
+
+from pathlib import Path
+
+from diffumask_fast.dataset.card import write_card
+from diffumask_fast.dataset.licence import licence_of
+from diffumask_fast.dataset.preview import write_preview
+from diffumask_fast.options import MAX_PIXELS
+
+
+def finish(folder: Path, origin: Path | None, *, max_pixels: int = MAX_PIXELS) -> None:
+    """Write `preview.png` and `README.md` into a dataset.
+
+    Args:
+        folder: the dataset.
+        origin: the folder of the model that drew it, or of the dataset that it is made of, whose card has the licence;
+            None where there is none.
+        max_pixels: of a picture that is decoded.
+
+    Raises:
+        DiffuMaskError: the dataset cannot be read, or a file not be written.
+    """
+    write_preview(folder, max_pixels=max_pixels)
+    write_card(folder, licence_of(origin))
