@@ -29,6 +29,11 @@ def test_hostile_class_names_are_refused(name):
         check_classes({0: "background", 3: name})
 
 
+def test_a_class_that_would_be_taken_for_ignored_pixels_is_refused():
+    with pytest.raises(DiffuMaskError, match="a class named ignored would be taken for pixels to ignore"):
+        check_classes({0: "background", 3: "ignored"})
+
+
 def test_class_names_may_have_spaces():
     check_classes({0: "background", 3: "traffic light", 254: "wall-other_2", 7: "Straße"})
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from diffumask_fast.borrow import patched_threads
 from diffumask_fast.cli import app
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.learning.options import LearnOptions, TrainOptions
+from diffumask_fast.learning.options import LearnOptions, TrainOptions, chosen_augmentations
 from diffumask_fast.learning.segmenters import load_segmenter
 from diffumask_fast.learning.training import falling, train
 
@@ -107,6 +107,23 @@ def test_it_learns(tmp_path):
     train(TrainOptions(source, tmp_path / "out", learning=learning, device="cpu"))
     made = CliRunner().invoke(app, ["evaluate", str(tmp_path / "out"), str(source), "--json"])
     assert json.loads(made.stdout)["miou"] > 0.5
+
+
+def test_one_image_alone_can_be_learnt_though_nothing_can_occlude_it(made, tmp_path):
+    source = dataset(tmp_path / "one", num=1, change=lambda sample: replace(sample, accepted=True, reason=""))
+    assert train(options(source, tmp_path / "out", made[2]))["images"] == 1
+
+
+def test_what_is_named_is_augmented_on_the_fly():
+    def shares(names: str, images: int = 9) -> tuple[str, float, float, float] | None:
+        chosen = chosen_augmentations(LearnOptions(augment=names).augment, images)
+        return chosen and (chosen.splice, chosen.blur, chosen.occlude, chosen.perspective)
+
+    assert LearnOptions() == LearnOptions(augment="all")
+    assert shares("all") == ("1x2=1/10,2x1=1/10,2x2=3/10", 0.1, 0.5, 0.25)
+    assert shares("all", 1) == ("1x2=1/10,2x1=1/10,2x2=3/10", 0.1, 0.0, 0.25)
+    assert shares("perspective,blur") == ("none", 0.1, 0.0, 0.25)
+    assert shares("none") is None and shares("occlude", 1) is None
 
 
 def test_learning_rates_rise_and_fall():

@@ -149,7 +149,9 @@ class AugmentOptions(Options):
     reading: ReadOptions = ReadOptions()
 
 
-AUGMENTATIONS = ("splice", "blur", "occlude", "perspective")
+ON_THE_FLY: dict[str, Any] = {  # name -> probability in training
+    "splice": "1x2=1/10,2x1=1/10,2x2=3/10", "blur": 0.1, "occlude": 0.5, "perspective": 0.25,
+}  # fmt: skip
 
 
 def _augmentations() -> Reader:
@@ -157,20 +159,27 @@ def _augmentations() -> Reader:
 
     def read(value: Any) -> str:
         given = [name.strip() for name in str(value).split(",")]
-        names = {"none": [], "all": list(AUGMENTATIONS)}.get(str(value).strip(), given)
-        if set(names) - set(AUGMENTATIONS):
-            raise ValueError(f"none, all, or some of {', '.join(AUGMENTATIONS)}")
-        return ",".join(name for name in AUGMENTATIONS if name in names) or "none"
+        names = {"none": [], "all": list(ON_THE_FLY)}.get(str(value).strip(), given)
+        if set(names) - set(ON_THE_FLY):
+            raise ValueError(f"none, all, or some of {', '.join(ON_THE_FLY)}")
+        return ",".join(name for name in ON_THE_FLY if name in names) or "none"
 
     return read
 
 
-def chosen_augmentations(names: str) -> AugmentationOptions | None:
-    """Return the default shares of the augmentations that are named, none of the others; None for "none"."""
-    if names == "none":
-        return None
+def chosen_augmentations(names: str, images: int) -> AugmentationOptions | None:
+    """Return how training augments on the fly: the probabilities of what is named, 0 for the others; None for "none".
+
+    Half of the examples are spliced, in few and large tiles, and half are occluded: more objects in a picture, and no
+    picture twice the same.
+
+    Args:
+        names: as `LearnOptions` takes them.
+        images: in the data; one alone cannot be occluded by another.
+    """
+    chosen = [name for name in names.split(",") if name in ON_THE_FLY and (images > 1 or name != "occlude")]
     off: dict[str, Any] = {"splice": "none", "blur": 0.0, "occlude": 0.0, "perspective": 0.0}
-    return AugmentationOptions(**{name: value for name, value in off.items() if name not in names.split(",")})
+    return AugmentationOptions(**(off | {name: ON_THE_FLY[name] for name in chosen})) if chosen else None
 
 
 @dataclass(frozen=True)
@@ -187,7 +196,7 @@ class LearnOptions(Options):
         None, "HxW of the crops, multiples of 32; the first image's, 512 at most.", pixel_size()
     )
     augment: str = option(
-        "none", "On the fly, with commas: splice, blur, occlude, perspective; or all.", _augmentations()
+        "all", "On the fly: all, none, or with commas splice, blur, occlude, perspective.", _augmentations()
     )
     seed: int = option(0, "Of all that is random.", whole(0))
     dtype: str = option("auto", "auto, fp32 or bf16; auto is bf16 on CUDA alone.", one_of("auto", "fp32", "bf16"))

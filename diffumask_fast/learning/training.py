@@ -156,7 +156,7 @@ class _Training:
         stage, plan = self.stages[state.stage], self.plan
         table = channels(self.classes)[lookup(stage.data.classes, self.classes)]
         seed = (plan["seed"], state.stage)
-        augmentations = chosen_augmentations(plan["augment"])
+        augmentations = chosen_augmentations(plan["augment"], len(stage.data))
         augmenter = Augmenter(stage.data, augmentations, _number(*seed)) if augmentations else None
         batches = Batches(stage.data, table, plan["batch_size"], tuple(plan["size"]), seed, augmenter)
         half = plan["dtype"] == "bf16"
