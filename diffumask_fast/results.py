@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -138,6 +138,7 @@ class Output:
 class Result:
     """One drawn sample: image uint8 [H, W, 3], mask uint8 [H, W], class maps uint8 [K, h, w], quality per class."""
 
+    drawn: ClassVar[bool] = True
     request: Request
     image: np.ndarray
     mask: np.ndarray

@@ -19,6 +19,7 @@ class Drawn:
     maps: np.ndarray | None
     accepted: bool = True
     reason: str = ""
+    drawn: bool = False
 
 
 def requests(num: int = 7, classes: str = "dog,car", **keywords) -> tuple[Request, ...]:

@@ -247,7 +247,7 @@ def test_what_is_made_of_an_augmented_dataset_keeps_its_columns(tmp_path):
 @pytest.mark.parametrize("drawn", [True, False])
 def test_what_is_made_of_drawn_images_is_marked_as_drawn(tmp_path, drawn):
     with open_run(tmp_path / "a", requests(6), {"seed": 0}, {}, 6, vocabulary=Vocabulary.parse("dog,car")) as run:
-        run.write_rows(0, [make_row(draw(request), drawn=drawn) for request in run.requests_of(0)])
+        run.write_rows(0, [make_row(dataclasses.replace(draw(request), drawn=drawn)) for request in run.requests_of(0)])
     augmented(tmp_path / "a", tmp_path / "b")
     marked = [is_drawn(row.values["image"]["bytes"]) for row in rows(tmp_path / "b").values()]
     assert len(marked) > 12 and set(marked) == {drawn}

@@ -1,5 +1,6 @@
 """dataset/card.py: the hub's libraries read the card, and nobody's README.md is lost."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -22,7 +23,9 @@ def dataset(folder, num=7, classes="dog,pottedplant", model=MODEL, options=None)
     vocabulary = Vocabulary.parse(classes)
     with open_run(folder, asked, options or {"seed": 3}, {}, 4, model=model, vocabulary=vocabulary) as run:
         for index in run.missing_shards():
-            run.write_rows(index, [make_row(draw(r), drawn=bool(model)) for r in run.requests_of(index)])
+            run.write_rows(
+                index, [make_row(dataclasses.replace(draw(r), drawn=bool(model))) for r in run.requests_of(index)]
+            )
     return folder
 
 

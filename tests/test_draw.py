@@ -86,10 +86,10 @@ def test_leaving_early_leaves_a_pipeline_that_draws(run):
 def test_no_more_than_so_many_samples_wait(monkeypatch):
     gate, begun = threading.Event(), []
 
-    def slow(sample, **keywords):
+    def slow(sample):
         begun.append(sample)
         gate.wait()
-        return make_row(sample, **keywords)
+        return make_row(sample)
 
     monkeypatch.setattr(drawing, "make_row", slow)
     samples = [draw(request) for request in requests(5)]

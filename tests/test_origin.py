@@ -1,5 +1,6 @@
 """dataset/origin.py: a reader of XMP finds the mark, in what a model drew and in nothing else."""
 
+import dataclasses
 import struct
 import zlib
 from xml.etree import ElementTree
@@ -32,7 +33,7 @@ def xmp_of(png):
 
 def test_a_reader_of_xmp_finds_the_mark():
     sample = draw(requests(1)[0])
-    row = make_row(sample, drawn=True)
+    row = make_row(dataclasses.replace(sample, drawn=True))
     (packet,) = xmp_of(row["image"]["bytes"])
     assert packet.startswith("<?xpacket begin=") and packet.endswith('<?xpacket end="r"?>')
     kinds = ElementTree.fromstring(packet).findall(f".//{RDF}Description/{IPTC}DigitalSourceType")
@@ -42,6 +43,9 @@ def test_a_reader_of_xmp_finds_the_mark():
 
 def test_masks_and_pictures_of_others_are_not_marked():
     sample = draw(requests(1)[0])
-    for row, names in ((make_row(sample, drawn=True), ["mask"]), (make_row(sample), ["image", "mask"])):
+    for row, names in (
+        (make_row(dataclasses.replace(sample, drawn=True)), ["mask"]),
+        (make_row(sample), ["image", "mask"]),
+    ):
         assert [xmp_of(row[name]["bytes"]) for name in names] == [[]] * len(names)
         assert not any(is_drawn(row[name]["bytes"]) for name in names)

@@ -98,12 +98,12 @@ class Sample(Protocol):
         """Why it is not; "" where it is."""
 
 
-def make_row(sample: Sample, *, drawn: bool = False) -> dict[str, Any]:
+def make_row(sample: Sample) -> dict[str, Any]:
     """Turn a sample into a row of `SCHEMA`.
 
     Args:
-        sample: see `Sample`. `maps` are what its mask was made of, so that it can be made again; None stores none.
-        drawn: whether a model drew the image, which is then marked so.
+        sample: see `Sample`. `maps` are what its mask was made of, so that it can be made again; None stores none. With
+            an attribute `drawn` that is true, a model drew the image, which is then marked so.
 
     Returns:
         One value per column; `map_sizes` holds [h, w] for each class, whose maps lie one after the other in `maps`.
@@ -126,7 +126,7 @@ def make_row(sample: Sample, *, drawn: bool = False) -> dict[str, Any]:
         raise DiffuMaskError(f"{request.key}: quality has {len(quality)} numbers for {size} classes")
     return {
         "key": request.key,
-        "image": {"bytes": encode_png(image, drawn=drawn), "path": f"{request.key}.png"},
+        "image": {"bytes": encode_png(image, drawn=getattr(sample, "drawn", False)), "path": f"{request.key}.png"},
         "mask": {"bytes": encode_png(mask), "path": f"{request.key}_mask.png"},
         "classes": list(request.classes),
         "class_ids": list(request.class_ids),

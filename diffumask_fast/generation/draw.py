@@ -80,7 +80,7 @@ class Encoders:
         """
         if len(self._rows) >= self._ahead:
             self._wait(self._rows[-self._ahead :][:1])
-        self._rows.append(self._pool.submit(make_row, sample, drawn=True))
+        self._rows.append(self._pool.submit(make_row, sample))
 
     def take(self) -> list[Row]:
         """Return the rows of all samples added since the last call, once they are encoded.

@@ -64,6 +64,7 @@ class Made:
     quality: Sequence[float]
     accepted: bool
     reason: str
+    drawn: bool
     maps: None = None
 
 
@@ -188,8 +189,7 @@ class _Maker:
             return {**self._rows[planned.sources[0]].values, "augmentation": "", "sources": []}
         sources = [self._rows[index] for index in planned.sources]
         pixels, note = _augmented(planned, [self._pixels(row) for row in sources], self._how, self._max_pixels)
-        drawn = any(is_drawn(row.values["image"]["bytes"]) for row in sources)
-        made = make_row(self._sample(planned, pixels, sources), drawn=drawn)
+        made = make_row(self._sample(planned, pixels, sources))
         return {**made, "augmentation": note, "sources": [row.key for row in sources]}
 
     def _pixels(self, row: Row) -> Pixels:
@@ -206,7 +206,8 @@ class _Maker:
         prompts = ("", "") if planned.kind == "splice" else (sources[0].prompt, sources[0].negative_prompt)
         request = Request(planned.key, *prompts, names, tuple(ids), planned.seed, names)
         quality = [_least_quality(number, sources) for number in ids]
-        return Made(request, image, mask, quality, not rejected and bool(left), reason)
+        drawn = any(is_drawn(row.values["image"]["bytes"]) for row in sources)
+        return Made(request, image, mask, quality, not rejected and bool(left), reason, drawn)
 
 
 def _augmented(planned: Planned, parts: list[Pixels], how: AugmentationOptions, max_pixels: int) -> tuple[Pixels, str]:
