@@ -11,7 +11,6 @@ from diffumask_fast.convert.import_folder import import_folder
 from diffumask_fast.convert.options import ConvertOptions, ImportOptions
 from diffumask_fast.dataset.reader import Row, read_rows
 from diffumask_fast.dataset.run import open_run
-from diffumask_fast.dataset.schema import make_row
 from diffumask_fast.prompts.request import Request
 
 CLASSES = {12: "dog", 21: "traffic light"}
@@ -40,7 +39,7 @@ def drawn(index: int, classes: dict[int, str] = CLASSES) -> Drawn:
     image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
     maps = np.stack([_small(mask == class_id) for class_id in classes])
     accepted = index != REJECTED
-    return Drawn(request, image, mask, [0.5, 0.25], maps, accepted, "" if accepted else "too small")
+    return Drawn(request, image, mask, [0.5, 0.25], maps, accepted, "" if accepted else "too small", drawn=True)
 
 
 def _small(pixels: np.ndarray) -> np.ndarray:
@@ -53,7 +52,7 @@ def dataset(folder: Path, num: int = 12, classes: dict[int, str] = CLASSES) -> P
     samples = [drawn(index, classes) for index in range(num)]
     with open_run(folder, [sample.request for sample in samples], {"seed": 0}, {}, 5) as run:
         for index in run.missing_shards():
-            run.write_rows(index, [make_row(sample, drawn=True) for sample in samples[5 * index : 5 * index + 5]])
+            run.write(index, samples[5 * index : 5 * index + 5])
     return folder
 
 

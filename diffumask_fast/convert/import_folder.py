@@ -16,7 +16,6 @@ from diffumask_fast.convert.sources import Head, Pixels, Source
 from diffumask_fast.dataset.derive import check_apart
 from diffumask_fast.dataset.finish import finish
 from diffumask_fast.dataset.run import open_run
-from diffumask_fast.dataset.schema import make_row
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import ClassEntry, Vocabulary
@@ -33,6 +32,7 @@ class Imported:
     maps: np.ndarray | None
     accepted: bool
     reason: str
+    drawn: bool
 
 
 def import_folder(
@@ -89,12 +89,11 @@ def _write(
         missing = run.missing_shards()
         bar.advance(task, len(requests) - sum(len(run.requests_of(index)) for index in missing))
         for index in missing:
-            first, rows = index * options.shard_size, []
+            first, samples = index * options.shard_size, []
             for offset, request in enumerate(run.requests_of(index)):
-                pixels = source.pixels(places[first + offset])
-                rows.append(make_row(_sample(request, pixels), drawn=pixels.drawn))
+                samples.append(_sample(request, source.pixels(places[first + offset])))
                 bar.advance(task)
-            run.write_rows(index, rows)
+            run.write(index, samples)
         finish(options.out, None, max_pixels=options.reading.max_pixels)
         return sum(run.accepted_flags())
 
@@ -127,4 +126,4 @@ def _request(head: Head, index: int, source: Source, keys: set[str]) -> Request:
 def _sample(request: Request, pixels: Pixels) -> Imported:
     quality = [1.0] * len(request.class_ids) if pixels.quality is None else list(pixels.quality)
     accepted, reason = not pixels.reason, pixels.reason
-    return Imported(request, pixels.image, pixels.mask, quality, pixels.maps, accepted, reason)
+    return Imported(request, pixels.image, pixels.mask, quality, pixels.maps, accepted, reason, pixels.drawn)
