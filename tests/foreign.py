@@ -39,7 +39,7 @@ def drawn(index: int, classes: dict[int, str] = CLASSES) -> Drawn:
     image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
     maps = np.stack([_small(mask == class_id) for class_id in classes])
     accepted = index != REJECTED
-    return Drawn(request, image, mask, [0.5, 0.25], maps, accepted, "" if accepted else "too small")
+    return Drawn(request, image, mask, [0.5, 0.25], maps, accepted, "" if accepted else "too small", drawn=True)
 
 
 def _small(pixels: np.ndarray) -> np.ndarray:

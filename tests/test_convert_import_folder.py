@@ -11,6 +11,7 @@ from samples import contents
 
 from diffumask_fast.convert.import_folder import import_folder
 from diffumask_fast.convert.options import ImportOptions
+from diffumask_fast.dataset.origin import is_drawn
 from diffumask_fast.errors import DiffuMaskError
 
 
@@ -37,7 +38,20 @@ def test_out_in_and_out_again_the_files_are_the_same(tmp_path, layout):
         number[[12, 21]] = 1, 2
     for key, row in theirs.items():
         assert (row.mask == number[ours[key].mask]).all() and (row.image == ours[key].image).all()
+        assert is_drawn(row.values["image"]["bytes"])
         assert row.classes == ["dog", "traffic light"] and row.quality == [1, 1] and row.accepted
+
+
+@pytest.mark.parametrize(
+    ("layout", "image_format"), [("voc", "jpg"), ("voc", "png"), ("coco", "jpg"), ("coco", "png"), ("coco", "webp")]
+)
+def test_only_drawn_images_are_marked_so(tmp_path, layout, image_format):
+    """A person's photograph among them stays one; the mark is read from any format."""
+    out = converted(dataset(tmp_path / "a", 3), tmp_path / "b", layout, image_format=image_format)
+    photograph = min(out.rglob(f"*-000001.{image_format}"))  # the mask may have the same name
+    Image.fromarray(np.array(Image.open(photograph))).save(photograph)
+    rows = rows_by_name(imported(out, tmp_path / "c", layout))
+    assert [is_drawn(row.values["image"]["bytes"]) for row in rows.values()] == [True, False, True]
 
 
 def test_manifest_and_summary(tmp_path):
@@ -48,7 +62,7 @@ def test_manifest_and_summary(tmp_path):
     assert manifest["options"] == {"import": "voc", "split": None, "shard_size": 4}
     assert [entry["name"] for entry in manifest["classes"]] == ["dog", "traffic light"]
     names = [f"data/shard-0000{index}.parquet" for index in range(3)]
-    assert list(contents(tmp_path / "c")) == [*names, "dataset.json", "preview.png"]
+    assert list(contents(tmp_path / "c")) == ["README.md", *names, "dataset.json", "preview.png"]
 
 
 def test_killed_it_ends_with_the_same_bytes(tmp_path):

@@ -14,6 +14,7 @@ from diffumask_fast.convert.item import IGNORE
 from diffumask_fast.convert.names import inside
 from diffumask_fast.convert.polygons import fill
 from diffumask_fast.convert.sources import Head, Pixels, decode_image
+from diffumask_fast.dataset.origin import is_drawn
 from diffumask_fast.errors import DiffuMaskError
 
 PREFIX = "instances_"
@@ -90,7 +91,7 @@ class CocoFolder:
         if image.shape[:2] != labels.shape:
             there, listed = ("x".join(map(str, part.shape[:2])) for part in (image, labels))
             raise DiffuMaskError(f"{path} has {there} pixels, and {self._file} says {listed}: bring both to one size")
-        return Pixels(image, labels)
+        return Pixels(image, labels, drawn=is_drawn(path.read_bytes()))
 
     def _labels(self, index: int) -> np.ndarray:
         image = self._images[index]

@@ -13,8 +13,8 @@ from rich.progress import Progress
 from diffumask_fast.convert.names import key_of
 from diffumask_fast.convert.options import ImportOptions
 from diffumask_fast.convert.sources import Head, Pixels, Source
-from diffumask_fast.dataset.derive import PREVIEW, check_apart
-from diffumask_fast.dataset.preview import write_preview
+from diffumask_fast.dataset.derive import check_apart
+from diffumask_fast.dataset.finish import finish
 from diffumask_fast.dataset.run import open_run
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.prompts.request import Request
@@ -32,6 +32,7 @@ class Imported:
     maps: np.ndarray | None
     accepted: bool
     reason: str
+    drawn: bool
 
 
 def import_folder(
@@ -82,7 +83,7 @@ def _write(
     places: list[int],
     bar: Progress,
 ) -> int:
-    """Write the shards that are missing, and the preview; return how many rows are accepted."""
+    """Write the shards that are missing, preview and card; return how many rows are accepted."""
     task = bar.add_task("write", total=len(requests))
     with open_run(options.out, requests, *_record(options), options.shard_size, vocabulary=vocabulary) as run:
         missing = run.missing_shards()
@@ -93,7 +94,7 @@ def _write(
                 samples.append(_sample(request, source.pixels(places[first + offset])))
                 bar.advance(task)
             run.write(index, samples)
-        write_preview(options.out, PREVIEW, max_pixels=options.reading.max_pixels)
+        finish(options.out, None, max_pixels=options.reading.max_pixels)
         return sum(run.accepted_flags())
 
 
@@ -125,4 +126,4 @@ def _request(head: Head, index: int, source: Source, keys: set[str]) -> Request:
 def _sample(request: Request, pixels: Pixels) -> Imported:
     quality = [1.0] * len(request.class_ids) if pixels.quality is None else list(pixels.quality)
     accepted, reason = not pixels.reason, pixels.reason
-    return Imported(request, pixels.image, pixels.mask, quality, pixels.maps, accepted, reason)
+    return Imported(request, pixels.image, pixels.mask, quality, pixels.maps, accepted, reason, pixels.drawn)

@@ -69,7 +69,7 @@ class ReferenceFolder:
         mask, quality = make_masks(kept, pictures, options, ids)
         names = [[self.classes[class_id] for class_id in maps]]
         (reason,) = rejections(pictures, mask, ids, names, options, quality)
-        return Pixels(image, mask[0].numpy(), quality[0].tolist(), kept[0].numpy(), reason)
+        return Pixels(image, mask[0].numpy(), quality[0].tolist(), kept[0].numpy(), reason, drawn=True)
 
     def _maps(self, index: int) -> dict[int, np.ndarray]:
         """Return class id -> map of those that are not empty."""

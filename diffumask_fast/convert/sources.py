@@ -40,6 +40,7 @@ class Pixels:
         quality: one number per class; None is 1 each, for masks that people drew.
         maps: [K, h, w] uint8, what the mask was made of.
         reason: why it is rejected; "" where it is not.
+        drawn: whether a model drew the image, which is then marked so.
     """
 
     image: np.ndarray
@@ -47,6 +48,7 @@ class Pixels:
     quality: Sequence[float] | None = None
     maps: np.ndarray | None = None
     reason: str = ""
+    drawn: bool = False
 
 
 class Source(Protocol):

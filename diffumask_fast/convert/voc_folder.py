@@ -8,6 +8,7 @@ import numpy as np
 
 from diffumask_fast.convert.item import IGNORE
 from diffumask_fast.convert.sources import Head, Pixels
+from diffumask_fast.dataset.origin import is_drawn
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.learning.layouts import Voc
 
@@ -37,4 +38,5 @@ class VocFolder:
     def pixels(self, index: int) -> Pixels:
         """Return image and mask."""
         example = self._data[index]
-        return Pixels(example.image, example.labels)
+        path = self._data.image_path(index)
+        return Pixels(example.image, example.labels, drawn=is_drawn(path.read_bytes()))

@@ -80,6 +80,10 @@ class Voc:
     def __len__(self) -> int:
         return len(self._files)
 
+    def image_path(self, index: int) -> Path:
+        """Return the file of an image."""
+        return self._files[index].image
+
     def __getitem__(self, index: int) -> Example:
         name, image, mask = self._files[index]
         picture = _decode_mask(mask, self._max_pixels, ("P", "L", "RGB"))
