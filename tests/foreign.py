@@ -7,7 +7,6 @@ from PIL import Image
 from samples import Drawn
 
 from diffumask_fast.convert.convert import convert
-from diffumask_fast.convert.import_folder import import_folder
 from diffumask_fast.convert.options import ConvertOptions, ImportOptions
 from diffumask_fast.dataset.reader import Row, read_rows
 from diffumask_fast.dataset.run import open_run
@@ -92,4 +91,6 @@ def fill(points: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def killed_import(source: Path, out: Path) -> None:
     """Called in a process of its own, which dies."""
+    from diffumask_fast.convert.import_folder import import_folder  # it loads torch, which processes here do without
+
     import_folder(ImportOptions(source, out, "voc", shard_size=4))

@@ -114,7 +114,7 @@ def test_nobody_else_writes_while_a_process_of_a_killed_parent_lives(tmp_path, b
     source, out = dataset(tmp_path / "a", 60), tmp_path / "b"
     process, children = _begun_with_processes(begin, source, out, "at work")
     workers = [child for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
-    assert len(workers) == 2
+    assert len(workers) == 2 and _within(60, lambda: all(_has_open(pid, out) for pid in workers))
     for pid in (workers[0], process.pid):
         os.kill(pid, signal.SIGSTOP)
     process.send_signal(signal.SIGKILL)
@@ -131,8 +131,15 @@ def _begun_with_processes(begin, source, out, moment):
     process = begin(source, out, "voc", 2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     at_work = moment == "at work"
-    assert _within(300, lambda: list(out.glob("JPEGImages/*.png")) if at_work else len(children.read_text().split()) > 2)
+    assert _within(
+        300, lambda: list(out.glob("JPEGImages/*.png")) if at_work else len(children.read_text().split()) > 2
+    )
     return process, [int(child) for child in children.read_text().split()]
+
+
+def _has_open(pid, folder):
+    with contextlib.suppress(OSError):
+        return any(os.readlink(entry) == str(folder) for entry in Path(f"/proc/{pid}/fd").iterdir())
 
 
 def _within(seconds, condition):
