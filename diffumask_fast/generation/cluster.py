@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from diffumask_fast.attention.options import MapOptions
-from diffumask_fast.borrow import patched_environment
+from diffumask_fast.borrow import patched, patched_environment
 from diffumask_fast.dataset.folder import differences
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.draw import Row, draw_shards
@@ -211,7 +211,7 @@ class Cluster:
         """Start a worker in the place of one that was lost, with a shard or before it had begun."""
         self._losses[index] += 1
         what = "before it had begun" if index is None else f"with shard {index}"
-        cause = " ".join(str(error).split())[:200]
+        cause = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         if self._losses[index] > MOST_LOSSES:
             raise DiffuMaskError(
                 f"{self._losses[index]} workers of Ray were lost {what} ({cause}): see what ended them, often memory, "
@@ -260,17 +260,17 @@ def _options_of(text: str) -> GenerateOptions:
 @contextmanager
 def _connected(ray: Any, options: GenerateOptions) -> Iterator[None]:
     """Join a cluster, or start one on this machine; where the process has joined one already, that one is used."""
-    if ray.is_initialized():
-        yield
-        return
     log = logging.getLogger("ray")
-    level = log.level
+    level, own = log.level, not ray.is_initialized()
     log.setLevel(logging.ERROR)
     try:
-        _join(ray, options)
-        yield
+        with patched("_worker_logs_enabled", {ray._private.worker: False}):
+            if own:
+                _join(ray, options)
+            yield
     finally:
-        ray.shutdown()
+        if own:
+            ray.shutdown()
         log.setLevel(level)
 
 
