@@ -282,11 +282,11 @@ def _join(ray: Any, options: GenerateOptions) -> None:
     try:
         with patched_environment(STATISTICS, os.environ.get(STATISTICS, "0")):  # nothing is sent unless one wants it
             ray.init(address=options.ray, **settings)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray has no class of its own for what goes wrong here
         cause = " ".join(str(error).split())[:200]
         raise DiffuMaskError(
-            f"no Ray cluster can be joined at `ray={options.ray}` ({cause}): start one, set RAY_AUTH_MODE=token where "
-            "it wants a token, or use `ray=local`"
+            f"no Ray cluster can be joined at `ray={options.ray}` ({cause}): try again, set RAY_AUTH_MODE=token where "
+            "the cluster wants a token, or use another address"
         ) from error
 
 
