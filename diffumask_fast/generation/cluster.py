@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from diffumask_fast.attention.options import MapOptions
-from diffumask_fast.borrow import patched_environment
+from diffumask_fast.borrow import patched, patched_environment
 from diffumask_fast.dataset.folder import differences
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.draw import Row, draw_shards
@@ -226,7 +226,7 @@ class Cluster:
         """Start a worker in the place of one that was lost, with a shard or before it had begun."""
         self._losses[index] += 1
         what = "before it had begun" if index is None else f"with shard {index}"
-        cause = " ".join(str(error).split())[:200]
+        cause = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         if self._losses[index] > MOST_LOSSES:
             raise DiffuMaskError(
                 f"{self._losses[index]} workers of Ray were lost {what} ({cause}): see what ended them, often memory, "
@@ -275,17 +275,17 @@ def _options_of(text: str) -> GenerateOptions:
 @contextmanager
 def _connected(ray: Any, options: GenerateOptions) -> Iterator[None]:
     """Join a cluster, or start one on this machine; where the process has joined one already, that one is used."""
-    if ray.is_initialized():
-        yield
-        return
     log = logging.getLogger("ray")
-    level = log.level
+    level, own = log.level, not ray.is_initialized()
     log.setLevel(logging.ERROR)
     try:
-        _join(ray, options)
-        yield
+        with patched("_worker_logs_enabled", {ray._private.worker: False}):
+            if own:
+                _join(ray, options)
+            yield
     finally:
-        ray.shutdown()
+        if own:
+            ray.shutdown()
         log.setLevel(level)
 
 
@@ -297,11 +297,11 @@ def _join(ray: Any, options: GenerateOptions) -> None:
     try:
         with patched_environment(STATISTICS, os.environ.get(STATISTICS, "0")):  # nothing is sent unless one wants it
             ray.init(address=options.ray, **settings)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray has no class of its own for what goes wrong here
         cause = " ".join(str(error).split())[:200]
         raise DiffuMaskError(
-            f"no Ray cluster can be joined at `ray={options.ray}` ({cause}): start one, set RAY_AUTH_MODE=token where "
-            "it wants a token, or use `ray=local`"
+            f"no Ray cluster can be joined at `ray={options.ray}` ({cause}): try again, set RAY_AUTH_MODE=token where "
+            "the cluster wants a token, or use another address"
         ) from error
 
 
