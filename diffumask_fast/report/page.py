@@ -18,6 +18,7 @@ from rich.progress import Progress
 
 from diffumask_fast.dataset.reader import open_shard, read_manifest, read_shard, shard_paths
 from diffumask_fast.dataset.shard_check import check_names, finished_shards
+from diffumask_fast.dataset.storage import Place
 from diffumask_fast.dataset.writer import write_file
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.own_files import check_own
@@ -54,7 +55,7 @@ def write_report(
         write_report(ReportOptions(Path("demo")))
     """
     folder, max_pixels = options.source, options.reading.max_pixels
-    out = options.out or folder / PAGE
+    out = options.out or _beside(folder)
     manifest = read_manifest(folder)
     paths = _shards(folder, manifest)
     check_own(out, SIGN)
@@ -82,7 +83,13 @@ def write_report(
     }  # fmt: skip
 
 
-def _shards(folder: Path, manifest: dict[str, Any]) -> list[Path]:
+def _beside(folder: Place) -> Path:
+    if not isinstance(folder, Path):
+        raise DiffuMaskError(f"{folder} is an address, and the page is a file: name it by `out`")
+    return folder / PAGE
+
+
+def _shards(folder: Place, manifest: dict[str, Any]) -> list[Place]:
     """List the shards that are there.
 
     Raises:
@@ -95,12 +102,12 @@ def _shards(folder: Path, manifest: dict[str, Any]) -> list[Path]:
     return finished_shards(folder, manifest) if len(paths) == manifest["plan"]["shards"] else paths
 
 
-def _num_rows(path: Path) -> int:
+def _num_rows(path: Place) -> int:
     with open_shard(path) as file:
         return int(file.metadata.num_rows)
 
 
-def _looks(paths: Sequence[Path], max_pixels: int) -> Iterator[Look]:
+def _looks(paths: Sequence[Place], max_pixels: int) -> Iterator[Look]:
     """Look at all rows in order, some at a time."""
     rows = enumerate(row for path in paths for row in read_shard(path, COLUMNS, max_pixels))
     workers = min(MOST_LOOKING, os.cpu_count() or 1)
