@@ -15,7 +15,7 @@ from diffumask_fast.console import log_to, progress_bar, run_program, say, stopp
 from diffumask_fast.errors import DiffuMaskError, as_flags
 from diffumask_fast.export.options import ExportOptions
 from diffumask_fast.flags import with_flags
-from diffumask_fast.generation.options import GenerateOptions
+from diffumask_fast.generation.options import GenerateOptions, RebuildOptions
 from diffumask_fast.learning.options import AugmentOptions, EvaluateOptions, FilterOptions, TrainOptions
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import ReadOptions
@@ -27,13 +27,21 @@ app = typer.Typer(
 )  # fmt: skip
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
-LogFlag = Annotated[Path | None, typer.Option(help="Append a log to this file.")]
+LogFlag = Annotated[Path | None, typer.Option(help="Append a log to this file, a JSON object a line.")]
 
 
 @app.command()
 @with_flags
-def generate(options: GenerateOptions, log: LogFlag = None, as_json: JsonFlag = False) -> None:
+def generate(
+    options: GenerateOptions,
+    log: LogFlag = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing; tell time and disk from a probe.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
     """Draw a dataset of images and masks."""
+    if dry_run:
+        _dry_run(options, log, as_json)
+        return
     log_to(log)
     from diffumask_fast.generation.generate import run_generate
 
@@ -44,13 +52,30 @@ def generate(options: GenerateOptions, log: LogFlag = None, as_json: JsonFlag = 
     else:
         rate = f"{summary['images_per_s']:.2f} images/s" if summary["drawn"] else "complete: nothing was left to draw"
         say(_closing(summary, f", {rate}"))
+    if summary["below_quota"]:
+        say(as_flags(summary["why_below_quota"]), sys.stderr)
+        raise typer.Exit(3)
+
+
+def _dry_run(options: GenerateOptions, log: Path | None, as_json: bool) -> None:
+    if log is not None:
+        raise DiffuMaskError("a dry run writes nothing: leave out `log`")
+    from diffumask_fast.generation.probe import describe, run_probe
+
+    with stoppable("Stopped; nothing was written."):
+        estimate = run_probe(options)
+    if as_json:
+        say(json.dumps(estimate))
+        return
+    for line in describe(estimate):
+        say(line)
 
 
 @app.command()
 @with_flags
 def remask(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="Dataset with stored maps.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the new dataset; run again to finish it.")],
+    source: Annotated[str, typer.Argument(metavar="IN", help="Dataset with stored maps.")],
+    out: Annotated[str, typer.Argument(help="Folder or address of the new dataset; run again to finish it.")],
     options: MaskOptions,
     reading: ReadOptions,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -148,6 +173,33 @@ def report(options: ReportOptions, as_json: JsonFlag = False) -> None:
         say(json.dumps(summary))
     else:
         say(f"{summary['accepted']} of {summary['images']} images accepted. Open {summary['page']} in a browser.")
+
+
+@app.command()
+@with_flags
+def verify(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Dataset to check.")],
+    options: RebuildOptions,
+    reading: ReadOptions,
+    rebuild: Annotated[str | None, typer.Option(help="Draw the batch of this key again and compare.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Check every shard and row of a dataset, or draw a sample again; exit code 1 where something is wrong."""
+    with stoppable("Stopped; nothing was written."):
+        if rebuild is not None:
+            from diffumask_fast.generation import rebuild as rebuilding
+
+            summary = rebuilding.rebuild(source, rebuild, options, max_pixels=reading.max_pixels)
+            lines, fault = rebuilding.told(summary), summary["fault"]
+        else:
+            from diffumask_fast.dataset import verify as verifying
+
+            summary = verifying.verify(source, max_pixels=reading.max_pixels, progress=progress_bar)
+            lines, fault = verifying.told(summary), verifying.sentence(summary)
+    for line in [json.dumps(summary)] if as_json else lines:
+        say(line)
+    if fault:
+        raise DiffuMaskError(fault)
 
 
 @app.command()
@@ -251,8 +303,11 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def _closing(summary: dict[str, Any], rate: str = "") -> str:
     """Say what a dataset holds, where to look, and what to change where that is nothing."""
     advice = f"To accept more, {as_flags(summary['advice'])}. " if summary.get("advice") else ""
-    accepted = f"{summary['accepted']} of {summary['images']} images accepted"
-    return f"{accepted}{rate}. {advice}Look at {Path(summary['folder']) / 'preview.png'}."
+    of = f" of part {summary['part']}" if summary.get("part") else ""
+    accepted = f"{summary['accepted']} of {summary['images']} images{of} accepted{rate}. {advice}"
+    if summary.get("missing_shards"):
+        return f"{accepted}{summary['missing_shards']} shards of the run are still missing."
+    return f"{accepted}Look at {summary['folder'].rstrip('/')}/preview.png."
 
 
 def main() -> None:

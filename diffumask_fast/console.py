@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import re
@@ -11,20 +12,21 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import typer
 
 from diffumask_fast.errors import DiffuMaskError, is_out_of_memory
-from diffumask_fast.own_files import check_no_link
+from diffumask_fast.own_files import check_no_link, is_address
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 logger = logging.getLogger("diffumask_fast")
 
-LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ ")
+LOG_LINE = re.compile(rb'\{"time": "\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}')
 # C0 and C1 controls and DEL, marks that turn or part lines, and halves of letters, of which paths may be made
 _UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -166,7 +168,9 @@ def progress_bar(total: int | None) -> Progress:
 
 
 def log_to(path: Path | None) -> None:
-    """Append what the logger says to a file, if there is a path.
+    """Append what the logger says to a file, if there is a path: a JSON object a line, each written at once.
+
+    `time`, `level` and `message` are in each; what a record has as its `figures` follows, and a `traceback`.
 
     Raises:
         DiffuMaskError: it cannot be written, or is a file that is no log of ours.
@@ -177,15 +181,17 @@ def log_to(path: Path | None) -> None:
 
 
 class _OneLine(logging.Formatter):
-    """Each record, and each line of a traceback, is a printable line."""
+    """Each record is one printable line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
-        record.message = printable(record.getMessage())
-        record.asctime = self.formatTime(record)
-        lines = [self.formatMessage(record)]
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line: dict[str, Any] = {
+            "time": time, "level": record.levelname, "message": printable(record.getMessage()),
+            **getattr(record, "figures", {}),
+        }  # fmt: skip
         if record.exc_info:
-            lines += map(printable, self.formatException(record.exc_info).splitlines())
-        return "\n".join(lines)
+            line["traceback"] = [printable(part) for part in self.formatException(record.exc_info).splitlines()]
+        return json.dumps(line, ensure_ascii=False)
 
 
 class _Terminal(logging.Handler):
@@ -201,12 +207,17 @@ class _LogFile(logging.Handler):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
-        self.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
+        self.setFormatter(_OneLine())
         check_no_link(path)
+        if is_address(path):
+            raise DiffuMaskError(f"The log must be a local file, not an address as {path}.")
         try:
             if path.is_file() and (head := path.open("rb").read(64)) and not LOG_LINE.match(head):
                 raise DiffuMaskError(f"{path} is there and no log of ours: choose another file.")
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            size = os.fstat(self._descriptor).st_size
+            if size and os.pread(self._descriptor, 1, size - 1) != b"\n":  # a line that was cut off stays by itself
+                os.write(self._descriptor, b"\n")
         except (OSError, ValueError) as error:
             raise DiffuMaskError(f"Cannot write the log {path} ({_why(error)}): choose another file.") from error
 

@@ -74,7 +74,7 @@ def _kind(hint: Any, read: bool) -> tuple[type, str | None]:
     kind = kinds.pop()
     if kinds or get_origin(kind):
         return str, None
-    return (str, "NUMBER") if read and kind in (int, float) else (kind, None)
+    return (str, "NUMBER" if kind in (int, float) else None) if read else (kind, None)
 
 
 def _made(kind: type, values: dict[str, Any]) -> Any:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.own_files import is_address
 
 MAX_PIXELS = 4096 * 4096  # of a picture that is decoded
 MOST_PIXELS = 2 * 89_478_485  # Pillow itself refuses more
@@ -21,6 +23,8 @@ class Options:
     def __post_init__(self) -> None:
         for one in fields(self):
             read, value = one.metadata.get("read"), getattr(self, one.name)
+            if isinstance(value, Path) and read is None and is_address(value):
+                raise DiffuMaskError(f"`{one.name}` must be a local path, not an address as {value}")
             if read is not None and not (value is None and one.default is None):
                 object.__setattr__(self, one.name, checked(one.name, value, read))
 
@@ -42,9 +46,9 @@ def required(help: str, read: Reader | None = None) -> Any:
     return field(metadata={"help": help, "read": read})
 
 
-def argument(help: str, metavar: str | None = None) -> Any:
+def argument(help: str, metavar: str | None = None, read: Reader | None = None) -> Any:
     """Return the field of an option that has no default: on the command line it stands without a flag."""
-    return field(metadata={"help": help, "metavar": metavar})
+    return field(metadata={"help": help, "metavar": metavar, "read": read})
 
 
 def checked(name: str, value: Any, read: Reader) -> Any:

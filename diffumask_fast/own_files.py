@@ -1,11 +1,17 @@
 """Files are written over only where we wrote them: each kind of ours bears a sign; links are not followed."""
 
+import re
 from pathlib import Path
 
 from diffumask_fast.errors import DiffuMaskError
 
 SIGN = "diffumask-fast"  # in the first bytes of every picture that we write
 HEAD = 4096
+
+
+def is_address(path: Path) -> bool:
+    """Tell whether a path was made of an address such as s3://bucket, of which it keeps one slash."""
+    return re.match(r"[a-z][a-z0-9+.-]+:/", str(path)) is not None
 
 
 def check_own(path: Path, sign: str = SIGN) -> None:
@@ -29,6 +35,17 @@ def check_own(path: Path, sign: str = SIGN) -> None:
         raise DiffuMaskError(f"{path} cannot be written: {getattr(error, 'strerror', error)}") from error
     if not ours:
         raise DiffuMaskError(f"{path} is there and was not written by this program: move it away, or name another")
+
+
+def check_place(path: Path, sign: str = SIGN) -> None:
+    """Raise unless a file can be written at a path, over one of ours at most; to be asked before long work.
+
+    Raises:
+        DiffuMaskError: as `check_own`, or there is no such folder.
+    """
+    check_own(path, sign)
+    if not path.parent.is_dir():
+        raise DiffuMaskError(f"{path.parent} is no folder: make it, or name another place for {path.name}")
 
 
 def check_no_link(path: Path) -> None:

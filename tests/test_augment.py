@@ -205,7 +205,7 @@ def test_datasets_that_cannot_be_augmented(tmp_path):
         augmented(nothing, tmp_path / "c")
     alone = dataset(tmp_path / "alone", num=2)
     assert sum(row.accepted for row in rows(alone).values()) == 1
-    with pytest.raises(DiffuMaskError, match="there is one alone: add images, or set `occlude` to 0"):
+    with pytest.raises(DiffuMaskError, match="there is one alone: add images, or do without occlusion"):
         augmented(alone, tmp_path / "c")
     with pytest.raises(DiffuMaskError, match="no image would be made"):
         augmented(alone, tmp_path / "c", AugmentationOptions("none", blur=0, occlude=0, perspective=0), originals=False)

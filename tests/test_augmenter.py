@@ -140,7 +140,7 @@ def test_one_image_alone():
     data = Pictures([(16, 24)])
     (made,) = Augmenter(data, only(splice="2x2=1", splice_size="full")).examples([0])
     assert np.array_equal(made.labels, np.tile(data[0].labels, (2, 2)))  # a splice repeats it
-    with pytest.raises(DiffuMaskError, match="there is one alone: add images, or set `occlude` to 0"):
+    with pytest.raises(DiffuMaskError, match="there is one alone: add images, or do without occlusion"):
         Augmenter(data)
 
 

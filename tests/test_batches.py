@@ -109,3 +109,17 @@ def test_a_scaled_label_is_that_of_the_pixel_under_its_centre(axis, monkeypatch)
         inner = (places > 1) & (places < 58)
         away = (pixels[0] / 4 - places)[inner]
         assert away.abs().max() < 0.55 and away.mean().abs() < 0.1
+
+
+def test_crops_are_mirrored_scaled_and_coloured_by_chance():
+    example, sizes, mirrored, reds = Squares()[1], [], [], []  # a square of 24 pixels, nearer to the left
+    for seed in range(200):
+        image, labels = crop(example, (96, 96), np.random.default_rng(seed))
+        square = labels == 3
+        columns, known = square.any(0).nonzero()[:, 0], (labels != 255).any(0).nonzero()[:, 0]
+        sizes.append(len(columns))
+        mirrored.append(bool(columns[0] - known[0] > known[-1] - columns[-1]))
+        reds.append(image[0][square].mean().item())
+    assert 18 <= min(sizes) < 20 and 32 < max(sizes) <= 34  # 0.75 to 1.4 times as large
+    assert 70 < sum(mirrored) < 130
+    assert 95 < np.mean(reds) < 105 and 12 < np.std(reds) < 19  # 100 of 10 % and 12 levels

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from diffumask_fast.dataset.writer import temporary_path
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.learning.checkpoint import CHECKPOINT, State, clear, read_checkpoint, write_checkpoint
 
@@ -46,8 +47,9 @@ def test_a_state_comes_back_and_goes_on_bit_for_bit(tmp_path):
 
 def test_without_a_checkpoint_nothing_changes(tmp_path):
     made, expected = state(), state()
+    temporary_path(tmp_path / CHECKPOINT).write_bytes(b"what a killed training left half-written")
     read_checkpoint(tmp_path, made, PLAN)
-    assert made.step == 0 and same(made, expected)
+    assert made.step == 0 and same(made, expected) and not list(tmp_path.iterdir())
     write_checkpoint(tmp_path, state(1, steps=1), PLAN)
     clear(tmp_path)
     read_checkpoint(tmp_path, made, PLAN)

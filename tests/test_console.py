@@ -1,6 +1,7 @@
 """console.py: what goes out to a terminal does nothing there, and every failure is one sentence and an exit code."""
 
 import errno
+import json
 import logging
 import os
 import re
@@ -157,9 +158,10 @@ def test_a_log_is_appended_to_our_own_alone(tmp_path, no_handlers):
         log_to(path)
         no_handlers.info("shard of %s", HOSTILE)
         no_handlers.handlers.pop()
-    lines = path.read_text().splitlines()
-    assert len(lines) == 2 and all(re.match(r"\d{4}-.* INFO shard of \\x1b", line) for line in lines)
-    (tmp_path / "notes").write_text("2026: mine")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 2 and all(line.keys() == {"time", "level", "message"} for line in lines)
+    assert all(line["level"] == "INFO" and line["message"].startswith("shard of \\x1b") for line in lines)
+    (tmp_path / "notes").write_text('{"time": "mine"}')
     with pytest.raises(DiffuMaskError, match="notes is there and no log of ours"):
         log_to(tmp_path / "notes")
     (tmp_path / "link.log").symlink_to("elsewhere")
@@ -171,10 +173,23 @@ def test_a_log_is_appended_to_our_own_alone(tmp_path, no_handlers):
 def test_a_traceback_in_the_log_cannot_forge_lines(tmp_path, no_handlers):
     log_to(tmp_path / "log")
     try:
-        raise ValueError("x\n2026-01-01 00:00:00,000 INFO forged\x1b")
+        raise ValueError('x\n{"time": "2026-01-01T00:00:00.000", "message": "forged\x1b"}')
     except ValueError as error:
         no_handlers.info("what happened", exc_info=error)
-    assert "\x1b" not in (tmp_path / "log").read_text()
+    (line,) = (tmp_path / "log").read_text().splitlines()
+    assert json.loads(line)["traceback"][-2] == "ValueError: x" and "\x1b" not in line
+
+
+def test_a_line_that_was_cut_off_stays_by_itself(tmp_path, no_handlers):
+    path = tmp_path / "run.log"
+    log_to(path)
+    no_handlers.info("first", extra={"figures": {"shard": 1}})
+    path.write_bytes(path.read_bytes() * 2)
+    os.truncate(path, path.stat().st_size - 9)
+    log_to(path)
+    no_handlers.info("second")
+    first, cut, second, *_ = path.read_text().splitlines()
+    assert json.loads(first)["shard"] == 1 and first.startswith(cut) and json.loads(second)["message"] == "second"
 
 
 def test_a_full_disk_fails_the_command_and_not_the_terminal(capsys, no_handlers):

@@ -4,16 +4,19 @@ import json
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from samples import draw, requests
 from test_generation import options, silent
 
 from diffumask_fast.dataset.origin import is_drawn
 from diffumask_fast.dataset.reader import read_manifest
-from diffumask_fast.dataset.schema import make_row
+from diffumask_fast.dataset.schema import decode_png, make_row
 from diffumask_fast.dataset.shard_check import mark_of
 from diffumask_fast.dataset.writer import shard_path, write_shard
 from diffumask_fast.errors import DiffuMaskError
@@ -81,6 +84,61 @@ def test_leaving_early_leaves_a_pipeline_that_draws(run):
     shards.close()
     again = dict(draw_shards(pipe, job, [0]))
     assert [row["image"] for row in again[0]] == [row["image"] for row in first[1]]
+
+
+@contextmanager
+def memory_for(pipe, images):
+    """Let the UNet run out of memory, by torch's own error, where it gets more images at once than `images()`."""
+
+    def refuse(module, arguments):
+        if arguments[0].shape[0] > 2 * images():  # two rows for an image, with guidance
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    hook = pipe.pipe.unet.conv_in.register_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def test_where_memory_is_short_the_shard_is_drawn_anew_in_smaller_batches(run):
+    _, job, pipe = run
+    job = replace(job, batch_size=3)
+    wanted, seen, told, drawn = dict(draw_shards(pipe, job, [0, 1, 2])), [], [], {}
+    with memory_for(pipe, lambda: 1 if seen else 3):
+        shards = draw_shards(pipe, job, [0, 1, 2], seen.append, lambda size, left: told.append((size, list(left))))
+        for index, rows in shards:
+            drawn[index] = rows
+    assert told == [(1, [1, 2])]
+    assert [result.request.key for result in seen] == [row["key"] for rows in wanted.values() for row in rows]
+    assert [row["image"] for row in drawn[0]] == [row["image"] for row in wanted[0]] and list(drawn) == [0, 1, 2]
+    for index in (1, 2):
+        for row, other in zip(drawn[index], wanted[index], strict=True):
+            assert (row["key"], row["seed"], row["prompt"]) == (other["key"], other["seed"], other["prompt"])
+            image, truth = (decode_png(one["image"]).astype(int) for one in (row, other))
+            mask, expected = (decode_png(one["mask"]) > 0 for one in (row, other))
+            assert abs(image - truth).max() <= 2
+            assert (mask & expected).sum() >= 0.99 * (mask | expected).sum()
+
+
+def test_a_failure_in_the_middle_of_a_shard_tells_no_image_twice(run):
+    _, job, pipe = run
+    job, seen = replace(job, batch_size=2, shard_size=6, recipe=replace(job.recipe, num=6)), []
+    with memory_for(pipe, lambda: 1 if len(seen) == 2 else 2):
+        ((_, rows),) = draw_shards(pipe, job, [0], seen.append)
+    assert [result.request.key for result in seen] == [row["key"] for row in rows] and len(rows) == 6
+
+
+def test_too_little_memory_for_one_image_is_told(run):
+    _, job, pipe = run
+    with memory_for(pipe, lambda: 0), pytest.raises(DiffuMaskError, match="a single image of 64x64.*smaller `size`"):
+        next(draw_shards(pipe, job, [0]))
+    with memory_for(pipe, fail), pytest.raises(RuntimeError, match="another error"):
+        next(draw_shards(pipe, job, [0]))
+
+
+def fail():
+    raise RuntimeError("another error")
 
 
 def test_no_more_than_so_many_samples_wait(monkeypatch):

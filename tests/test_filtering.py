@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from diffumask_fast.cli import app
 from diffumask_fast.dataset.reader import read_rows
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.learning.augment import augment
 from diffumask_fast.learning.filtering import filter_dataset, rank
-from diffumask_fast.learning.options import FilterOptions, LearnOptions, PruneOptions
+from diffumask_fast.learning.options import AugmentOptions, FilterOptions, LearnOptions, PruneOptions
 
 
 def rows(folder):
@@ -27,6 +28,8 @@ def test_the_lowest_share_of_each_class_is_pruned():
     assert verdicts["a4"] == [("dog", 5, 11, 0.4, False)]
     assert [one[:3] for one in verdicts["b1"]] == [("cat", 1, 2), ("dog", 11, 11)]
     assert sum(one.pruned for given in rank(scores, 0.7).values() for one in given) == 7 + 1
+    hundred = rank({str(n): {"dog": n} for n in range(100)}, 0.29)  # 0.29 * 100 is a little less than 29
+    assert sum(given[0].pruned for given in hundred.values()) == 29
     equal = rank({name: {"dog": 0.5} for name in "bca"}, 0.4)
     assert equal["a"][0].pruned and not equal["b"][0].pruned
 
@@ -95,6 +98,18 @@ def test_what_cannot_be_filtered_is_one_sentence(tmp_path):
         )
     with pytest.raises(DiffuMaskError, match="images for 3 folds, and a fold would be without it"):
         filter_dataset(FilterOptions(source, tmp_path / "a"))
+    theirs = tmp_path / "theirs.npz"
+    theirs.write_bytes(b"something")
+    enough = dataset(tmp_path / "enough", num=24)
+    with pytest.raises(DiffuMaskError, match="was not written by this program"):
+        filter_dataset(FilterOptions(enough, tmp_path / "a", export_cleanlab=theirs), progress=None)
+    assert not (tmp_path / "a").exists()  # no segmenter was trained for it
+    augment(AugmentOptions(enough, tmp_path / "more"))
+    with pytest.raises(
+        DiffuMaskError, match="more is augmented.*: filter the dataset that it was made of, then augment"
+    ):
+        filter_dataset(FilterOptions(tmp_path / "more", tmp_path / "a"))
+    assert filter_dataset(FilterOptions(tmp_path / "more", tmp_path / "a", PruneOptions(rank="quality")))["pruned"]
     with pytest.raises(DiffuMaskError, match="holds another dataset"):
         filter_dataset(FilterOptions(source, dataset(tmp_path / "c")))
     with pytest.raises(DiffuMaskError, match="one folder"):

@@ -12,7 +12,7 @@ from diffumask_fast.bench.options import BenchOptions, CompareOptions, TuneOptio
 from diffumask_fast.cli import app
 from diffumask_fast.export.options import ExportOptions
 from diffumask_fast.flags import with_flags
-from diffumask_fast.generation.options import GenerateOptions
+from diffumask_fast.generation.options import GenerateOptions, RebuildOptions
 from diffumask_fast.learning.options import AugmentOptions, EvaluateOptions, TrainOptions
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import Options, argument, one_of, option, whole
@@ -30,10 +30,13 @@ def flat(kind):
 KINDS = {
     "generate": GenerateOptions, "remask": MaskOptions, "evaluate": EvaluateOptions, "export": ExportOptions,
     "augment": AugmentOptions, "train": TrainOptions, "bench": BenchOptions, "compare": CompareOptions,
-    "tune": TuneOptions,
+    "tune": TuneOptions, "verify": RebuildOptions,
 }  # fmt: skip
-OTHERS = {name: {"log", "as_json"} for name in ("generate", "train")}
-OTHERS |= {"remask": {"source", "out", "device", "max_pixels", "as_json"}}
+OTHERS = {"generate": {"log", "dry_run", "as_json"}, "train": {"log", "as_json"}}
+OTHERS |= {
+    "remask": {"source", "out", "device", "max_pixels", "as_json"},
+    "verify": {"source", "rebuild", "max_pixels", "as_json"},
+}
 
 
 @pytest.mark.parametrize("command, kind", KINDS.items())

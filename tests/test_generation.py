@@ -5,11 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers.utils import logging as diffusers_logging
+from samples import contents
 from transformers.utils import logging as transformers_logging
 
 from diffumask_fast import pipeline
+from diffumask_fast.dataset.reader import read_rows
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.generation import job
+from diffumask_fast.generation import generate, job
 from diffumask_fast.generation.generate import run_generate, tell_new_names
 from diffumask_fast.generation.options import GenerateOptions
 from diffumask_fast.masks.options import MaskOptions
@@ -94,6 +96,37 @@ def test_the_scheduler_is_tried_once_and_before_anything_is_written(tiny_folder,
     request = plan(Vocabulary.parse("dog"), 1)[0]
     pipe = DiffuMaskPipeline.from_pretrained(str(tiny_folder), device="cpu")
     assert len(list(pipe.stream([request], num_inference_steps=3))) == 1 and tried == [2, 3]
+
+
+def test_short_memory_is_recorded_and_the_same_command_goes_on_with_it(tiny_folder, tmp_path, monkeypatch, caplog):
+    rows = []  # of each call of the UNet: two for an image
+
+    def opened(options, device):
+        pipe = job.open_pipe(options, device)
+
+        def note(module, arguments):
+            rows.append(arguments[0].shape[0])
+            if rows[-1] > 2 and 4 < len(rows) < 8:  # after the first shard: two batches of two steps
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        pipe.pipe.unet.conv_in.register_forward_pre_hook(note)
+        return pipe
+
+    monkeypatch.setattr(generate, "open_pipe", opened)
+    out = tmp_path / "out"
+    asked = options(out, tiny_folder, num=10)
+    assert run_generate(asked, silent)["drawn"] == 10 and rows == [4] * 5 + [2] * 12
+    record = json.loads((out / "dataset.json").read_text())
+    assert record["drift"] == [{"environment": record["environment"], "batch_size": 1, "shards": [1, 2]}]
+    assert record["options"]["batch_size"] == 2
+    (warning,) = [entry.getMessage() for entry in caplog.records if "memory is short" in entry.getMessage()]
+    assert "from shard 1 on" in warning
+    before = contents(out)
+    for index in (0, 2):  # the first was drawn in whole batches, and is again
+        (out / "data" / f"shard-{index:05d}.parquet").unlink()
+    rows[:] = [0] * 8
+    assert run_generate(asked, silent)["drawn"] == 6 and rows[8:] == [4] * 4 + [2] * 4
+    assert contents(out) == before and len(list(read_rows(out, accepted_only=False))) == 10
 
 
 def test_the_libraries_speak_again_after_a_run(tiny_folder, tmp_path):

@@ -280,3 +280,39 @@ def test_a_cityscapes_mask_that_is_missing_or_a_link(tmp_path):
     mask.symlink_to(tmp_path / "mask.png")
     with pytest.raises(DiffuMaskError, match="a_gtFine_labelIds.png is a link"):
         open_data(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("background:0,0,0::\ncup:9,8,7::\nlamp:9,8,7::", "lamp the colour 9,8,7, which cup has"),
+        ("background:0,0,0::\ncup:224,224,192::", "cup the colour 224,224,192, which what is ignored has"),
+        ("background:0,0,0::\ncup:::\nlamp:128,0,0::", "lamp the colour 128,0,0, which cup has"),  # VOC's of class 1
+        ("background:0,0,0::\ncup:0,0,300::", "three numbers r,g,b from 0 to 255"),
+    ],
+)
+def test_labelmaps_whose_colours_do_not_tell_classes_apart(tmp_path, text, sentence):
+    voc(tmp_path, {"a": labels_of(0, 1)})
+    (tmp_path / "labelmap.txt").write_text(text)
+    with pytest.raises(DiffuMaskError, match=sentence):
+        open_data(tmp_path)
+
+
+def test_a_photograph_that_viewers_turn(tmp_path):
+    """Whether its mask is turned nobody says; turned by half, both have one size."""
+    voc(tmp_path, {"a": labels_of(0, 1)})
+    exif = Image.Exif()
+    for orientation in (1, 3):
+        exif[0x0112] = orientation
+        Image.new("RGB", SHAPE[::-1]).save(tmp_path / "JPEGImages" / "a.jpg", exif=exif)
+        if orientation == 1:
+            assert open_data(tmp_path)[0].image.shape == (*SHAPE, 3)
+    with pytest.raises(DiffuMaskError, match="a.jpg is to be turned when it is shown .*: save it as it is to be seen"):
+        open_data(tmp_path)[0]
+
+
+def test_files_of_other_sizes_are_other_data(tmp_path):
+    origins = []
+    for labels in (labels_of(0, 1), labels_of(0)):
+        origins.append(open_data(voc(tmp_path, {"a": labels})).origin)
+    assert origins[0] != origins[1] and len(origins[0]) == 1

@@ -176,3 +176,18 @@ def test_a_boundary_is_what_is_near_the_outside(width):
         expected[y, x] = not framed[y : y + 2 * width + 1, x : x + 2 * width + 1].all()
     assert np.array_equal(boundary(mask, width), expected)
     assert not boundary(np.zeros((4, 5), bool), width).any()
+
+
+def test_boundaries_that_lie_in_what_is_ignored_do_not_count():
+    labels, predicted = np.zeros((2, 1, 32, 64), np.uint8)
+    labels[0, 8:24, 8:24] = 1  # nothing is predicted there
+    labels[0, :, 32:], predicted[0, 8:24, 40:56] = 255, 1
+    figures = counted(labels, predicted)
+    assert figures["boundary_miou_3px_at_128"] == figures["miou"] == 0
+
+
+def test_an_object_goes_on_as_predicted_in_what_is_ignored():
+    labels, predicted = np.zeros((2, 1, 32, 64), np.uint8)
+    labels[0, 8:24, 8:32] = predicted[0, 8:24, 8:56] = 1
+    labels[0, :, 32:] = 255
+    assert counted(labels, predicted)["boundary_miou_3px_at_128"] == 1

@@ -172,3 +172,20 @@ def test_refuses(keywords, word):
 )
 def test_article(phrase, wanted):
     assert article(phrase) == f"{wanted} {phrase}"
+
+
+def test_rounds_take_their_classes_in_turn_and_number_them_on():
+    rounds = [(2, 1, 1), (0, 3, 1), (1, 0, 0)]
+    requests = Plan(Recipe(SMALL, 9, seed=3, rounds=rounds))
+    keys = [f"{name}-{index:06d}" for name, index in [
+        ("aeroplane", 0), ("dog", 0), ("car", 0), ("aeroplane", 1),
+        ("dog", 1), ("car", 1), ("dog", 2), ("dog", 3),
+        ("aeroplane", 2),
+    ]]  # fmt: skip
+    assert [request.key for request in requests] == keys and [requests[i].key for i in range(9)] == keys
+    assert by_key(requests).items() <= by_key(plan(SMALL, 60, seed=3)).items()
+    assert requests[4:6] == requests[:][4:6] and requests[-1].key == keys[-1]
+    again = Recipe.from_json(json.loads(json.dumps(requests.recipe.as_json())))
+    assert again == requests.recipe and hash(again) == hash(requests.recipe)
+    with pytest.raises(DiffuMaskError, match="`num` is 8 and the rounds have 9 images"):
+        Recipe(SMALL, 8, rounds=rounds)

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from samples import draw, requests
 
-from diffumask_fast.dataset import reader
+from diffumask_fast.dataset import reader, writer
 from diffumask_fast.dataset.reader import read_manifest, read_rows, shard_paths
 from diffumask_fast.dataset.schema import make_row
 from diffumask_fast.dataset.writer import make_folder, write_shard
@@ -107,3 +107,18 @@ def test_load_dataset_opens_the_folder_as_it_is(folder, tmp_path_factory, shards
         assert np.array_equal(np.asarray(row["mask"]), sample.mask)
         assert np.array_equal(np.asarray(row["maps"], np.uint8), sample.maps.ravel())
         assert row["map_sizes"] == [[3, 5]] and row["class_ids"] == list(sample.request.class_ids)
+
+
+def test_load_dataset_streams_shards_of_many_row_groups(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(writer, "GROUP_BYTES", 1)
+    monkeypatch.setattr(writer, "INDEXED_BYTES", 0)
+    make_folder(tmp_path / "out" / "data")
+    write_shard(tmp_path / "out", 0, [make_row(sample) for sample in DRAWN])
+    with pq.ParquetFile(shard_paths(tmp_path / "out")[0]) as file:
+        assert file.num_row_groups == 9
+    cache = str(tmp_path / "cache")
+    rows = datasets.load_dataset(str(tmp_path / "out"), split="train", streaming=True, cache_dir=cache)
+    assert [row["key"] for row in rows] == [sample.request.key for sample in DRAWN]
+    assert np.array_equal(np.asarray(next(iter(rows))["image"]), DRAWN[0].image)
+    assert [row.key for row in read_rows(tmp_path / "out", accepted_only=False)] == [row["key"] for row in rows]

@@ -3,7 +3,7 @@
 import torch
 
 from diffumask_fast.masks.options import MaskOptions
-from diffumask_fast.masks.rejection import advice, rejections
+from diffumask_fast.masks.rejection import ONE_COLOUR, advice, kind_of, rejections
 
 
 def test_reasons():
@@ -72,3 +72,16 @@ def test_the_most_common_reason_counts_and_a_default_is_not_one_s_own():
     assert advice([empty, *poor, "", "", "", ""], MaskOptions(min_quality=0.9)) == "lower `min_quality`"
     assert advice([empty] * 4 + poor, MaskOptions(min_quality=0.9)) == ""
     assert advice([small], MaskOptions()) == advice([], MaskOptions(min_quality=0.9)) == ""
+
+
+def test_a_kind_has_no_numbers_and_gives_the_same_advice():
+    reasons = {
+        "the mask of dog has quality 0.11, less than 0.90": "quality below `min_quality`",
+        "dog covers 0.10% of the image, less than 0.50%": "smaller than `min_area`",
+        "the classes cover 99.00% of the image, more than 95.00%": "larger than `max_area`",
+        "dog has no pixel in the mask": "no pixel in the mask",
+        ONE_COLOUR: ONE_COLOUR,
+    }
+    options = MaskOptions(min_quality=0.9, min_area=0.1, max_area=0.5)
+    for reason, kind in reasons.items():
+        assert kind_of(reason) == kind and advice([reason], options) == advice([kind], options)

@@ -9,8 +9,11 @@ import pytest
 from killed import kill_at
 from samples import contents, draw, requests
 
+from diffumask_fast.dataset.reader import read_manifest
 from diffumask_fast.dataset.run import open_run
+from diffumask_fast.dataset.shard_check import finished_shards
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.prompts.planner import Plan, Recipe
 from diffumask_fast.prompts.vocabulary import Vocabulary
 
 OPTIONS = {"num": 7, "seed": 0, "guidance_scale": 5.0, "classes": None, "mask": {"threshold": "otsu"}}
@@ -250,3 +253,52 @@ def test_a_preview_that_is_not_ours_stops_a_run_before_it_draws(tmp_path):
     with pytest.raises(DiffuMaskError, match="preview.png is there and was not written by this program"):
         begin(tmp_path)
     assert list(contents(tmp_path)) == ["preview.png"]
+
+
+ROUNDS = [{"dog": 3, "car": 3}, {"dog": 3}]
+
+
+def rounds_of(num):
+    counts = [tuple(one.get(name, 0) for name in ("dog", "car")) for one in ROUNDS[:num]]
+    return Plan(Recipe(Vocabulary.parse("dog,car"), sum(map(sum, counts)), rounds=counts))
+
+
+def test_a_run_grows_by_rounds_and_its_shards_stay(tmp_path):
+    with begin(tmp_path / "a", plan=rounds_of(1), rounds=ROUNDS[:1]) as run:
+        for index in run.missing_shards():
+            run.write(index, [draw(request) for request in run.requests_of(index)])
+        first = contents(tmp_path / "a")
+        run.extend(rounds_of(2), ROUNDS)
+        assert run.missing_shards() == [2] and list(run.shards) == [0, 1, 2]
+        run.write(2, [draw(request) for request in run.requests_of(2)])
+    manifest = json.loads((tmp_path / "a" / "dataset.json").read_text())
+    last = manifest["plan"].pop("rounds")[-1]
+    assert last == {**manifest["plan"], "classes": {"dog": 3}} and last["rows"] == 9
+    whole = finish(tmp_path / "b", plan=rounds_of(2), rounds=ROUNDS)
+    assert contents(tmp_path / "a") == whole and first.items() - whole.items() == {
+        ("dataset.json", first["dataset.json"])
+    }
+    with begin(tmp_path / "a", plan=rounds_of(2), rounds=ROUNDS) as run:
+        assert run.missing_shards() == []
+    assert len(finished_shards(tmp_path / "a", read_manifest(tmp_path / "a"))) == 3
+
+
+def test_a_round_follows_those_that_are_there(tmp_path):
+    with begin(tmp_path, plan=rounds_of(1), rounds=ROUNDS[:1]) as run:
+        before = contents(tmp_path)
+        with pytest.raises(DiffuMaskError, match="not those that the new one follows"):
+            run.extend(requests(9), [{"dog": 6}, {"dog": 3}])
+    assert contents(tmp_path) == before
+
+
+def test_a_smaller_batch_is_recorded_for_the_shards_that_have_it(tmp_path):
+    with begin(tmp_path) as run:
+        assert run.batch_sizes() == {}
+        run.write(0, [draw(request) for request in run.requests_of(0)])
+        run.reduce_batch_size(4, [1, 2])
+        run.reduce_batch_size(2, [2])
+    with begin(tmp_path) as run:
+        assert run.batch_sizes() == {1: 4, 2: 2}
+        assert [drift["environment"] for drift in run.manifest["drift"]] == [ENVIRONMENT, ENVIRONMENT]
+    with begin(tmp_path, environment={**ENVIRONMENT, "threads": 4}, allow_drift=True) as run:
+        assert run.batch_sizes() == {1: None, 2: None}

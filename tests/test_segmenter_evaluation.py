@@ -15,7 +15,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.learning.data import open_data
 from diffumask_fast.learning.evaluation import evaluate
 from diffumask_fast.learning.options import EvaluateOptions
-from diffumask_fast.learning.segmenters import load_segmenter, new_segmenter
+from diffumask_fast.learning.segmenters import TransformersSegmenter, load_segmenter, new_segmenter
 
 CLASSES = {0: "background", 5: "dog", 9: "car", 20: "tree"}  # other ids than the data's, and one class more
 
@@ -123,3 +123,20 @@ def test_a_class_is_known_that_is_merged_with_one_that_is(made, tmp_path):
         assert list(figures["per_class_iou"]) == ["vehicle", "dog"]
     with pytest.raises(DiffuMaskError, match="does not know beast: say by `others`"):
         evaluate(options(model, dataset(tmp_path / "cats", classes="dog,bus,cat"), merge="beast=bus,cat"))
+
+
+def test_a_sheet_that_cannot_be_written_is_found_before_the_work(made, tmp_path):
+    model, source = made
+    with pytest.raises(DiffuMaskError, match="nowhere is no folder: make it, or name another place"):
+        evaluate(options(model, source, sheet=tmp_path / "nowhere" / "worst.png"), progress=None)
+
+
+def test_images_are_predicted_as_they_are(made, monkeypatch):
+    """EoMT sees an image at one size: nothing is added to it before."""
+    model, source = made
+    shapes, masks = [], TransformersSegmenter.masks
+    monkeypatch.setattr(
+        TransformersSegmenter, "masks", lambda self, images: shapes.append(images.shape) or masks(self, images)
+    )
+    evaluate(options(model, source))
+    assert {shape[1:3] for shape in shapes} == {(24, 40)}

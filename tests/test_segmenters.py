@@ -133,10 +133,67 @@ def test_a_pickle_is_not_loaded(tmp_path):
     weights = folder / "model.safetensors"
     torch.save({}, folder / "pytorch_model.bin")
     weights.unlink()
-    with pytest.raises(DiffuMaskError, match="cannot be|can be loaded"):
+    with pytest.raises(DiffuMaskError, match="no segmenter that can be loaded .*safetensors"):
         new_segmenter(str(folder), CLASSES, 64)
 
 
 def test_labels_of_eomts_one_size_are_those_of_the_nearest_pixels():
     labels = torch.arange(6).expand(1, 6, 6)
     assert _nearest(labels, 4)[0, 0].tolist() == [0, 2, 3, 5] and _nearest(labels, 4).dtype == torch.int64
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_files_that_are_not_as_train_wrote_them(name, tmp_path):
+    start = tiny_model("segformer", tmp_path / "start")
+    new_segmenter(str(start), CLASSES, 64).save(tmp_path / "a", {})
+    new_segmenter(str(start), CLASSES, 64).save(tmp_path / "b", {})  # its head begins anew
+    assert load_segmenter(tmp_path / "a").predict(images()).shape[1] == 3
+    path = tmp_path / "a" / name
+    if name == "config.json":  # the weights would fit, and so would no sentence be said
+        path.write_text(path.read_text().replace('"layer_norm_eps": 1e-06', '"layer_norm_eps": 1.0'))
+    else:
+        path.write_bytes((tmp_path / "b" / name).read_bytes())
+    with pytest.raises(DiffuMaskError, match=f"{name} is not as train wrote it: bring it back, or train"):
+        load_segmenter(tmp_path / "a")
+    path.unlink()
+    with pytest.raises(DiffuMaskError, match=f"{name} is not as train wrote it"):
+        load_segmenter(tmp_path / "a")
+
+
+def test_a_head_of_other_classes_begins_anew(tmp_path):
+    torch.manual_seed(0)
+    first = new_segmenter(str(tiny_model("segformer", tmp_path / "start")), CLASSES, 64)
+    first.save(tmp_path / "first", {})
+    others = {0: "background", 3: "dog", 5: "car"}  # as many, in another order
+    heads = [new_segmenter(str(tmp_path / "first"), classes, 64).model for classes in (CLASSES, others)]
+    kept, anew = (
+        torch.equal(head.decode_head.classifier.weight, first.model.decode_head.classifier.weight) for head in heads
+    )
+    assert kept and not anew
+    body = (model.decode_head.linear_fuse.weight for model in (first.model, heads[1]))
+    assert torch.equal(*body)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("segformer", "semantic_loss_ignore_index"), ("upernet", "loss_ignore_index")]
+)
+def test_a_model_that_ignored_another_label_ignores_255(family, name, tmp_path):
+    start = tiny_model(family, tmp_path)
+    config = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps(config | {name: 0}))
+    segmenter = new_segmenter(str(start), CLASSES, 64)
+    labels = torch.full((2, 64, 64), 255)
+    labels[:, :32] = 0
+    assert segmenter.loss(torch.randn(2, 3, 64, 64), labels).item() > 0.1
+
+
+def test_many_classes_are_predicted_in_small_batches(monkeypatch):
+    segmenter = new_segmenter("tiny", CLASSES, 64)
+    segmenter.model.eval()
+    sizes = []
+    segmenter.model.register_forward_pre_hook(
+        lambda model, args, words: sizes.append(len(words["pixel_values"])), with_kwargs=True
+    )
+    whole = segmenter.masks(images(5))
+    monkeypatch.setattr("diffumask_fast.learning.segmenters.PROBABILITIES", 2 * 3 * 40 * 72)
+    assert (segmenter.masks(images(5)) == whole).mean() > 0.999 and sizes == [5, 2, 2, 1]

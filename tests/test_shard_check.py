@@ -166,7 +166,7 @@ def test_a_missing_shard_is_named(run):
 
 
 def test_a_plan_has_each_key_once():
-    with pytest.raises(DiffuMaskError, match="each key once"):
+    with pytest.raises(DiffuMaskError, match="request 2 of the run has the key of an earlier one: give each key once"):
         digest_plan([*requests(2), *requests(1)], 3)
     assert digest_plan(requests(2), 3).sha256 != digest_plan(requests(3), 3).sha256
 

@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from samples import draw, requests
 
+from diffumask_fast.dataset import writer
+from diffumask_fast.dataset.reader import read_shard
 from diffumask_fast.dataset.schema import SCHEMA, make_row
 from diffumask_fast.dataset.writer import make_folder, shard_path, write_file, write_shard
 from diffumask_fast.errors import DiffuMaskError
@@ -42,6 +44,25 @@ def test_equal_rows_give_equal_bytes(folder):
     subprocess.run([sys.executable, "-c", code, folder, os.path.dirname(__file__)], check=True)
     write_shard(folder, 0, ROWS)
     assert shard_path(folder, 0).read_bytes() == shard_path(folder, 1).read_bytes()
+
+
+def test_row_groups_are_bounded_in_bytes_and_a_large_one_has_an_index(folder, monkeypatch):
+    path = write_shard(folder, 0, ROWS)
+    with pq.ParquetFile(path) as file:
+        one = file.metadata
+    assert one.num_row_groups == 1 and not one.row_group(0).column(1).has_offset_index
+    assert one.row_group(0).column(0).statistics.max == max(row["key"] for row in ROWS)
+
+    sizes = [len(row["image"]["bytes"]) + len(row["mask"]["bytes"]) + len(row["maps"]) for row in ROWS]
+    monkeypatch.setattr(writer, "GROUP_BYTES", sizes[0] + 1)  # two rows, for the bound is what a group reaches
+    monkeypatch.setattr(writer, "INDEXED_BYTES", sum(sizes[:2]) - 1)
+    with pq.ParquetFile(write_shard(folder, 1, iter(ROWS))) as file:
+        many, table = file.metadata, file.read()
+    assert [many.row_group(group).num_rows for group in range(3)] == [2, 2, 1]
+    assert many.row_group(2).column(1).has_offset_index
+    assert table.equals(pq.read_table(path)) and [row.key for row in read_shard(shard_path(folder, 1))] == [
+        row["key"] for row in ROWS
+    ]
 
 
 @pytest.mark.parametrize(

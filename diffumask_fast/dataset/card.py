@@ -18,6 +18,7 @@ from diffumask_fast.dataset.licence import CARD, Licence
 from diffumask_fast.dataset.origin import is_drawn
 from diffumask_fast.dataset.reader import Row, open_shard, read_manifest, read_rows, shard_paths
 from diffumask_fast.dataset.schema import datasets_features
+from diffumask_fast.dataset.storage import Place
 from diffumask_fast.dataset.writer import write_file
 
 logger = logging.getLogger("diffumask_fast")
@@ -80,7 +81,7 @@ class Figures:
             self.reasons[kind_of(row.reason, names)] += 1
 
 
-def write_card(folder: Path, licence: Licence) -> None:
+def write_card(folder: Place, licence: Licence, tag: str = "") -> None:
     """Write a dataset's README.md; one that is another's, or that somebody has changed, is left as it is.
 
     Equal datasets have equal cards, wherever and whenever they are written.
@@ -88,6 +89,7 @@ def write_card(folder: Path, licence: Licence) -> None:
     Args:
         folder: of the finished dataset.
         licence: of the model that drew it.
+        tag: as for `temporary_path`.
 
     Raises:
         DiffuMaskError: the dataset cannot be read, or the card not be written.
@@ -97,7 +99,7 @@ def write_card(folder: Path, licence: Licence) -> None:
         logger.warning("%s is there and is not as this program wrote it: it is left, and no card is written", path)
         return
     data = "".join(f"{line}\n" for line in _lines(folder, licence)).encode()
-    write_file(path, data + SEAL + hashlib.sha256(data).hexdigest().encode() + b" -->\n")
+    write_file(path, data + SEAL + _seal(data), tag)
 
 
 def kind_of(reason: str, names: Iterable[str] = ()) -> str:
@@ -112,18 +114,24 @@ def kind_of(reason: str, names: Iterable[str] = ()) -> str:
     return re.sub(r"\d+(\.\d+)?%?", "…", reason)
 
 
-def _is_ours(path: Path) -> bool:
+def _is_ours(path: Place) -> bool:
     """Tell whether a card may be written at a path: nothing is there, or a card of ours that nobody has changed."""
-    if path.is_symlink() or not path.exists():
-        return not path.is_symlink()
+    if isinstance(path, Path) and path.is_symlink():
+        return False
+    if not path.exists():
+        return True
     try:
         data, _, seal = path.read_bytes().rpartition(SEAL) if path.is_file() else (b"", b"", b"")
     except OSError:
         return False
-    return seal.startswith(hashlib.sha256(data).hexdigest().encode())
+    return seal == _seal(data)
 
 
-def _lines(folder: Path, licence: Licence) -> Iterator[str]:
+def _seal(data: bytes) -> bytes:
+    return hashlib.sha256(data).hexdigest().encode() + b" -->\n"
+
+
+def _lines(folder: Place, licence: Licence) -> Iterator[str]:
     manifest = read_manifest(folder)
     figures = _figures(folder, manifest)
     title = f"{figures.rows:,} images with masks of {_counted(len(figures.asked), 'class', 'classes')}"
@@ -137,7 +145,7 @@ def _lines(folder: Path, licence: Licence) -> Iterator[str]:
     yield from _use(figures)
 
 
-def _figures(folder: Path, manifest: dict[str, Any]) -> Figures:
+def _figures(folder: Place, manifest: dict[str, Any]) -> Figures:
     with open_shard(shard_paths(folder)[0]) as file:
         columns = list(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
     first = next(read_rows(folder, accepted_only=False, columns=["image"]))

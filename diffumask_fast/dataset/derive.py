@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rich.progress import Progress
 
 from diffumask_fast.dataset.finish import finish
-from diffumask_fast.dataset.folder import DatasetFolder, differences
+from diffumask_fast.dataset.folder import DatasetPlace, differences, open_folder
 from diffumask_fast.dataset.reader import Row, read_manifest, read_rows, read_shard
 from diffumask_fast.dataset.shard_check import (
     Names,
@@ -22,6 +22,7 @@ from diffumask_fast.dataset.shard_check import (
     names_digest,
     read_content,
 )
+from diffumask_fast.dataset.storage import Place, place
 from diffumask_fast.dataset.writer import dump_manifest, write_shard
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.options import MAX_PIXELS, Options
@@ -30,8 +31,8 @@ Transform = Callable[[Iterator[Row]], Iterator[dict[str, Any]]]
 
 
 def derive(
-    source: str | Path,
-    out: str | Path,
+    source: str | Place,
+    out: str | Place,
     transform: Transform,
     options: Options,
     *,
@@ -58,7 +59,7 @@ def derive(
         DiffuMaskError: the source is not finished, a dataset cannot be read or written, or `out` is in use, holds
             something else, or is one folder with the source.
     """
-    source, out = Path(source), Path(out)
+    source, out = place(source), place(out)
     check_apart(source, out)
     there = read_manifest(source)
     paths = finished_shards(source, there)
@@ -75,8 +76,8 @@ def derive(
 
 
 def write_derived(
-    source: Path,
-    out: Path,
+    source: Place,
+    out: Place,
     manifest: dict[str, Any],
     names_of: Callable[[int], Names],
     rows_of: Callable[[int], Iterator[dict[str, Any]]],
@@ -103,8 +104,8 @@ def write_derived(
     """
     manifest = json.loads(dump_manifest(manifest))  # JSON's types, as in the one that may be there
     shards = manifest["plan"]["shards"]
-    with DatasetFolder(out) as place, progress(shards) as bar:
-        done = _begin(place, manifest, names_of)
+    with open_folder(out) as folder, progress(shards) as bar:
+        done = _begin(folder, manifest, names_of)
         task = bar.add_task("shards", total=shards)
         for index in range(shards):
             if index not in done:
@@ -115,28 +116,28 @@ def write_derived(
     return {"folder": str(out), "images": len(flags), "accepted": sum(flags)}
 
 
-def check_apart(source: Path, out: Path) -> None:
+def check_apart(source: Place, out: Place) -> None:
     """Raise where two datasets are one folder, or one lies in the other."""
-    old, new = source.resolve(), out.resolve()
+    old, new = (one.resolve() if isinstance(one, Path) else PurePosixPath(one.url) for one in (source, out))
     if old == new or old in new.parents or new in old.parents:
         raise DiffuMaskError(f"{out} and {source} are one folder, or one lies in the other: name a folder of its own")
 
 
-def _begin(place: DatasetFolder, manifest: dict[str, Any], names_of: Callable[[int], Names]) -> set[int]:
+def _begin(folder: DatasetPlace, manifest: dict[str, Any], names_of: Callable[[int], Names]) -> set[int]:
     """Write the manifest, or check that the one that is there is the same; return the shards that are done."""
-    there = place.begun()
+    there = folder.begun()
     if there is None:
-        place.write_manifest(manifest)
+        folder.write_manifest(manifest)
         return set()
     found = dict(differences(there, manifest))
     options = [f"`{name.split('.')[-1]}` {change}" for name, change in found.items() if name.startswith("options.")]
     changes = options or [f"{name} {change}" for name, change in found.items()]
     if changes:
         raise DiffuMaskError(
-            f"{place.path} holds another dataset, or one made with other options: {', '.join(changes)}; use another "
+            f"{folder.path} holds another dataset, or one made with other options: {', '.join(changes)}; use another "
             "folder"
         )
-    return done_shards(place.path, there, lambda index: names_digest(names_of(index)))
+    return done_shards(folder.path, there, lambda index: names_digest(names_of(index)))
 
 
 def _named(rows: Iterator[dict[str, Any]], names: Names) -> Iterator[dict[str, Any]]:
@@ -148,7 +149,7 @@ def _named(rows: Iterator[dict[str, Any]], names: Names) -> Iterator[dict[str, A
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _naming(path: Place) -> Iterator[None]:
     """Say in a transform's error which shard it was, where it does not."""
     try:
         yield

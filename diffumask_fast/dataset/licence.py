@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import NamedTuple
+
+from diffumask_fast.dataset.storage import Place
 
 CARD = "README.md"
 HEAD = 2**16  # bytes of a card that are read
@@ -22,17 +23,19 @@ class Licence(NamedTuple):
         return self.license_name or self.license
 
 
-def licence_of(folder: Path | None) -> Licence:
+def licence_of(folder: Place | None) -> Licence:
     """Read the licence in a folder's card; `unknown` where there is no card, or none that names one.
 
     Args:
         folder: of a model or a dataset; None for neither.
     """
+    if folder is None:
+        return Licence()
     try:
-        with (folder or Path()).joinpath(CARD).open("rb") as file:
+        with (folder / CARD).open("rb") as file:
             text = file.read(HEAD).decode(errors="replace")
     except (OSError, ValueError):
         return Licence()
-    front = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", text, re.DOTALL | re.MULTILINE) if folder else None
+    front = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", text, re.DOTALL | re.MULTILINE)
     found = dict(_ENTRY.findall(front[1])) if front else {}
     return Licence(**found) if "license" in found else Licence()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import pyarrow as pa
 
 from diffumask_fast.dataset.reader import Row, open_shard, read_manifest, rows_of
 from diffumask_fast.dataset.shard_check import finished_shards
+from diffumask_fast.dataset.storage import Place
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.options import MAX_PIXELS
 
@@ -26,7 +26,7 @@ class Entry(NamedTuple):
     seed: int
     classes: tuple[str, ...]
     class_ids: tuple[int, ...]
-    path: Path
+    path: Place
     group: int
     place: int
 
@@ -49,7 +49,7 @@ class RowLookup(Sequence[Row]):
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Place,
         *,
         accepted_only: bool = True,
         max_pixels: int = MAX_PIXELS,
@@ -58,12 +58,12 @@ class RowLookup(Sequence[Row]):
         self.manifest: dict[str, Any] = read_manifest(folder)
         self.entries: list[Entry] = []
         self._max_pixels, self._kept_bytes = max_pixels, kept_bytes
-        self._groups: OrderedDict[tuple[Path, int], pa.Table] = OrderedDict()
+        self._groups: OrderedDict[tuple[Place, int], pa.Table] = OrderedDict()
         self._lock = threading.Lock()
         for path in finished_shards(folder, self.manifest):
             self._index(path, accepted_only)
 
-    def _index(self, path: Path, accepted_only: bool) -> None:
+    def _index(self, path: Place, accepted_only: bool) -> None:
         with open_shard(path) as file:
             for group in range(file.num_row_groups):
                 for place, row in enumerate(file.read_row_group(group, list(INDEX)).to_pylist()):
@@ -87,7 +87,7 @@ class RowLookup(Sequence[Row]):
         batch = self._group(entry.path, entry.group).slice(entry.place, 1).to_batches()[0]
         return next(rows_of(batch, entry.path, self._max_pixels))
 
-    def _group(self, path: Path, group: int) -> pa.Table:
+    def _group(self, path: Place, group: int) -> pa.Table:
         with self._lock:
             if (path, group) not in self._groups:
                 with open_shard(path) as file:

@@ -3,7 +3,6 @@
 import io
 from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -11,10 +10,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from diffumask_fast.dataset.reader import Row, read_rows
 from diffumask_fast.dataset.schema import PNG_LEVEL, PREVIEW
+from diffumask_fast.dataset.storage import Place, check_own_place, place
 from diffumask_fast.dataset.writer import write_file
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.options import MAX_PIXELS, checked, whole
-from diffumask_fast.own_files import SIGN, check_own
+from diffumask_fast.own_files import SIGN
 from diffumask_fast.show import colour, overlay
 
 RED = "#b00020"
@@ -22,8 +22,14 @@ _GAP, _SEAM, _LINE = 10, 2, 17
 
 
 def write_preview(
-    folder: str | Path, limit: int = 24, side: int = 160, columns: int = 3, *, max_pixels: int = MAX_PIXELS
-) -> Path:
+    folder: str | Place,
+    limit: int = 24,
+    side: int = 160,
+    columns: int = 3,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    tag: str = "",
+) -> Place:
     """Write `preview.png` into a dataset: its first rows, rejected ones with their reason in red.
 
     A picture that does not decode is shown as a red field.
@@ -34,6 +40,7 @@ def write_preview(
         side: longest side of each picture; pictures are made smaller, never larger.
         columns: samples beside each other.
         max_pixels: of a picture that is decoded.
+        tag: as for `writer.temporary_path`.
 
     Returns:
         The sheet's path.
@@ -48,8 +55,8 @@ def write_preview(
     tiles = [_tile(row, side) for row in islice(rows, limit)]
     if not tiles:
         raise DiffuMaskError(f"{folder} holds no sample to show: draw some first")
-    path = Path(folder) / PREVIEW
-    write_png(path, sheet(tiles, columns))
+    path = place(folder) / PREVIEW
+    write_png(path, sheet(tiles, columns), tag)
     return path
 
 
@@ -63,17 +70,17 @@ def sheet(tiles: list[Image.Image], columns: int) -> Image.Image:
     return page
 
 
-def write_png(path: Path, picture: Image.Image) -> None:
+def write_png(path: Place, picture: Image.Image, tag: str = "") -> None:
     """Write a picture, whole or not at all.
 
     Raises:
         DiffuMaskError: it cannot be written, or there is a file that we did not write.
     """
-    check_own(path)
+    check_own_place(path)
     stream, note = io.BytesIO(), PngInfo()
     note.add_text("Software", SIGN)
     picture.save(stream, "PNG", compress_level=PNG_LEVEL, pnginfo=note)
-    write_file(path, stream.getvalue())
+    write_file(path, stream.getvalue(), tag)
 
 
 def tile(arrays: Sequence[np.ndarray], text: str, ink: str = "black", side: int = 160) -> Image.Image:

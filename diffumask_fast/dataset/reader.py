@@ -20,6 +20,7 @@ from diffumask_fast.dataset.schema import (
     decode_maps,
     decode_png,
 )
+from diffumask_fast.dataset.storage import Place, place
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.options import MAX_PIXELS
 from diffumask_fast.show import caption_of, sample_html
@@ -51,7 +52,7 @@ class Row:
     accepted: bool
     reason: str
 
-    def __init__(self, values: dict[str, Any], path: Path | None = None, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, values: dict[str, Any], path: Place | None = None, max_pixels: int = MAX_PIXELS) -> None:
         self.values, self.path, self.max_pixels = values, path, max_pixels
 
     def __getattr__(self, name: str) -> Any:
@@ -102,7 +103,7 @@ class Row:
 
 
 def read_rows(
-    folder: str | Path,
+    folder: str | Place,
     *,
     accepted_only: bool = True,
     columns: Sequence[str] | None = None,
@@ -126,6 +127,17 @@ def read_rows(
     paths = shard_paths(folder)
     if not paths:
         raise DiffuMaskError(f"{folder} holds no data/shard-*.parquet: name the folder that generate wrote")
+    return read_paths(paths, accepted_only=accepted_only, columns=columns, max_pixels=max_pixels)
+
+
+def read_paths(
+    paths: Iterable[Place],
+    *,
+    accepted_only: bool = True,
+    columns: Sequence[str] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Iterator[Row]:
+    """Yield the rows of some shards, as `read_rows`."""
     wanted = None
     if columns is not None:
         if unknown := set(columns) - set(AUGMENTED_SCHEMA.names):
@@ -138,7 +150,7 @@ def read_rows(
                 yield row
 
 
-def read_shard(path: Path, columns: Iterable[str] | None = None, max_pixels: int = MAX_PIXELS) -> Iterator[Row]:
+def read_shard(path: Place, columns: Iterable[str] | None = None, max_pixels: int = MAX_PIXELS) -> Iterator[Row]:
     """Yield the rows of one shard.
 
     Raises:
@@ -146,19 +158,21 @@ def read_shard(path: Path, columns: Iterable[str] | None = None, max_pixels: int
         DiffuMaskError: it cannot be opened, or is written by a newer version.
     """
     with open_shard(path) as file:
-        for batch in file.iter_batches(BATCH, columns=None if columns is None else list(columns)):
-            yield from rows_of(batch, path, max_pixels)
+        wanted = None if columns is None else list(columns)
+        for group in range(file.num_row_groups):  # one in memory at a time
+            for batch in file.iter_batches(BATCH, row_groups=[group], columns=wanted):
+                yield from rows_of(batch, path, max_pixels)
 
 
 @contextmanager
-def open_shard(path: Path) -> Iterator[pq.ParquetFile]:
+def open_shard(path: Place) -> Iterator[pq.ParquetFile]:
     """Open a shard, whose pages are checked as they are read.
 
     Raises:
         DamagedShard: it does not decode, now or later in the `with` statement.
         DiffuMaskError: it cannot be opened, or is written by a newer version.
     """
-    if path.exists() and not path.is_file():
+    if isinstance(path, Path) and path.exists() and not path.is_file():
         raise DiffuMaskError(f"{path} is no file: move it away")
     try:
         # opened here, for pyarrow takes no path that is not UTF-8
@@ -172,8 +186,8 @@ def open_shard(path: Path) -> Iterator[pq.ParquetFile]:
                 raise ValueError("other columns than a dataset's")
             yield file
     except (OSError, ValueError, pa.ArrowException) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise DiffuMaskError(f"{path} cannot be opened: {error.strerror}") from error
+        if isinstance(error, FileNotFoundError) or isinstance(error, OSError) and error.errno is not None:
+            raise DiffuMaskError(f"{path} cannot be opened: {error.strerror or 'it is gone'}") from error
         raise DamagedShard(
             f"{path} cannot be read ({_cause(error)}): run the command again that wrote the dataset, it makes this "
             "shard anew"
@@ -184,7 +198,7 @@ def _cause(error: Exception) -> str:
     return " ".join(str(error).split())[:100] or type(error).__name__
 
 
-def rows_of(batch: pa.RecordBatch, path: Path, max_pixels: int) -> Iterator[Row]:
+def rows_of(batch: pa.RecordBatch, path: Place, max_pixels: int) -> Iterator[Row]:
     """Yield the rows of a shard's batch; maps stay arrays, for a list of numbers takes eight times the memory."""
     if "maps" not in batch.schema.names:
         for values in batch.to_pylist():
@@ -196,23 +210,24 @@ def rows_of(batch: pa.RecordBatch, path: Path, max_pixels: int) -> Iterator[Row]
         yield Row({**values, "maps": numbers[ends[row] : ends[row + 1]].copy()}, path, max_pixels)
 
 
-def shard_paths(folder: str | Path) -> list[Path]:
+def shard_paths(folder: str | Place) -> list[Place]:
     """List the shards of a dataset in order."""
+    found: Iterator[Place] = place(folder).glob("data/shard-*.parquet")
     return sorted(
-        (path for path in Path(folder).glob("data/shard-*.parquet") if re.fullmatch(r"shard-\d{5,}", path.stem)),
+        (path for path in found if re.fullmatch(r"shard-\d{5,}", path.stem)),
         key=lambda path: (len(path.name), path.name),
     )
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
+def read_manifest(folder: str | Place) -> dict[str, Any]:
     """Read a dataset's `dataset.json`.
 
     Raises:
         DiffuMaskError: it is missing or damaged, or a newer version wrote it.
     """
-    path = Path(folder) / MANIFEST
+    path = place(folder) / MANIFEST
     try:
-        if path.exists() and not path.is_file():
+        if isinstance(path, Path) and path.exists() and not path.is_file():
             raise ValueError("no file")
         manifest = json.loads(path.read_text("utf-8"))
         version, _, _ = (manifest[name] for name in ("schema_version", "options", "plan"))
@@ -235,7 +250,27 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         raise ValueError("numbers that are none")
     if plan["shards"] != -(-plan["rows"] // size) or not isinstance(plan["sha256"], str):
         raise ValueError("a plan that does not fit")
+    _check_rounds(plan, size)
     if not all(isinstance(manifest[name], dict) for name in ("model", "environment")):
         raise TypeError("no objects")
     if not all(isinstance(entry[name], str) for entry in manifest["classes"] for name in ("name", "phrase")):
         raise TypeError("classes without a name")
+    drifts = manifest.get("drift", [])
+    if not all(isinstance(one["environment"], dict) and isinstance(one["shards"], list) for one in drifts):
+        raise TypeError("a drift without its environment or shards")
+    if not all(type(index) is int for one in drifts for index in [one.get("batch_size", 1), *one["shards"]]):
+        raise TypeError("numbers of a drift that are none")
+
+
+def _check_rounds(plan: dict[str, Any], shard_size: int) -> None:
+    """Raise as `_check_manifest` unless the rounds of a plan, if it has some, add up to it in whole shards."""
+    rows = 0
+    for part in plan.get("rounds", []):
+        counts = list(part["classes"].values())
+        rows += sum(counts)
+        if not counts or not all(type(count) is int and count > 0 for count in counts):
+            raise ValueError("a round without images")
+        if [part["rows"], part["shards"] * shard_size] != [rows, rows] or not isinstance(part["sha256"], str):
+            raise ValueError("rounds that do not fit")
+    if rows not in (0, plan["rows"]):
+        raise ValueError("rounds that are not all")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from diffumask_fast.borrow import patched_threads
 from diffumask_fast.dataset.derive import derive
 from diffumask_fast.dataset.reader import Row, read_manifest, read_rows
 from diffumask_fast.dataset.schema import encode_png
+from diffumask_fast.dataset.storage import Place
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.make import make_masks
 from diffumask_fast.masks.options import MaskOptions
@@ -27,8 +27,8 @@ BATCH_PIXELS = 8 * 1024 * 1024  # larger images come fewer at a time
 
 
 def remask(
-    source: str | Path,
-    out: str | Path,
+    source: str | Place,
+    out: str | Place,
     options: MaskOptions | None = None,
     *,
     device: str | torch.device = "cpu",

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
 from diffumask_fast.dataset.run import Run
-
-logger = logging.getLogger("diffumask_fast")
 
 
 class ShardWriter:
@@ -21,11 +19,12 @@ class ShardWriter:
 
     Args:
         run: whose shards they are.
+        on_written: gets the index of each shard that is written, and the seconds which that took; in the thread.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, on_written: Callable[[int, float], Any] = lambda index, seconds: None) -> None:
         self.waited = 0.0  # seconds for which the drawing was held up
-        self._run = run
+        self._run, self._on_written = run, on_written
         self._pool = ThreadPoolExecutor(1, "write")
         self._written: Future[None] | None = None
 
@@ -44,8 +43,9 @@ class ShardWriter:
             self._written.result()
 
     def _write(self, index: int, rows: list[dict[str, Any]]) -> None:
+        start = time.perf_counter()
         self._run.write_rows(index, rows)
-        logger.info("shard %d written, %d images", index, len(rows))
+        self._on_written(index, time.perf_counter() - start)
 
     def _wait(self) -> None:
         start = time.perf_counter()

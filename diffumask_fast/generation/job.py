@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.attention.phrases import PhraseNotFound, phrase_columns
 from diffumask_fast.dataset.writer import MOST_BYTES
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.generation.options import GenerateOptions
+from diffumask_fast.generation.options import NUM, GenerateOptions
+from diffumask_fast.generation.quota import first_round
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.models.device import DTYPES
 from diffumask_fast.models.loading import check_size
@@ -20,6 +21,9 @@ from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.planner import Plan, Recipe
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from diffumask_fast.generation.cluster import Cluster
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Job:
         maps: how maps are made.
         mask: how masks are made of maps.
         shard_size: rows of a shard, the last one excepted; batches do not reach from shard to shard.
+        accept_per_class: accepted images of each class, until which the recipe grows by rounds; None where it does not.
     """
 
     model: str
@@ -67,6 +72,7 @@ class Job:
     maps: MapOptions
     mask: MaskOptions
     shard_size: int
+    accept_per_class: int | None = None
 
     @property
     def num_shards(self) -> int:
@@ -77,16 +83,33 @@ class Job:
     def options(self) -> dict[str, Any]:
         """What decides the data beside the model, named as the flags are: the `options` of `dataset.json`."""
         engine = {"engine_sha256": self.engine_sha256} if self.engine_sha256 else {}
+        quota = {"accept_per_class": self.accept_per_class} if self.accept_per_class else {"num": self.recipe.num}
         return {
             "revision": self.revision, "classes": ",".join(self.recipe.vocabulary.names),
-            "classes_per_image": self.recipe.classes_per_image, "num": self.recipe.num, "seed": self.recipe.seed,
+            "classes_per_image": self.recipe.classes_per_image, **quota, "seed": self.recipe.seed,
             "batch_size": self.batch_size, "steps": self.steps, "guidance_scale": self.guidance_scale,
             "scheduler": self.scheduler, "size": f"{self.height}x{self.width}",
             "dtype": str(DTYPES[self.dtype]).removeprefix("torch."), "engine": self.engine, **engine,
             "attention": self.attention, **vars(self.maps), **vars(self.mask),
         }  # fmt: skip
 
-    def plan(self, pipe: DiffuMaskPipeline) -> Plan:
+    @property
+    def rounds(self) -> list[dict[str, int]]:
+        """How many images of each class each round has; none where the number of images is fixed."""
+        names = self.recipe.vocabulary.names
+        return [{name: num for name, num in zip(names, counts, strict=True) if num} for counts in self.recipe.rounds]
+
+    def with_rounds(self, rounds: Sequence[Sequence[int]]) -> Job:
+        """Return the job with these rounds, each with a number for every class."""
+        return replace(self, recipe=replace(self.recipe, num=sum(map(sum, rounds)), rounds=tuple(map(tuple, rounds))))
+
+    def resumed(self, plan: Mapping[str, Any]) -> Job:
+        """Return the job with the rounds that the plan of a `dataset.json` with the same classes has."""
+        names = self.recipe.vocabulary.names
+        rounds = [[part["classes"].get(name, 0) for name in names] for part in plan.get("rounds", [])]
+        return self.with_rounds(rounds) if rounds else self
+
+    def plan(self, pipe: DiffuMaskPipeline | Cluster) -> Plan:
         """Return the requests, each made when it is asked for; the pipeline's tokenizer says which captions fit."""
         tokenizer = pipe.pipe.tokenizer
 
@@ -177,7 +200,13 @@ def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
     batch_size, maps = pipe.batch_size(options.batch_size, height, width), pipe.map_options(options.maps)
     if pipe.engine is not None:
         pipe.engine.limits.check(batch_size, height, width, options.classes_per_image, maps.propagate)
-    _check_shards(min(options.shard_size, options.num), height, width, options.classes_per_image)
+    num, quota, shard_size = options.num or NUM, options.accept_per_class, options.shard_size
+    rounds: tuple[tuple[int, ...], ...] = ()
+    if quota:  # a round is a whole number of shards: those of a small quota are small
+        shard_size = min(shard_size, sum(first_round(len(vocabulary), quota, shard_size=1)))
+        rounds = (first_round(len(vocabulary), quota, shard_size),)
+        num = sum(rounds[0])
+    _check_shards(min(shard_size, num), height, width, options.classes_per_image)
     steps = options.steps or pipe.info.num_inference_steps
     try_scheduler(pipe.pipe, steps)
     folder = Path(options.model).expanduser()
@@ -192,7 +221,7 @@ def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
         identity=pipe.info.identity,
         weights=pipe.weights,
         engine_sha256=pipe.engine.sha256 if pipe.engine else None,
-        recipe=Recipe(vocabulary, options.num, options.seed, options.classes_per_image, scenes=pipe.info.scenes),
+        recipe=Recipe(vocabulary, num, options.seed, options.classes_per_image, scenes=pipe.info.scenes, rounds=rounds),
         batch_size=batch_size,
         steps=steps,
         guidance_scale=pipe.info.guidance_scale if options.guidance_scale is None else options.guidance_scale,
@@ -200,5 +229,6 @@ def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
         width=width,
         maps=maps,
         mask=options.mask,
-        shard_size=options.shard_size,
+        shard_size=shard_size,
+        accept_per_class=quota,
     )

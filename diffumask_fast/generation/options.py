@@ -4,8 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffumask_fast.attention.options import MapOptions
+from diffumask_fast.dataset.parts import Part, part_of
+from diffumask_fast.dataset.storage import Place, place
+from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import Options, argument, number, option, pixel_size, whole
+
+NUM = 24
 
 
 @dataclass(frozen=True)
@@ -16,12 +21,15 @@ class GenerateOptions(Options):
         DiffuMaskError: a value is not one that the help allows.
     """
 
-    out: Path = argument("Folder of the dataset; run again to finish it.")
+    out: Place = argument("Folder or address (s3://bucket/name) of the dataset; run again to finish it.", read=place)
     model: str = option("mini", "mini, a diffusers folder, or a hub id.")
     revision: str | None = option(None, "Revision of a hub id.")
     classes: str | None = option(None, "dog,cat | voc | FILE; all that the model lists, else VOC.")
     classes_per_image: int = option(1, "Distinct classes joined in one prompt.", whole(1))
-    num: int = option(24, "Images drawn in all, classes taken in turn.", whole(1, 10**8))
+    num: int | None = option(None, f"Images drawn in all, classes taken in turn; {NUM} when left out.", whole(1, 10**8))
+    accept_per_class: int | None = option(
+        None, "In place of --num: accepted images of each class, at least.", whole(1, 10**7)
+    )
     seed: int = option(0, "Of the run.", whole(0, 2**63 - 1))
     batch_size: str | int = option("auto", "Images per batch, or auto.", whole(1, None, "auto"))
     shard_size: int = option(64, "Images per shard: what a kill can lose.", whole(1))
@@ -36,4 +44,31 @@ class GenerateOptions(Options):
     engine_path: Path | None = option(None, "Folder that export wrote.")
     attention: str = option("sdpa", "Where no maps are wanted: sdpa, or on CUDA xformers.")
     device: str = option("auto", "auto, cpu or cuda.")
+    ray: str | None = option(None, "Draw on workers of Ray: local, auto, or a cluster's address.")
+    workers: int | None = option(None, "Of Ray; one for each GPU, else for each CPU, when left out.", whole(1, 10**4))
+    part: Part | None = option(
+        None, "i/n: draw every n-th shard from shard i on, i from 0; n processes draw all.", part_of()
+    )
     allow_drift: bool = option(False, "Go on in a changed environment.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.accept_per_class is not None and self.num is not None:
+            raise DiffuMaskError("`num` counts drawn images and `accept_per_class` accepted ones: give one of the two")
+        if self.accept_per_class is not None and self.classes_per_image > 1:
+            raise DiffuMaskError(
+                "`accept_per_class` counts images of one class each: leave out `classes_per_image`, or give `num`"
+            )
+        if self.accept_per_class is not None and self.part is not None:
+            raise DiffuMaskError(
+                "one process decides the rounds of `accept_per_class`: leave out `part`, say `ray`, or give `num`"
+            )
+
+
+@dataclass(frozen=True)
+class RebuildOptions(Options):
+    """Where a dataset's model is, and where to draw a sample of it again."""
+
+    model: str | None = option(None, "Where the model that drew is now, for rebuild.")
+    engine_path: Path | None = option(None, "Where the engine that drew is now, for rebuild.")
+    device: str = option("auto", "auto, cpu or cuda, for rebuild.")

@@ -132,7 +132,7 @@ def check_others(count: int, share: float) -> None:
     """Raise where patches of other images are wanted, and there is no other."""
     if share > 0 and count < 2:
         raise DiffuMaskError(
-            "patches come from other images, and there is one alone: add images, or set `occlude` to 0"
+            "patches come from other images, and there is one alone: add images, or do without occlusion"
         )
 
 

@@ -82,7 +82,7 @@ def read_checkpoint(folder: Path, state: State, plan: dict[str, Any]) -> None:
         moments = {int(part.removeprefix("adam.")): values for part, values in parts.items()}
         state.adam.load_state_dict({"state": moments, "param_groups": state.adam.state_dict()["param_groups"]})
         state.stage, state.step, state.loss = place["stage"], place["step"], place["loss"]
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise DiffuMaskError(f"{path} is damaged: remove it, and the training begins anew") from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from diffumask_fast.learning.options import LearnOptions
 from diffumask_fast.learning.segmenters import TransformersSegmenter, load_segmenter
 from diffumask_fast.learning.training import Stage, steps_and_rate, train_stages
 from diffumask_fast.masks.make import IGNORE
-from diffumask_fast.own_files import check_own
+from diffumask_fast.own_files import check_place
 
 SIGN = "diffumask-fast"  # the first member of an archive that we wrote, by which it may be written over
 Scores = dict[str, dict[str, float]]  # name of the example -> class -> score
@@ -35,6 +35,7 @@ class Part:
         self._data, self._numbers = data, numbers
         self.classes: Mapping[int, str] = data.classes
         self.names: Sequence[str] = [data.names[number] for number in numbers]
+        self.origin = data.origin
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -43,29 +44,40 @@ class Part:
         return self._data[self._numbers[index]]
 
 
-def deal(groups: Sequence[str], folds: int, seed: int) -> np.ndarray:
-    """Return the fold of each example, so that every fold holds as much of each group as the others, or one less.
+def deal(classes: Sequence[Sequence[str]], folds: int, seed: int) -> np.ndarray:
+    """Return the fold of each example; each fold holds as many of a class as the others, or nearly.
+
+    Examples are dealt in groups, by the rarest of their classes: of each group a fold gets as many as the others, or
+    one less.
 
     Args:
-        groups: of each example, such as its first class.
+        classes: of each example.
         folds: how many.
         seed: of the order in which a group is dealt.
 
     Raises:
-        DiffuMaskError: a group has fewer examples than there are folds, so that one would be without it.
+        DiffuMaskError: a class is in fewer examples than there are folds, or in those of one fold alone.
     """
+    count = Counter(name for names in classes for name in set(names))
     members: dict[str, list[int]] = defaultdict(list)
-    for number, group in enumerate(groups):
-        members[group].append(number)
-    result = np.zeros(len(groups), int)
-    for place, (group, numbers) in enumerate(sorted(members.items())):
-        if len(numbers) < folds:
+    for number, names in enumerate(classes):
+        members[min(names, key=lambda name: (count[name], name), default="")].append(number)
+    for name in sorted(count):
+        if count[name] < folds:
             raise DiffuMaskError(
-                f"{group} has {len(numbers)} images for {folds} folds, and a fold would be without it: draw more of "
-                f"{group}, or give `folds={max(2, len(numbers))}`"
+                f"{name} has {count[name]} images for {folds} folds, and a fold would be without it: draw more of "
+                f"{name}, or give `folds={max(2, count[name])}`"
             )
+    result = np.zeros(len(classes), int)
+    for place, (_, numbers) in enumerate(sorted(members.items())):
         order = np.random.default_rng([seed, place]).permutation(numbers)
         result[order] = (np.arange(len(order)) + place) % folds
+    pairs = {(name, int(fold)) for names, fold in zip(classes, result, strict=True) for name in names}
+    for name, held in sorted(Counter(name for name, _ in pairs).items()):
+        if held == 1:
+            raise DiffuMaskError(
+                f"all images of {name} came into one fold: give another `seed`, or draw more of {name}"
+            )
     return result
 
 
@@ -112,14 +124,28 @@ def held_out_predictions(
         yield example, segmenters[fold].predict(example.image[None])[0].cpu()
 
 
-def agreement(example: Example, predicted: np.ndarray, value: int) -> float:
-    """Return the IoU of one class in an example's labels with a predicted mask, 0 where the labels do not show it.
+def agreement(example: Example, probabilities: np.ndarray, classes: Sequence[int], value: int) -> float:
+    """Return how well the mask of one class agrees with a prediction, from 0 to 1.
 
-    What is 255 in the labels is left out.
+    It is the mask's IoU with where an object of any class is predicted, times the square root of how probable its class
+    is there beside the likeliest one. So a segmenter that takes a cow for a horse, as one that has seen few images
+    does, can still tell a whole mask from half of one; where it knows the classes, this is the IoU of the class.
+
+    Args:
+        example: whose labels are judged; what is 255 in them, or another class, is left out.
+        probabilities: [C, H, W] of background and classes, in the order of `classes`.
+        classes: ids in the labels, 0 first.
+        value: id of the class that is judged; where the labels do not show it, the result is 0.
     """
-    known = example.labels != IGNORE
-    right, said = (known & (mask == value) for mask in (example.labels, predicted))
-    return float(np.count_nonzero(right & said) / np.count_nonzero(right | said)) if right.any() else 0.0
+    mask = example.labels == value
+    if not mask.any():
+        return 0.0
+    asked = mask | (example.labels == 0)
+    predicted = asked & (probabilities[0] < 0.5)
+    iou = np.count_nonzero(mask & predicted) / np.count_nonzero(mask | predicted)
+    inside = probabilities[1:, mask].mean(1)
+    own = inside[list(classes).index(value) - 1]
+    return float(iou * np.sqrt(own / max(inside.max(), 1e-12)))
 
 
 class CleanlabFile:
@@ -134,11 +160,11 @@ class CleanlabFile:
         data: whose examples are added in their order.
 
     Raises:
-        DiffuMaskError: images differ in size, or somebody else's file is there.
+        DiffuMaskError: images differ in size, somebody else's file is there, or there is no such folder.
     """
 
     def __init__(self, path: Path, data: SegmentationData) -> None:
-        check_own(path, SIGN)
+        check_place(path, SIGN)
         self._path, self._data, self._table = path, data, channels(data.classes)
 
     def write(self, predictions: Iterator[tuple[Example, Tensor]]) -> Iterator[tuple[Example, Tensor]]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from diffumask_fast.dataset.lookup import RowLookup, class_names
 from diffumask_fast.dataset.schema import MANIFEST
+from diffumask_fast.dataset.shard_check import BOUND
+from diffumask_fast.dataset.storage import Place, place
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.make import IGNORE
 from diffumask_fast.options import MAX_PIXELS
@@ -42,6 +44,10 @@ class SegmentationData(Protocol):
     def names(self) -> Sequence[str]:
         """The examples' names, in their order; nothing is decoded for them."""
 
+    @property
+    def origin(self) -> Any:
+        """What tells the data from others of the same names and classes, as a value that JSON can hold."""
+
     def __len__(self) -> int:
         """Return the number of examples."""
 
@@ -54,7 +60,7 @@ class SegmentationData(Protocol):
 
 
 def open_data(
-    path: str | Path, *, split: str | None = None, accepted_only: bool = True, max_pixels: int = MAX_PIXELS
+    path: str | Place, *, split: str | None = None, accepted_only: bool = True, max_pixels: int = MAX_PIXELS
 ) -> SegmentationData:
     """Open data by what is in the folder.
 
@@ -66,7 +72,7 @@ def open_data(
     An image whose labels are all 255 is an example as any other: nothing can be learnt or judged by it.
 
     Args:
-        path: the folder. It may be a link; links in it are not followed.
+        path: the folder, or the address of a dataset of ours. It may be a link; links in it are not followed.
         split: of a VOC or Cityscapes layout; None where there is only one.
         accepted_only: leave out rejected rows of a dataset of ours.
         max_pixels: of a picture, when it is decoded.
@@ -83,13 +89,13 @@ def open_data(
     """
     from diffumask_fast.learning.layouts import Cityscapes, Voc
 
-    path = Path(path)
+    path = place(path)
     if (path / MANIFEST).exists():
         if split is not None:
             raise DiffuMaskError(f"{path} is a dataset without splits: leave out `split`")
         return Dataset(path, accepted_only, max_pixels)
     for layout in (Voc, Cityscapes):
-        if layout.fits(path):
+        if isinstance(path, Path) and layout.fits(path):
             return layout(path, split, max_pixels)
     raise DiffuMaskError(
         f"{path} holds no data: name a dataset that generate wrote, or a folder with JPEGImages and SegmentationClass "
@@ -100,12 +106,13 @@ def open_data(
 class Dataset:
     """A dataset of ours; see `open_data`."""
 
-    def __init__(self, path: Path, accepted_only: bool = True, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, path: Place, accepted_only: bool = True, max_pixels: int = MAX_PIXELS) -> None:
         self.rows = RowLookup(path, accepted_only=accepted_only, max_pixels=max_pixels)
         if not self.rows:
             raise DiffuMaskError(f"{path} holds no accepted row: draw more, or loosen what rejects them by remask")
         self.classes = class_names(self.rows)
         self.names = [entry.key for entry in self.rows.entries]
+        self.origin = {name: self.rows.manifest[name] for name in (*BOUND, "options")}
 
     def __len__(self) -> int:
         return len(self.rows)

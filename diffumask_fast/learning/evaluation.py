@@ -21,7 +21,7 @@ from diffumask_fast.learning.metrics import binary_iou, boundary, boundary_width
 from diffumask_fast.learning.options import EvaluateOptions
 from diffumask_fast.masks.make import IGNORE, refine_maps
 from diffumask_fast.masks.options import MaskOptions
-from diffumask_fast.own_files import check_own
+from diffumask_fast.own_files import check_place
 from diffumask_fast.show import colour, overlay
 
 ORACLE = "mini-oracle"
@@ -39,7 +39,7 @@ class Segmenter(Protocol):
         """Name -> value in the masks."""
 
     def masks(self, images: np.ndarray, batch: int = 32) -> np.ndarray:
-        """Return masks uint8 [B, H, W] of images uint8 [B, H, W, 3]; H and W are multiples of 16."""
+        """Return masks uint8 [B, H, W] of images uint8 [B, H, W, 3]; mini's oracle takes multiples of 16."""
 
 
 Item = TypeVar("Item", Row, Example)
@@ -190,7 +190,7 @@ def judge_masks(
         if getattr(options, name) != value:
             raise DiffuMaskError(f"`{name}` is for a segmenter that is judged: {ORACLE} judges masks, leave it out.")
     if options.sheet is not None:
-        check_own(options.sheet)
+        check_place(options.sheet)
     from diffumask_fast.mini.oracle import load_oracle
 
     manifest = read_manifest(options.data)
@@ -226,13 +226,19 @@ def batches(rows: Iterable[Item], most: int) -> Iterator[list[Item]]:
         yield part
 
 
-def predict(segmenter: Segmenter, images: list[np.ndarray]) -> list[np.ndarray]:
-    """Return the segmenter's masks, uint8 [H, W], of images uint8 [H, W, 3] of any sizes."""
+def predict(segmenter: Segmenter, images: list[np.ndarray], multiple: int = 16) -> list[np.ndarray]:
+    """Return the segmenter's masks, uint8 [H, W], of images uint8 [H, W, 3] of any sizes.
+
+    Args:
+        segmenter: predicts.
+        images: of any sizes.
+        multiple: sides become multiples of it by edge pixels.
+    """
     masks: dict[int, np.ndarray] = {}
     for shape in {image.shape for image in images}:
         indices = [index for index, image in enumerate(images) if image.shape == shape]
         height, width = shape[:2]
-        edges = ((0, 0), (0, -height % 16), (0, -width % 16), (0, 0))
+        edges = ((0, 0), (0, -height % multiple), (0, -width % multiple), (0, 0))
         predicted = segmenter.masks(np.pad(np.stack([images[index] for index in indices]), edges, "edge"))
         masks |= {index: mask[:height, :width] for index, mask in zip(indices, predicted, strict=True)}
     return [masks[index] for index in range(len(images))]

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from rich.progress import Progress
 
 from diffumask_fast.dataset.derive import check_apart, derive
 from diffumask_fast.dataset.reader import Row, read_rows
 from diffumask_fast.dataset.schema import MANIFEST
+from diffumask_fast.dataset.storage import Place
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.learning.cross_validation import (
     CleanlabFile,
@@ -22,7 +23,7 @@ from diffumask_fast.learning.cross_validation import (
     held_out_predictions,
     train_folds,
 )
-from diffumask_fast.learning.data import open_data
+from diffumask_fast.learning.data import Dataset
 from diffumask_fast.learning.options import FilterOptions, PruneOptions
 from diffumask_fast.models.device import resolve_device
 from diffumask_fast.options import Options
@@ -52,8 +53,8 @@ def filter_dataset(
 ) -> dict[str, Any]:
     """Write a dataset in which what ranks lowest in its class is rejected; run again, it is finished.
 
-    The score of a sample in a class is the IoU of its mask with what a segmenter predicts that was trained on the
-    other folds (Northcutt et al., JAIR 2021, as DiffuMask takes it up), or its stored quality. A sample of several
+    The score of a sample in a class is the `agreement` of its mask with what a segmenter predicts that was trained on
+    the other folds (Northcutt et al., JAIR 2021, as DiffuMask takes it up), or its stored quality. A sample of several
     classes goes if it is pruned in one of them. Pruned rows stay, with their rank as the reason; rows that were
     rejected before stay as they are and take no part. The segmenters stay in `OUT/folds`.
 
@@ -65,15 +66,14 @@ def filter_dataset(
         folder, images, accepted, pruned; and `per_class`: images, pruned, and the lowest score that was kept.
 
     Raises:
-        DiffuMaskError: a class has fewer images than there are folds; or as `train` and `derive`.
+        DiffuMaskError: a class has fewer images than there are folds, or the dataset is augmented; or as `train` and
+            `derive`.
     """
     if options.export_cleanlab is not None and options.pruning.rank == "quality":
         raise DiffuMaskError("`export_cleanlab` needs predictions: rank by cross-validation")
     check_apart(options.source, options.out)
     by_quality = options.pruning.rank == "quality"
-    if not by_quality and (options.out / MANIFEST).exists() and not (options.out / FOLDS).exists():
-        raise DiffuMaskError(f"{options.out} holds another dataset: name a folder of its own")
-    scores = _qualities(options) if by_quality else _cross_validated(options, progress)
+    scores = _qualities(options) if by_quality else _cross_validated(options, _folder_of_folds(options.out), progress)
     verdicts = rank(scores, options.pruning.alpha)
 
     def transform(rows: Iterator[Row]) -> Iterator[dict[str, Any]]:
@@ -116,34 +116,51 @@ def _qualities(options: FilterOptions) -> Scores:
     return scores
 
 
-def _cross_validated(options: FilterOptions, progress: Callable[[int], Progress]) -> Scores:
+def _folder_of_folds(out: Place) -> Path:
+    """Return where the segmenters of the folds go; raise where they cannot."""
+    if not isinstance(out, Path):
+        raise DiffuMaskError(
+            f"{out} is an address, and segmenters are trained in a folder: rank by quality, or name a folder"
+        )
+    if (out / MANIFEST).exists() and not (out / FOLDS).exists():
+        raise DiffuMaskError(f"{out} holds another dataset: name a folder of its own")
+    return out / FOLDS
+
+
+def _cross_validated(options: FilterOptions, folds: Path, progress: Callable[[int], Progress]) -> Scores:
     """Train a segmenter for each fold, and compare each sample's mask with what is predicted for it."""
     pruning = options.pruning
-    data = open_data(options.source, max_pixels=options.reading.max_pixels)
+    data = Dataset(options.source, max_pixels=options.reading.max_pixels)
+    if "augment" in data.rows.manifest["options"]:
+        raise DiffuMaskError(
+            f"{options.source} is augmented, and each segmenter would have seen parts of what it judges: filter the "
+            "dataset that it was made of, then augment the result"
+        )
+    cleanlab = CleanlabFile(options.export_cleanlab, data) if options.export_cleanlab is not None else None
     ids = {name: value for value, name in data.classes.items()}
-    classes = {row.key: list(row.classes) for row in read_rows(options.source, columns=["key", "classes"])}
-    fold_of = deal([classes[name][0] for name in data.names], pruning.folds, pruning.learning.seed)
+    classes = {entry.key: entry.classes for entry in data.rows.entries}
+    fold_of = deal(list(classes.values()), pruning.folds, pruning.learning.seed)
     device = resolve_device(options.device)
-    segmenters = train_folds(
-        data, fold_of, options.out / FOLDS, pruning.learning, device=options.device, progress=progress
-    )
+    segmenters = train_folds(data, fold_of, folds, pruning.learning, device=options.device, progress=progress)
     predictions = held_out_predictions(data, fold_of, segmenters, device)
-    if options.export_cleanlab is not None:
-        predictions = CleanlabFile(options.export_cleanlab, data).write(predictions)
-    values = np.array(sorted(data.classes), np.uint8)
+    if cleanlab is not None:
+        predictions = cleanlab.write(predictions)
+    values = sorted(data.classes)
     scores: Scores = {}
     with progress(len(data)) as bar:
         task = bar.add_task("ranking", total=len(data))
         for example, probabilities in predictions:
-            predicted = values[probabilities.argmax(0).numpy()]
-            scores[example.name] = {name: agreement(example, predicted, ids[name]) for name in classes[example.name]}
+            pixels = probabilities.numpy()
+            scores[example.name] = {
+                name: agreement(example, pixels, values, ids[name]) for name in classes[example.name]
+            }
             bar.advance(task)
     return scores
 
 
 def _reason(given: list[Verdict], ranked_by: str) -> str:
     """Say in which classes a sample is pruned; "" where in none."""
-    of = "IoU" if ranked_by == "cross-validation" else "quality"
+    of = "agreement" if ranked_by == "cross-validation" else "quality"
     parts = [f"{one.rank} of {one.of} {one.name}, {of} {one.score:.3f}" for one in given if one.pruned]
     return f"pruned: rank from the worst {'; '.join(parts)}" if parts else ""
 

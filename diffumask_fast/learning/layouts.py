@@ -19,6 +19,7 @@ from diffumask_fast.prompts.vocabulary import Vocabulary, voc_palette
 IMAGE_MODES = ("RGB", "L", "P", "CMYK", "YCbCr", "RGBA", "LA")  # 8 bits a channel; all become RGB
 SUFFIXES = (".jpg", ".jpeg", ".png")
 BORDER = (224, 224, 192)  # VOC's colour of what is ignored, number 255 of its palette
+ORIENTATION = 0x0112  # in EXIF; 1 is upright
 PNG_BIT_DEPTH = 24  # place of that byte in a PNG
 
 # Cityscapes' train ids, in their order, with the label id of each (the labels of the dataset's own scripts).
@@ -65,6 +66,7 @@ class Voc:
         if not self._files:
             raise DiffuMaskError(f"{lists / split}.txt names no image: give another `split`")
         self.names = [files.name for files in self._files]
+        self.origin = [[path.stat().st_size for path in (files.image, files.mask)] for files in self._files]
 
     def _place(self, name: str) -> Files:
         if name in (".", "..") or any(letter in name for letter in "/\\\0"):
@@ -121,6 +123,7 @@ class Cityscapes:
         if not self._files:
             raise DiffuMaskError(f"{images / split} holds no *_leftImg8bit.png: give another `split`")
         self.names = [files.name for files in self._files]
+        self.origin = [[path.stat().st_size for path in (files.image, files.mask)] for files in self._files]
         self._from_label_ids, self._from_train_ids = _cityscapes_tables()
 
     @staticmethod
@@ -168,8 +171,15 @@ def _voc_classes(path: Path) -> tuple[dict[int, str], dict[int, tuple[int, ...]]
         names, own = {}, {}
     if names.get(0) != "background" or not 2 <= len(names) <= IGNORE or len(set(names.values())) < len(names):
         raise DiffuMaskError(f"{path} must hold one line name:r,g,b:: for each class, background first")
-    if any(len(colour) != 3 for colour in own.values()):
-        raise DiffuMaskError(f"{path} must give each colour as three numbers r,g,b")
+    if any(len(colour) != 3 or not all(0 <= part <= 255 for part in colour) for colour in own.values()):
+        raise DiffuMaskError(f"{path} must give each colour as three numbers r,g,b from 0 to 255")
+    shown = {BORDER: "what is ignored"}
+    for number, name in names.items():
+        colour = own.get(number, colours[number])
+        if colour in shown:
+            text = ",".join(map(str, colour))
+            raise DiffuMaskError(f"{path} gives {name} the colour {text}, which {shown[colour]} has: give another")
+        shown[colour] = name
     return names, {IGNORE: BORDER} | {number: own.get(number, colours[number]) for number in names}
 
 
@@ -219,6 +229,11 @@ def _unlinked(root: Path, *parts: str) -> Path:
 
 def _decode_image(path: Path, max_pixels: int) -> np.ndarray:
     picture = decode_picture(path, max_pixels=max_pixels)
+    if picture.getexif().get(ORIENTATION, 1) != 1:
+        raise DiffuMaskError(
+            f"{path} is to be turned when it is shown (EXIF), and whether its mask is turned nobody says: save it as "
+            "it is to be seen, without that note"
+        )
     if picture.mode not in IMAGE_MODES:
         raise DiffuMaskError(f"{path} has mode {picture.mode}: images have 8 bits a channel")
     return np.array(picture.convert("RGB"))

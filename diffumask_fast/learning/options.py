@@ -5,6 +5,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
+from diffumask_fast.dataset.storage import Place, place
 from diffumask_fast.options import (
     Options,
     Reader,
@@ -26,8 +27,9 @@ class EvaluateOptions(Options):
     """Whose masks to judge by mini's oracle, or which segmenter to judge by whose masks."""
 
     model: str = argument("mini-oracle, the judge of mini's world; or a folder that train wrote.")
-    data: Path = argument(
-        "Whose masks mini-oracle judges; or what a segmenter is judged by: also VOC's or Cityscapes' layout."
+    data: Place = argument(
+        "Whose masks mini-oracle judges; or what a segmenter is judged by: also VOC's or Cityscapes' layout.",
+        read=place,
     )
     accepted: bool = option(False, "mini-oracle: leave out rejected rows. By others only accepted ones are looked at.")
     ignored_is_background: bool = option(False, "mini-oracle: count 255 as background, in place of leaving it out.")
@@ -140,8 +142,8 @@ class AugmentationOptions(Options):
 class AugmentOptions(Options):
     """What to augment, and where to; shares are new images for each image that is there."""
 
-    source: Path = argument("Dataset to augment.", "IN")
-    out: Path = argument("Folder of the new dataset; run again to finish it.")
+    source: Place = argument("Dataset to augment.", "IN", place)
+    out: Place = argument("Folder or address of the new dataset; run again to finish it.", read=place)
     augmentations: AugmentationOptions = AugmentationOptions()
     seed: int = option(0, "Of all that is drawn at random.", whole(0, 2**63 - 1))
     originals: bool = option(True, "Keep the images of IN beside the new ones.")
@@ -149,7 +151,9 @@ class AugmentOptions(Options):
     reading: ReadOptions = ReadOptions()
 
 
-AUGMENTATIONS = ("splice", "blur", "occlude", "perspective")
+ON_THE_FLY: dict[str, Any] = {  # name -> probability in training
+    "splice": "1x2=1/10,2x1=1/10,2x2=3/10", "blur": 0.1, "occlude": 0.5, "perspective": 0.25,
+}  # fmt: skip
 
 
 def _augmentations() -> Reader:
@@ -157,20 +161,27 @@ def _augmentations() -> Reader:
 
     def read(value: Any) -> str:
         given = [name.strip() for name in str(value).split(",")]
-        names = {"none": [], "all": list(AUGMENTATIONS)}.get(str(value).strip(), given)
-        if set(names) - set(AUGMENTATIONS):
-            raise ValueError(f"none, all, or some of {', '.join(AUGMENTATIONS)}")
-        return ",".join(name for name in AUGMENTATIONS if name in names) or "none"
+        names = {"none": [], "all": list(ON_THE_FLY)}.get(str(value).strip(), given)
+        if set(names) - set(ON_THE_FLY):
+            raise ValueError(f"none, all, or some of {', '.join(ON_THE_FLY)}")
+        return ",".join(name for name in ON_THE_FLY if name in names) or "none"
 
     return read
 
 
-def chosen_augmentations(names: str) -> AugmentationOptions | None:
-    """Return the default shares of the augmentations that are named, none of the others; None for "none"."""
-    if names == "none":
-        return None
+def chosen_augmentations(names: str, images: int) -> AugmentationOptions | None:
+    """Return how training augments on the fly: the probabilities of what is named, 0 for the others; None for "none".
+
+    Half of the examples are spliced, in few and large tiles, and half are occluded: more objects in a picture, and no
+    picture twice the same.
+
+    Args:
+        names: as `LearnOptions` takes them.
+        images: in the data; one alone cannot be occluded by another.
+    """
+    chosen = [name for name in names.split(",") if name in ON_THE_FLY and (images > 1 or name != "occlude")]
     off: dict[str, Any] = {"splice": "none", "blur": 0.0, "occlude": 0.0, "perspective": 0.0}
-    return AugmentationOptions(**{name: value for name, value in off.items() if name not in names.split(",")})
+    return AugmentationOptions(**(off | {name: ON_THE_FLY[name] for name in chosen})) if chosen else None
 
 
 @dataclass(frozen=True)
@@ -187,7 +198,7 @@ class LearnOptions(Options):
         None, "HxW of the crops, multiples of 32; the first image's, 512 at most.", pixel_size()
     )
     augment: str = option(
-        "none", "On the fly, with commas: splice, blur, occlude, perspective; or all.", _augmentations()
+        "all", "On the fly: all, none, or with commas splice, blur, occlude, perspective.", _augmentations()
     )
     seed: int = option(0, "Of all that is random.", whole(0))
     dtype: str = option("auto", "auto, fp32 or bf16; auto is bf16 on CUDA alone.", one_of("auto", "fp32", "bf16"))
@@ -197,10 +208,10 @@ class LearnOptions(Options):
 class TrainOptions(Options):
     """What to train on, and where the segmenter goes."""
 
-    data: Path = argument("A dataset, or a folder in VOC's or Cityscapes' layout.", "IN")
+    data: Place = argument("A dataset, or a folder in VOC's or Cityscapes' layout.", "IN", place)
     out: Path = required("Folder of the segmenter; run again to finish it.")
     split: str | None = option(None, "Of a layout: the part to train on, such as train.")
-    finetune_on: Path | None = option(None, "Then go on with these data, such as real ones.")
+    finetune_on: Place | None = option(None, "Then go on with these data, such as real ones.", place)
     finetune_split: str | None = option(None, "Of their layout: the part to train on.")
     finetune_steps: int = option(600, "Number of batches of them.", whole(1))
     finetune_lr: float | None = option(
@@ -229,8 +240,8 @@ class PruneOptions(Options):
 class FilterOptions(Options):
     """What to filter, how, and where to."""
 
-    source: Path = argument("Dataset to filter.", "IN")
-    out: Path = argument("Folder of the new dataset; run again to finish it.")
+    source: Place = argument("Dataset to filter.", "IN", place)
+    out: Place = argument("Folder or address of the new dataset; run again to finish it.", read=place)
     pruning: PruneOptions = PruneOptions()
     export_cleanlab: Path | None = option(
         None, "Write labels and pred_probs as cleanlab.segmentation takes them: FILE.npz."

@@ -18,7 +18,7 @@ from diffumask_fast.learning.options import EvaluateOptions
 from diffumask_fast.learning.segmenters import load_segmenter
 from diffumask_fast.masks.make import IGNORE
 from diffumask_fast.models.device import resolve_device
-from diffumask_fast.own_files import check_own
+from diffumask_fast.own_files import check_place
 
 
 def judge_segmenter(
@@ -49,7 +49,7 @@ def judge_segmenter(
         if getattr(options, name):
             raise DiffuMaskError(f"`{name}` is for mini-oracle: leave it out, 255 and rejected rows never count here.")
     if options.sheet is not None:
-        check_own(options.sheet)
+        check_place(options.sheet)
     segmenter = load_segmenter(options.model, resolve_device(options.device))
     data = open_data(options.data, split=options.split, max_pixels=options.reading.max_pixels)
     classes, right, said = _common(data.classes, segmenter.classes, options)
@@ -58,7 +58,7 @@ def judge_segmenter(
     with progress(len(data)) as bar:
         task = bar.add_task("judging", total=len(data))
         for part in batches((data[index] for index in range(len(data))), batch):
-            for example, mask in zip(part, predict(segmenter, [one.image for one in part]), strict=True):
+            for example, mask in zip(part, predict(segmenter, [one.image for one in part], multiple=1), strict=True):
                 labels, predicted = right[example.labels], said[mask]
                 iou = metrics.update(labels, predicted)
                 if iou is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,21 +14,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffumask_fast.dataset.writer import make_folder, write_file
+from diffumask_fast.dataset.writer import explain, make_folder, write_file
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.make import IGNORE
 from diffumask_fast.models.loading import quietly
 
 RECORD = "segmenter.json"  # in a trained segmenter's folder, written last: classes, and how it was trained
+PART = ".part"  # the folder in it that is there until the record is
 FAMILIES = {
     "segformer": "SegformerForSemanticSegmentation",
     "upernet": "UperNetForSemanticSegmentation",
     "mask2former": "Mask2FormerForUniversalSegmentation",
     "eomt": "EomtForUniversalSegmentation",
 }
+IGNORED = {"segformer": "semantic_loss_ignore_index", "upernet": "loss_ignore_index"}
+HEADS = ("classifier", "class_predictor")  # names of the layers that have a row for each label
 BY_MASKS = ("mask2former", "eomt")  # they predict masks, and a class for each
 TINY: dict[str, Any] = {
     "hidden_sizes": [32, 64, 96, 128], "num_attention_heads": [1, 2, 3, 4], "depths": [2, 2, 2, 2],
@@ -34,6 +40,7 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, as all these models have them
 STRIDE = 32  # sides that every family takes are multiples of it
+PROBABILITIES = 2**27  # that are predicted together, 512 MB of them
 
 
 class TransformersSegmenter:
@@ -101,6 +108,7 @@ class TransformersSegmenter:
     def masks(self, images: np.ndarray, batch: int = 32) -> np.ndarray:
         """Return predicted masks of class ids, uint8 [B, H, W], of images uint8 [B, H, W, 3]."""
         ids = np.array(list(self.classes), np.uint8)
+        batch = max(1, min(batch, PROBABILITIES // (len(ids) * math.prod(images.shape[1:3]))))
         parts = [images[start : start + batch] for start in range(0, len(images), batch)]
         return np.concatenate([ids[self.predict(part).argmax(1).cpu().numpy()] for part in parts])
 
@@ -109,21 +117,28 @@ class TransformersSegmenter:
 
         Args:
             folder: made if needed.
-            record: what is known of the training, values that JSON can hold; the classes are added.
+            record: what is known of the training, values that JSON can hold; the classes and the files' hashes are
+                added.
 
         Raises:
             DiffuMaskError: it cannot be written.
         """
-        part = folder / ".part"
+        part = folder / PART
         shutil.rmtree(part, ignore_errors=True)
         make_folder(part)
-        with quietly():
-            self.model.save_pretrained(part)
-        for file in sorted(part.iterdir()):
-            os.replace(file, folder / file.name)
+        try:
+            with quietly():
+                self.model.save_pretrained(part)
+            files = {file.name: _sha256(file) for file in sorted(part.iterdir())}
+            for name in files:
+                os.replace(part / name, folder / name)
+        except OSError as error:
+            raise explain(error, folder) from error
+        except SafetensorError as error:
+            raise DiffuMaskError(f"cannot write in {folder}: {error}") from error
+        known = {"classes": {str(value): name for value, name in self.classes.items()}, "files": files, **record}
+        write_file(folder / RECORD, (json.dumps(known, indent=2) + "\n").encode())
         part.rmdir()
-        classes = {str(value): name for value, name in self.classes.items()}
-        write_file(folder / RECORD, (json.dumps({"classes": classes, **record}, indent=2) + "\n").encode())
 
     def _probabilities(self, pixels: Tensor) -> Tensor:
         said, size = self.model(pixel_values=pixels), pixels.shape[-2:]
@@ -147,7 +162,7 @@ def new_segmenter(name: str, classes: Mapping[int, str], side: int) -> Transform
 
     Args:
         name: `tiny`; the name of a family, at transformers' default size, from scratch; or a folder or hub id of a
-            model of one of the families, whose weights are the start. Heads of another number of labels begin anew.
+            model of one of the families, whose weights are the start. Heads of other classes begin anew.
         classes: id -> name, background 0 included.
         side: of the images it will see; EoMT from scratch is made for it.
 
@@ -159,16 +174,16 @@ def new_segmenter(name: str, classes: Mapping[int, str], side: int) -> Transform
     labels = dict(enumerate(classes[value] for value in sorted(classes)))
     if len(labels) < 2:
         raise DiffuMaskError("there is no class to learn beside the background: name data with a class")
-    words: dict[str, Any] = {"id2label": labels, "label2id": {label: value for value, label in labels.items()}}
     if name == "tiny":
-        model = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(**TINY, **words))
+        config = transformers.SegformerConfig(**TINY, **_words(labels, "segformer"))
+        model = transformers.SegformerForSemanticSegmentation(config)
     elif name in FAMILIES:
         kind = _family(name)
         size = {"image_size": side // 16 * 16} if name == "eomt" else {}
         with _needing_scipy(name):
-            model = kind(kind.config_class(**words, **size))
+            model = kind(kind.config_class(**_words(labels, name), **size))
     else:
-        model = _pretrained(name, words)
+        model = _pretrained(name, labels)
     return TransformersSegmenter(model, classes)
 
 
@@ -179,8 +194,13 @@ def load_segmenter(folder: str | Path, device: torch.device | str = "cpu") -> Tr
         DiffuMaskError: the folder holds none, or one that is damaged.
     """
     record = read_record(folder)
-    model = _pretrained(str(folder), {})
-    segmenter = TransformersSegmenter(model, {int(value): name for value, name in record["classes"].items()})
+    for file, sha256 in record.get("files", {}).items():
+        path = Path(folder) / file
+        if not path.is_file() or _sha256(path) != sha256:
+            raise DiffuMaskError(f"{path} is not as train wrote it: bring it back, or train the segmenter again")
+    segmenter = TransformersSegmenter(
+        _pretrained(str(folder)), {int(value): name for value, name in record["classes"].items()}
+    )
     segmenter.model.to(device).eval().requires_grad_(False)
     return segmenter
 
@@ -203,17 +223,31 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     return record
 
 
-def _pretrained(name: str, words: dict[str, Any]) -> Any:
-    """Load a model from a folder or the hub: safetensors alone, and no code of the repository's."""
+def _pretrained(name: str, labels: Mapping[int, str] | None = None) -> Any:
+    """Load a model from a folder or the hub: safetensors alone, and no code of the repository's.
+
+    Args:
+        name: of the folder or of the repository.
+        labels: those that the model is to have, 255 ignored; None leaves it as it is.
+    """
     import transformers
 
     try:
         with quietly():
-            family = transformers.AutoConfig.from_pretrained(name).model_type
-            if family not in FAMILIES:
-                raise DiffuMaskError(f"{name} is a {family} model: give tiny, or a model of {', '.join(FAMILIES)}")
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        family = config.model_type
+        if family not in FAMILIES:
+            raise DiffuMaskError(f"{name} is a {family} model: give tiny, or a model of {', '.join(FAMILIES)}")
+        words: dict[str, Any] = {} if labels is None else _words(labels, family)
         with quietly(), _needing_scipy(family):
-            return _family(family).from_pretrained(name, ignore_mismatched_sizes=True, use_safetensors=True, **words)
+            model = _family(family).from_pretrained(
+                name, ignore_mismatched_sizes=labels is not None, use_safetensors=True, **words
+            )
+        if labels is not None and config.id2label != labels:
+            for part, layer in model.named_modules():
+                if part.split(".")[-1] in HEADS:
+                    layer.reset_parameters()
+        return model
     except DiffuMaskError:
         raise
     except Exception as error:  # noqa: BLE001 - of the hub, of safetensors or of the configuration, by many names
@@ -222,6 +256,17 @@ def _pretrained(name: str, words: dict[str, Any]) -> Any:
             f"{name} is no segmenter that can be loaded ({cause[:200]}): give tiny, {', '.join(FAMILIES)}, a folder, "
             "or a hub id with a connection"
         ) from error
+
+
+def _words(labels: Mapping[int, str], family: str) -> dict[str, Any]:
+    """Return what a configuration says of the labels."""
+    words: dict[str, Any] = {"id2label": dict(labels), "label2id": {label: value for value, label in labels.items()}}
+    return words | ({IGNORED[family]: IGNORE} if family in IGNORED else {})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _family(name: str) -> Any:

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ from diffumask_fast.learning.class_lists import channels, lookup, united
 from diffumask_fast.learning.data import SegmentationData, open_data
 from diffumask_fast.learning.options import LearnOptions, TrainOptions, chosen_augmentations
 from diffumask_fast.learning.segmenters import (
+    PART,
     RECORD,
     STRIDE,
     TransformersSegmenter,
@@ -113,8 +115,10 @@ def train_stages(
     with _open_folder(out) as folder:
         record = _finished(folder, plan)
         if record is None:
+            make_folder(folder / PART)
             record = _Training(stages, folder, plan, where, save_every).run(progress)
-            clear(folder)
+        clear(folder)
+        shutil.rmtree(folder / PART, ignore_errors=True)
     result = {"folder": str(out), "segmenter": options.segmenter, "weights": record["weights"]}
     images = sum(len(stage.data) for stage in stages)
     return result | {"images": images, "classes": record["classes"], "steps": record["steps"], "loss": record["loss"]}
@@ -128,6 +132,11 @@ class _Training:
     ) -> None:
         self.stages, self.folder, self.plan, self.device, self.save_every = stages, folder, plan, device, save_every
         self.classes = {int(value): name for value, name in plan["classes"].items()}
+        shares = [chosen_augmentations(plan["augment"], len(stage.data)) for stage in stages]
+        self.augmenters = [
+            Augmenter(stage.data, chosen, _number(plan["seed"], number)) if chosen else None
+            for number, (stage, chosen) in enumerate(zip(stages, shares, strict=True))
+        ]
 
     def run(self, progress: ProgressBar) -> dict[str, Any]:
         """Train from the beginning or from the checkpoint, write the segmenter, and return its record."""
@@ -156,8 +165,7 @@ class _Training:
         stage, plan = self.stages[state.stage], self.plan
         table = channels(self.classes)[lookup(stage.data.classes, self.classes)]
         seed = (plan["seed"], state.stage)
-        augmentations = chosen_augmentations(plan["augment"])
-        augmenter = Augmenter(stage.data, augmentations, _number(*seed)) if augmentations else None
+        augmenter = self.augmenters[state.stage]
         batches = Batches(stage.data, table, plan["batch_size"], tuple(plan["size"]), seed, augmenter)
         half = plan["dtype"] == "bf16"
         segmenter.model.train()
@@ -168,11 +176,12 @@ class _Training:
                 loss = segmenter.loss(normalised(images), labels)
             state.adam.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(segmenter.model.parameters(), CLIP)
+            norm = nn.utils.clip_grad_norm_(segmenter.model.parameters(), CLIP)
+            _check_finite(state, loss.item(), norm.item())
             _set_rate(state.adam, stage.lr * falling(state.step, stage.steps, plan["schedule"]))
             state.adam.step()
             _follow(state.average, segmenter.model, min(AVERAGE, (1 + state.step) / (10 + state.step)))
-            state.loss = _smoothed(state, loss.item())
+            state.loss = loss.item() if state.loss is None else SMOOTH * state.loss + (1 - SMOOTH) * loss.item()
             state.step += 1
             advance()
             if state.step % self.save_every == 0 and state.step < stage.steps:
@@ -197,10 +206,11 @@ def falling(step: int, steps: int, schedule: str) -> float:
 def _ahead(batches: Batches, first: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the batches of the steps from the first on, each made while the one before is learnt from."""
     with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(batches.__getitem__, first) if first < end else None
+        following = [pool.submit(batches.__getitem__, step) for step in range(first, min(first + 1, end))]
         for step in range(first, end):
-            batch = following.result() if following else batches[step]
-            following = pool.submit(batches.__getitem__, step + 1) if step + 1 < end else None
+            batch = following.pop().result()
+            if step + 1 < end:
+                following.append(pool.submit(batches.__getitem__, step + 1))
             yield batch
 
 
@@ -231,10 +241,14 @@ def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
         statistics.copy_(current)
 
 
-def _smoothed(state: State, loss: float) -> float:
-    if not math.isfinite(loss):
-        raise DiffuMaskError(f"the loss is {loss} at step {state.step}: use another folder and a smaller `lr`")
-    return loss if state.loss is None else SMOOTH * state.loss + (1 - SMOOTH) * loss
+def _check_finite(state: State, loss: float, norm: float) -> None:
+    """Raise before weights become what is no number."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        rate = "finetune_lr" if state.stage else "lr"
+        raise DiffuMaskError(
+            f"the loss is {loss:.3g} and its gradient {norm:.3g} at step {state.step}: use another folder and a "
+            f"smaller `{rate}`"
+        )
 
 
 def _number(*parts: int) -> int:
@@ -279,21 +293,20 @@ def _plan(stages: list[Stage], options: LearnOptions, device: torch.device) -> d
 
 
 def _digest(data: SegmentationData) -> str:
-    """Return a hash of the names of examples and classes: other data are noticed, changed pixels are not."""
-    names = [list(data.names), sorted(data.classes.items())]
-    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+    """Return a hash by which data are known again; pixels that changed in place are not noticed."""
+    known = [list(data.names), sorted(data.classes.items()), data.origin]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
 def _open_folder(path: Path) -> Iterator[Path]:
     """Make and lock the folder of a segmenter, which holds nothing but one."""
-    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in (RECORD, CHECKPOINT)):
-        left = [file.name for file in path.iterdir() if not file.name.startswith(".")]
-        if left:
-            raise DiffuMaskError(f"{path} holds {min(left)} and is no segmenter's folder: name another for `out`")
     make_folder(path)
     descriptor = lock(path)
     try:
+        left = [file.name for file in path.iterdir() if not file.name.startswith(".")]
+        if left and not any((path / name).exists() for name in (RECORD, CHECKPOINT, PART)):
+            raise DiffuMaskError(f"{path} holds {min(left)} and is no segmenter's folder: name another for `out`")
         yield path
     finally:
         os.close(descriptor)

@@ -18,6 +18,11 @@ LIMITS = (
     (" of the image, less than ", "min_area", "lower"),
     (" of the image, more than ", "max_area", "raise"),
 )
+KINDS = {
+    "min_quality": "quality below `min_quality`",
+    "min_area": "smaller than `min_area`",
+    "max_area": "larger than `max_area`",
+}
 
 
 def rejections(
@@ -75,7 +80,7 @@ def advice(reasons: Sequence[str], options: MaskOptions) -> str:
     """Say which of one's own limits to move for more images to be accepted.
 
     Args:
-        reasons: of the images, as `rejections` gives them.
+        reasons: of the images, as `rejections` or `kind_of` gives them.
         options: by which they were rejected.
 
     Returns:
@@ -91,5 +96,18 @@ def advice(reasons: Sequence[str], options: MaskOptions) -> str:
     return ""
 
 
+def kind_of(reason: str) -> str:
+    """Return what images that are rejected for the same reason share: a reason without its numbers.
+
+    Example:
+        >>> kind_of("the mask of dog has quality 0.41, less than 0.90")
+        'quality below `min_quality`'
+    """
+    name, _ = _limit_of(reason)
+    if name:
+        return KINDS[name]
+    return "no pixel in the mask" if reason.endswith(" has no pixel in the mask") else reason
+
+
 def _limit_of(reason: str) -> tuple[str, str]:
-    return next(((name, verb) for words, name, verb in LIMITS if words in reason), ("", ""))
+    return next(((name, verb) for words, name, verb in LIMITS if words in reason or reason == KINDS[name]), ("", ""))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -34,6 +35,7 @@ class Recipe:
         scenes: such as "on the grass", each with the names of the classes that it suits, none for all of them; also a
             mapping, or scenes alone. None is the list that comes with the package.
         negative_prompt: the same for all samples.
+        rounds: how many samples of each class, round after round, `num` in all; none takes the classes in turn.
 
     Raises:
         DiffuMaskError: a number is out of range, or a template cannot be filled.
@@ -46,9 +48,11 @@ class Recipe:
     templates: tuple[str, ...] = (TEMPLATE,)
     scenes: Scenes | Mapping[str, Sequence[str]] | Sequence[str] | None = None
     negative_prompt: str = ""
+    rounds: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "templates", tuple(self.templates))
+        object.__setattr__(self, "rounds", tuple(map(tuple, self.rounds)))
         object.__setattr__(self, "scenes", _with_classes(load_scenes() if self.scenes is None else self.scenes))
         if self.num < 1:
             raise DiffuMaskError(f"`num` is {self.num}: ask for at least 1 image")
@@ -60,6 +64,10 @@ class Recipe:
                 raise DiffuMaskError(f"template {template!r} must hold {{objects}}, where the classes go")
         if not self.templates or not self.scenes:
             raise DiffuMaskError("the list of templates or scenes is empty: give at least one")
+        if self.rounds and sum(map(sum, self.rounds)) != self.num:
+            raise DiffuMaskError(
+                f"`num` is {self.num} and the rounds have {sum(map(sum, self.rounds))} images: match them"
+            )
 
     def as_json(self) -> dict[str, Any]:
         """Return the recipe as JSON types."""
@@ -75,10 +83,10 @@ class Recipe:
 class Plan(Sequence[Request]):
     """The requests of a recipe in the order of drawing, each made when it is asked for.
 
-    The n-th sample is number n // len(vocabulary) of its class. Its caption, further classes and image seed are hashes
-    of (seed, class name, that number), so a larger `num` adds samples and changes none. A key is the class and the
-    number, `dog-000042`, unique in the plan; with more classes the first one is the one whose turn it is:
-    `car+dog-000003`.
+    Classes are taken in turn, in each round those that have samples left in it. A sample's caption, further classes and
+    image seed are hashes of (seed, class name, its number in the class), so a larger `num` or another round adds
+    samples and changes none. A key is the class and the number, `dog-000042`, unique in the plan; with more classes the
+    first one is the one whose turn it is: `car+dog-000003`.
 
     Args:
         recipe: what they are made from.
@@ -91,6 +99,8 @@ class Plan(Sequence[Request]):
     def __init__(self, recipe: Recipe, fits: Fits | None = None) -> None:
         self.recipe = recipe
         self._captions = _Captions(recipe, fits)
+        self._spans = list(_spans(recipe))
+        self._starts = [span.start for span in self._spans]
 
     @property
     def dropped(self) -> int:
@@ -115,8 +125,9 @@ class Plan(Sequence[Request]):
 
     def _request(self, number: int) -> Request:
         seed, vocabulary = self.recipe.seed, self.recipe.vocabulary
-        index, turn = divmod(number, len(vocabulary))
-        first = vocabulary.entries[turn]
+        span = self._spans[bisect_right(self._starts, number) - 1]
+        step, place = divmod(number - span.start, len(span.turns))
+        first, index = vocabulary.entries[span.turns[place]], span.begun[place] + step
         entries = (first, *_others(vocabulary, first, index, seed, self.recipe.classes_per_image - 1))
         theme = self._captions.of(entries)
         return Request(
@@ -170,6 +181,30 @@ def article(phrase: str) -> str:
     """Put "a" or "an" before a phrase."""
     word = phrase.lower()
     return f"{'an' if word.startswith(_AN) and not word.startswith(_A) else 'a'} {phrase}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Samples in which the same classes are taken in turn."""
+
+    start: int  # number of its first sample in the plan
+    turns: list[int]  # places of the classes in the vocabulary
+    begun: list[int]  # samples that each of them has before
+
+
+def _spans(recipe: Recipe) -> Iterator[_Span]:
+    size = len(recipe.vocabulary)
+    whole, more = divmod(recipe.num, size)
+    begun, start = [0] * size, 0
+    for counts in recipe.rounds or [[whole + (turn < more) for turn in range(size)]]:
+        left = list(counts)
+        while turns := [turn for turn, count in enumerate(left) if count]:
+            steps = min(left[turn] for turn in turns)
+            yield _Span(start, turns, [begun[turn] for turn in turns])
+            start += steps * len(turns)
+            for turn in turns:
+                left[turn] -= steps
+                begun[turn] += steps
 
 
 @dataclass(frozen=True, slots=True)
