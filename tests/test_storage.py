@@ -281,7 +281,7 @@ def test_generate_and_what_reads_at_an_address(url, tmp_path):
     for number, page in enumerate(pages):
         write_report(ReportOptions(list(where)[number], page))
     assert pages[0].read_bytes() == pages[1].read_bytes()
-    with pytest.raises(DiffuMaskError, match="is an address, and the page is a file: name it by `out`"):
+    with pytest.raises(DiffuMaskError, match="is no local folder: say by `out` where the page goes"):
         write_report(ReportOptions(f"{url}/run"))
     with pytest.raises(DiffuMaskError, match="is an address, and segmenters are trained in a folder: rank by quality"):
         filter_dataset(FilterOptions(f"{url}/run", f"{url}/trained"), progress=silent)

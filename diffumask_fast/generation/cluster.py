@@ -48,7 +48,8 @@ class Worker:
             threads: of torch.
 
         Returns:
-            What the driver plans and records: job (JSON types), environment, classes of the model, and its tokenizer.
+            What the driver plans and records: job (JSON types), environment, classes and folder of the model, and its
+            tokenizer.
 
         Raises:
             DiffuMaskError: it cannot be loaded, or cannot draw what is asked for.
@@ -60,6 +61,7 @@ class Worker:
             job = make_job(asked, self._pipe)
         return {
             "job": job.as_json(), "environment": environment(self._pipe), "classes": self._pipe.info.classes,
+            "folder": self._pipe.info.folder and str(self._pipe.info.folder),
             "tokenizer": self._pipe.pipe.tokenizer,
         }  # fmt: skip
 
@@ -121,7 +123,8 @@ class Cluster:
             self._held = held.pop_all()
         self.job = Job.from_json(self._first["job"])
         self.environment: dict[str, Any] = self._first["environment"]
-        self.info = SimpleNamespace(classes=self._first["classes"])
+        folder = self._first["folder"]  # read for its licence, where it is on this machine too
+        self.info = SimpleNamespace(classes=self._first["classes"], folder=folder and Path(folder))
         self.pipe = SimpleNamespace(tokenizer=self._first["tokenizer"])
         return self
 

@@ -21,7 +21,7 @@ from diffumask_fast.dataset.shard_check import check_names, finished_shards
 from diffumask_fast.dataset.storage import Place
 from diffumask_fast.dataset.writer import write_file
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.own_files import check_own
+from diffumask_fast.own_files import check_place
 from diffumask_fast.report.entries import entry_of, rows_at, within
 from diffumask_fast.report.options import ReportOptions
 from diffumask_fast.report.page_data import page_data
@@ -55,10 +55,10 @@ def write_report(
         write_report(ReportOptions(Path("demo")))
     """
     folder, max_pixels = options.source, options.reading.max_pixels
-    out = options.out or _beside(folder)
+    out = options.out or _page_of(folder)
     manifest = read_manifest(folder)
     paths = _shards(folder, manifest)
-    check_own(out, SIGN)
+    check_place(out, SIGN)
     survey = Survey({entry["id"]: (entry["name"], entry["phrase"]) for entry in manifest["classes"] if "id" in entry})
     total = sum(map(_num_rows, paths))
     with progress(total) as bar:
@@ -83,10 +83,10 @@ def write_report(
     }  # fmt: skip
 
 
-def _beside(folder: Place) -> Path:
-    if not isinstance(folder, Path):
-        raise DiffuMaskError(f"{folder} is an address, and the page is a file: name it by `out`")
-    return folder / PAGE
+def _page_of(folder: Place) -> Path:
+    if isinstance(folder, Path):
+        return folder / PAGE
+    raise DiffuMaskError(f"{folder} is no local folder: say by `out` where the page goes")
 
 
 def _shards(folder: Place, manifest: dict[str, Any]) -> list[Place]:
