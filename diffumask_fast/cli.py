@@ -199,7 +199,7 @@ def evaluate(options: EvaluateOptions, as_json: JsonFlag = False) -> None:
 @app.command()
 @with_flags
 def verify(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="Dataset to check.")],
+    source: Annotated[str, typer.Argument(metavar="IN", help="Dataset to check.")],
     options: RebuildOptions,
     reading: ReadOptions,
     rebuild: Annotated[str | None, typer.Option(help="Draw the batch of this key again and compare.")] = None,

@@ -8,10 +8,11 @@ from huggingface_hub import DatasetCard
 from samples import contents, draw, requests
 
 from diffumask_fast.dataset.card import kind_of, write_card
-from diffumask_fast.dataset.folder import DatasetFolder
-from diffumask_fast.dataset.licence import Licence
+from diffumask_fast.dataset.folder import open_folder
+from diffumask_fast.dataset.licence import Licence, licence_of
 from diffumask_fast.dataset.run import open_run
 from diffumask_fast.dataset.schema import make_row
+from diffumask_fast.dataset.storage import place
 from diffumask_fast.prompts.vocabulary import Vocabulary
 
 MODEL = {"id": "owner/some_model", "weights": "ab" * 32}
@@ -77,7 +78,7 @@ def test_what_no_model_drew_is_not_called_synthetic(tmp_path):
     assert "synthetic" not in text and "No model of this program drew the images" in text
 
 
-@pytest.mark.parametrize("change", ["another's", "edited", "another line end", "link", "folder"])
+@pytest.mark.parametrize("change", ["another's", "edited", "appended", "another line end", "link", "folder"])
 def test_a_card_that_is_not_as_we_wrote_it_is_left(tmp_path, caplog, change):
     folder = dataset(tmp_path / "set")
     write_card(folder, OPEN)
@@ -87,12 +88,22 @@ def test_a_card_that_is_not_as_we_wrote_it_is_left(tmp_path, caplog, change):
         path.rename(tmp_path / "elsewhere") if change == "link" else path.unlink()
         path.symlink_to(tmp_path / "elsewhere") if change == "link" else path.mkdir()
     else:
-        changes = {"another's": b"mine", "edited": data.replace(b"other", b"mit")}
+        changes = {"another's": b"mine", "edited": data.replace(b"other", b"mit"), "appended": data + b"mine"}
         path.write_bytes(changes.get(change, data.replace(b"\n", b"\r\n")))
     before = contents(tmp_path)
     with caplog.at_level(logging.WARNING, "diffumask_fast"):
         write_card(folder, Licence())
     assert contents(tmp_path) == before and "it is left, and no card is written" in caplog.text
+
+
+def test_a_card_at_an_address(tmp_path):
+    url = place(f"memory://{tmp_path.name}/set")
+    write_card(dataset(url), OPEN)
+    before = (url / "README.md").read_bytes()
+    assert b"license_name" in before and licence_of(url) == OPEN
+    (url / "README.md").put(before + b"mine")
+    write_card(url, Licence())
+    assert (url / "README.md").read_bytes() == before + b"mine"
 
 
 def test_hostile_texts_stay_texts(tmp_path):
@@ -114,5 +125,5 @@ def test_kinds_of_reasons():
 def test_a_card_is_no_part_of_the_data(tmp_path):
     folder = dataset(tmp_path)
     write_card(folder, OPEN)
-    with DatasetFolder(folder) as place:
+    with open_folder(folder) as place:
         assert place.begun() is not None

@@ -229,6 +229,19 @@ def test_a_picture_that_does_not_decode_is_said_and_the_rest_is_shown(tmp_path):
     assert data["damaged"] == 1 and "cannot be decoded" in data["entries"][place]["damaged"] and data["rows"] == 5
 
 
+def test_a_dataset_at_an_address_is_shown_where_one_says(tmp_path):
+    asked = requests(5)
+    url = f"memory://{tmp_path.name}/set"
+    with open_run(url, asked, {}, {}, 5, vocabulary=Vocabulary.parse("dog,car")) as run:
+        run.write(0, [draw(request) for request in asked])
+    with pytest.raises(DiffuMaskError, match="is no local folder: say by `out` where the page goes"):
+        write_report(ReportOptions(url))
+    _, data = report(url, out=tmp_path / "page.html")
+    assert data["rows"] == 5
+    with pytest.raises(DiffuMaskError, match="nowhere is no folder: make it, or name another place for page.html"):
+        write_report(ReportOptions(url, tmp_path / "nowhere/page.html"))
+
+
 def test_too_many_pixels_are_not_decoded(tmp_path):
     from diffumask_fast.options import ReadOptions
 

@@ -196,3 +196,14 @@ def test_a_full_disk_stops_a_part_and_leaves_the_others_work(tmp_path, monkeypat
     for part in (B, A):
         finish(tmp_path, part=part)
     assert contents(tmp_path) == finish(tmp_path.with_name("whole"))
+
+
+def test_a_part_looks_at_its_own_shards_alone(tmp_path, caplog):
+    finish(tmp_path, part=A)
+    shard = tmp_path / "data" / "shard-00000.parquet"
+    shard.write_bytes(shard.read_bytes()[:-20])
+    finish(tmp_path, part=B)
+    assert not caplog.text
+    finish(tmp_path, part=A)
+    assert "shard-00000.parquet is damaged" in caplog.text
+    assert contents(tmp_path) == finish(tmp_path.with_name("whole"))

@@ -19,14 +19,18 @@ from diffumask_fast.dataset.parts import Part
 from diffumask_fast.dataset.reader import read_rows
 from diffumask_fast.dataset.remask import remask
 from diffumask_fast.dataset.storage import Address, check_own_place, place, size_of
+from diffumask_fast.dataset.verify import verify
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.generate import run_generate
 from diffumask_fast.generation.options import GenerateOptions
+from diffumask_fast.generation.rebuild import rebuild
 from diffumask_fast.learning.augment import augment
 from diffumask_fast.learning.data import open_data
 from diffumask_fast.learning.evaluation import evaluate
 from diffumask_fast.learning.filtering import filter_dataset
 from diffumask_fast.learning.options import AugmentOptions, EvaluateOptions, FilterOptions, PruneOptions, TrainOptions
+from diffumask_fast.report.options import ReportOptions
+from diffumask_fast.report.page import write_report
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +274,15 @@ def test_generate_and_what_reads_at_an_address(url, tmp_path):
     assert stored(url) == contents(tmp_path)
     data = open_data(f"{url}/run", accepted_only=False)
     assert len(data) == 4 and data[0].labels.shape == (128, 128)
+    checked = verify(f"{url}/run")
+    assert (checked["images"], checked["faults"]) == (4, [])
+    assert rebuild(f"{url}/run", data.names[2])["equal"]
+    pages = [tmp_path / f"page-{number}.html" for number in range(2)]
+    for number, page in enumerate(pages):
+        write_report(ReportOptions(list(where)[number], page))
+    assert pages[0].read_bytes() == pages[1].read_bytes()
+    with pytest.raises(DiffuMaskError, match="is no local folder: say by `out` where the page goes"):
+        write_report(ReportOptions(f"{url}/run"))
     with pytest.raises(DiffuMaskError, match="is an address, and segmenters are trained in a folder: rank by quality"):
         filter_dataset(FilterOptions(f"{url}/run", f"{url}/trained"), progress=silent)
     with pytest.raises(DiffuMaskError, match="one lies in the other"):

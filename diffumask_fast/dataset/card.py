@@ -89,7 +89,7 @@ def write_card(folder: Place, licence: Licence, tag: str = "") -> None:
     Args:
         folder: of the finished dataset.
         licence: of the model that drew it.
-        tag: as for `writer.temporary_path`.
+        tag: as for `temporary_path`.
 
     Raises:
         DiffuMaskError: the dataset cannot be read, or the card not be written.
@@ -99,7 +99,7 @@ def write_card(folder: Place, licence: Licence, tag: str = "") -> None:
         logger.warning("%s is there and is not as this program wrote it: it is left, and no card is written", path)
         return
     data = "".join(f"{line}\n" for line in _lines(folder, licence)).encode()
-    write_file(path, data + SEAL + hashlib.sha256(data).hexdigest().encode() + b" -->\n", tag)
+    write_file(path, data + SEAL + _seal(data), tag)
 
 
 def kind_of(reason: str, names: Iterable[str] = ()) -> str:
@@ -124,7 +124,11 @@ def _is_ours(path: Place) -> bool:
         data, _, seal = path.read_bytes().rpartition(SEAL) if path.is_file() else (b"", b"", b"")
     except OSError:
         return False
-    return seal.startswith(hashlib.sha256(data).hexdigest().encode())
+    return seal == _seal(data)
+
+
+def _seal(data: bytes) -> bytes:
+    return hashlib.sha256(data).hexdigest().encode() + b" -->\n"
 
 
 def _lines(folder: Place, licence: Licence) -> Iterator[str]:

@@ -15,7 +15,7 @@ def finish(folder: Place, origin: Place | None, *, max_pixels: int = MAX_PIXELS,
         origin: the folder of the model that drew it, or of the dataset that it is made of, whose card has the licence;
             None where there is none.
         max_pixels: of a picture that is decoded.
-        tag: as for `writer.temporary_path`.
+        tag: as for `temporary_path`.
 
     Raises:
         DiffuMaskError: the dataset cannot be read, or a file not be written.

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 from diffumask_fast.dataset.finish import finish
@@ -184,11 +183,11 @@ class Run:
         """Tell of each row that is there whether it is accepted."""
         return [row.accepted for row in self.rows(accepted_only=False, columns=["accepted"])]
 
-    def show(self, origin: Path | None, max_pixels: int) -> int:
-        """Write `preview.png` and the card if the whole run is there; return the number of shards that it lacks.
+    def show(self, origin: Place | None, max_pixels: int) -> int:
+        """Write what the run shows to people if all of it is there; return the number of shards that it lacks.
 
         Args:
-            origin: folder of the model that draws it, None where there is none.
+            origin: as for `finish`.
             max_pixels: of a picture that is decoded.
         """
         with self._place.ending():

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from rich.progress import Progress
 from diffumask_fast.dataset.reader import BATCH, Row, open_shard, read_manifest, rows_of
 from diffumask_fast.dataset.schema import MANIFEST
 from diffumask_fast.dataset.shard_check import Content, check_content, planned_line
+from diffumask_fast.dataset.storage import Place, place
 from diffumask_fast.dataset.writer import MARK, shard_path
 from diffumask_fast.errors import DiffuMaskError, as_flags
 from diffumask_fast.masks.make import IGNORE
@@ -47,7 +47,7 @@ class Fault:
 
 
 def verify(
-    source: str | Path,
+    source: str | Place,
     *,
     max_pixels: int = MAX_PIXELS,
     progress: Callable[[int], Progress] = lambda total: Progress(disable=True),
@@ -72,7 +72,7 @@ def verify(
     Example:
         verify("demo")["faults"]
     """
-    folder = Path(source)
+    folder = place(source)
     reading = _Reading(folder, read_manifest(folder), max_pixels)
     with progress(reading.manifest["plan"]["rows"]) as bar:
         task = bar.add_task("rows", total=reading.manifest["plan"]["rows"])
@@ -95,9 +95,9 @@ def sentence(summary: dict[str, Any]) -> str:
     if not (faults := summary["faults"]):
         return ""
     first, files = faults[0], len({fault["file"] for fault in faults})
-    place = ", ".join(filter(None, [f"{summary['folder']}/{first['file']}", first["key"]]))
+    where = ", ".join(filter(None, [f"{summary['folder']}/{first['file']}", first["key"]]))
     more = f" (the first of {len(faults)} faults in {files} file{'s'[: files - 1]})" if faults[1:] else ""
-    return f"{place}: {first['what']}{more}: {first['remedy']}"
+    return f"{where}: {first['what']}{more}: {first['remedy']}"
 
 
 class _Reading:
@@ -109,7 +109,7 @@ class _Reading:
         max_pixels: of a picture that is decoded.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], max_pixels: int) -> None:
+    def __init__(self, folder: Place, manifest: dict[str, Any], max_pixels: int) -> None:
         self.folder, self.manifest = folder, manifest
         self.images = self.accepted = 0
         self._max_pixels = max_pixels
@@ -206,7 +206,7 @@ class _Reading:
             yield "an accepted row has a reason to be rejected" if row.reason else "a rejected row has no reason"
 
 
-def _parts(error: DiffuMaskError, path: Path | None) -> tuple[str, str]:
+def _parts(error: DiffuMaskError, path: Place | None) -> tuple[str, str]:
     """Return what a sentence says is wrong, without the file, and what to do."""
     what, _, remedy = str(error).removeprefix(str(path)).strip(" :").rpartition(": ")
     return (what, remedy) if what else (remedy, ANEW)

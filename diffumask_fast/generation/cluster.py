@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from diffumask_fast.attention.options import MapOptions
-from diffumask_fast.borrow import patched_environment
+from diffumask_fast.borrow import patched, patched_environment
 from diffumask_fast.dataset.folder import differences
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.draw import Row, draw_shards
@@ -48,7 +48,8 @@ class Worker:
             threads: of torch.
 
         Returns:
-            What the driver plans and records: job (JSON types), environment, classes of the model, and its tokenizer.
+            What the driver plans and records: job (JSON types), environment, classes and folder of the model, and its
+            tokenizer.
 
         Raises:
             DiffuMaskError: it cannot be loaded, or cannot draw what is asked for.
@@ -60,6 +61,7 @@ class Worker:
             job = make_job(asked, self._pipe)
         return {
             "job": job.as_json(), "environment": environment(self._pipe), "classes": self._pipe.info.classes,
+            "folder": self._pipe.info.folder and str(self._pipe.info.folder),
             "tokenizer": self._pipe.pipe.tokenizer,
         }  # fmt: skip
 
@@ -121,7 +123,8 @@ class Cluster:
             self._held = held.pop_all()
         self.job = Job.from_json(self._first["job"])
         self.environment: dict[str, Any] = self._first["environment"]
-        self.info = SimpleNamespace(classes=self._first["classes"])
+        folder = self._first["folder"]  # read for its licence, where it is on this machine too
+        self.info = SimpleNamespace(classes=self._first["classes"], folder=folder and Path(folder))
         self.pipe = SimpleNamespace(tokenizer=self._first["tokenizer"])
         return self
 
@@ -226,7 +229,7 @@ class Cluster:
         """Start a worker in the place of one that was lost, with a shard or before it had begun."""
         self._losses[index] += 1
         what = "before it had begun" if index is None else f"with shard {index}"
-        cause = " ".join(str(error).split())[:200]
+        cause = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         if self._losses[index] > MOST_LOSSES:
             raise DiffuMaskError(
                 f"{self._losses[index]} workers of Ray were lost {what} ({cause}): see what ended them, often memory, "
@@ -275,17 +278,17 @@ def _options_of(text: str) -> GenerateOptions:
 @contextmanager
 def _connected(ray: Any, options: GenerateOptions) -> Iterator[None]:
     """Join a cluster, or start one on this machine; where the process has joined one already, that one is used."""
-    if ray.is_initialized():
-        yield
-        return
     log = logging.getLogger("ray")
-    level = log.level
+    level, own = log.level, not ray.is_initialized()
     log.setLevel(logging.ERROR)
     try:
-        _join(ray, options)
-        yield
+        with patched("_worker_logs_enabled", {ray._private.worker: False}):
+            if own:
+                _join(ray, options)
+            yield
     finally:
-        ray.shutdown()
+        if own:
+            ray.shutdown()
         log.setLevel(level)
 
 
@@ -297,11 +300,11 @@ def _join(ray: Any, options: GenerateOptions) -> None:
     try:
         with patched_environment(STATISTICS, os.environ.get(STATISTICS, "0")):  # nothing is sent unless one wants it
             ray.init(address=options.ray, **settings)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray has no class of its own for what goes wrong here
         cause = " ".join(str(error).split())[:200]
         raise DiffuMaskError(
-            f"no Ray cluster can be joined at `ray={options.ray}` ({cause}): start one, set RAY_AUTH_MODE=token where "
-            "it wants a token, or use `ray=local`"
+            f"no Ray cluster can be joined at `ray={options.ray}` ({cause}): try again, set RAY_AUTH_MODE=token where "
+            "the cluster wants a token, or use another address"
         ) from error
 
 

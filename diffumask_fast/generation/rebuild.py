@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import fields, replace
 from itertools import islice, zip_longest
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from diffumask_fast.borrow import patched_threads
 from diffumask_fast.dataset.folder import differences
 from diffumask_fast.dataset.reader import Row, read_manifest, read_shard
 from diffumask_fast.dataset.schema import decode_maps, decode_png, make_row
+from diffumask_fast.dataset.storage import Place, place
 from diffumask_fast.dataset.writer import shard_path
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.draw import draw_batches
@@ -37,7 +37,7 @@ LEAST_IOU = 0.9  # of a batch's masks: below it, another environment's rounding 
 
 
 def rebuild(
-    source: str | Path, key: str, options: RebuildOptions | None = None, *, max_pixels: int = MAX_PIXELS
+    source: str | Place, key: str, options: RebuildOptions | None = None, *, max_pixels: int = MAX_PIXELS
 ) -> dict[str, Any]:
     """Draw the batch of a sample once more, with what `dataset.json` records, and compare it with what is stored.
 
@@ -60,7 +60,7 @@ def rebuild(
         DiffuMaskError: there is no such key, the dataset was not drawn by `generate`, its model cannot be loaded or
             has other weights, or it plans other samples.
     """
-    options, folder = options or RebuildOptions(), Path(source)
+    options, folder = options or RebuildOptions(), place(source)
     manifest = read_manifest(folder)
     recorded = job_of(folder, manifest, options)
     job, shard, number, stored = _stored(folder, manifest, recorded, key, max_pixels)
@@ -104,7 +104,7 @@ def told(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def job_of(folder: Path, manifest: Mapping[str, Any], options: RebuildOptions) -> Job:
+def job_of(folder: Place, manifest: Mapping[str, Any], options: RebuildOptions) -> Job:
     """Return the job that a dataset records; its scenes are the model's, which it does not record.
 
     Args:
@@ -154,7 +154,7 @@ def _made(kind: type[Any], recorded: Mapping[str, Any]) -> Any:
 
 
 def _stored(
-    folder: Path, manifest: Mapping[str, Any], job: Job, key: str, max_pixels: int
+    folder: Place, manifest: Mapping[str, Any], job: Job, key: str, max_pixels: int
 ) -> tuple[Job, int, int, list[Row]]:
     """Return the job as a sample's shard was drawn, the numbers of shard and batch, and the rows of the batch."""
     for index in range(manifest["plan"]["shards"]):
@@ -173,7 +173,7 @@ def _drift(manifest: Mapping[str, Any], shard: int) -> dict[str, Any]:
     return next((drift for drift in reversed(manifest.get("drift", [])) if shard in drift["shards"]), {})
 
 
-def _open(folder: Path, job: Job, options: RebuildOptions) -> DiffuMaskPipeline:
+def _open(folder: Place, job: Job, options: RebuildOptions) -> DiffuMaskPipeline:
     """Load the pipeline that drew a dataset."""
     try:
         pipe = open_pipe(job, options.device)
@@ -191,7 +191,7 @@ def _open(folder: Path, job: Job, options: RebuildOptions) -> DiffuMaskPipeline:
     return pipe
 
 
-def _check_plan(folder: Path, batch: Sequence[Request], stored: Sequence[Row]) -> None:
+def _check_plan(folder: Place, batch: Sequence[Request], stored: Sequence[Row]) -> None:
     """Raise unless the samples that are planned now are those that are stored."""
     names = ("key", "prompt", "negative_prompt", "seed")
     for request, row in zip_longest(batch, stored):

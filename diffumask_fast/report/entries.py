@@ -6,13 +6,13 @@ import io
 import json
 from base64 import b64encode
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from diffumask_fast.dataset.reader import Row, open_shard, read_shard
+from diffumask_fast.dataset.storage import Place
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.prompts.vocabulary import voc_palette
 from diffumask_fast.show import SIDE, webp
@@ -22,7 +22,7 @@ MOST_TEXT = 1000  # letters of a prompt
 MOST_BYTES = 11 * 2**20  # of all entries
 
 
-def rows_at(paths: Iterable[Path], numbers: set[int], max_pixels: int) -> Iterator[tuple[int, Row]]:
+def rows_at(paths: Iterable[Place], numbers: set[int], max_pixels: int) -> Iterator[tuple[int, Row]]:
     """Yield some rows of shards with their numbers; shards without such rows are not read."""
     first = 0
     for path in paths:

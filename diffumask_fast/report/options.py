@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffumask_fast.dataset.storage import Place, place
 from diffumask_fast.options import Options, ReadOptions, argument, option
 
 
@@ -10,6 +11,6 @@ from diffumask_fast.options import Options, ReadOptions, argument, option
 class ReportOptions(Options):
     """Which dataset to show, and where to."""
 
-    source: Path = argument("Dataset to show.", "IN")
+    source: Place = argument("Dataset to show.", "IN", place)
     out: Path | None = option(None, "The page; IN/report.html when not given.")
     reading: ReadOptions = ReadOptions()

@@ -18,9 +18,10 @@ from rich.progress import Progress
 
 from diffumask_fast.dataset.reader import open_shard, read_manifest, read_shard, shard_paths
 from diffumask_fast.dataset.shard_check import check_names, finished_shards
+from diffumask_fast.dataset.storage import Place
 from diffumask_fast.dataset.writer import write_file
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.own_files import check_own
+from diffumask_fast.own_files import check_place
 from diffumask_fast.report.entries import entry_of, rows_at, within
 from diffumask_fast.report.options import ReportOptions
 from diffumask_fast.report.page_data import page_data
@@ -54,10 +55,10 @@ def write_report(
         write_report(ReportOptions(Path("demo")))
     """
     folder, max_pixels = options.source, options.reading.max_pixels
-    out = options.out or folder / PAGE
+    out = options.out or _page_of(folder)
     manifest = read_manifest(folder)
     paths = _shards(folder, manifest)
-    check_own(out, SIGN)
+    check_place(out, SIGN)
     survey = Survey({entry["id"]: (entry["name"], entry["phrase"]) for entry in manifest["classes"] if "id" in entry})
     total = sum(map(_num_rows, paths))
     with progress(total) as bar:
@@ -82,7 +83,13 @@ def write_report(
     }  # fmt: skip
 
 
-def _shards(folder: Path, manifest: dict[str, Any]) -> list[Path]:
+def _page_of(folder: Place) -> Path:
+    if isinstance(folder, Path):
+        return folder / PAGE
+    raise DiffuMaskError(f"{folder} is no local folder: say by `out` where the page goes")
+
+
+def _shards(folder: Place, manifest: dict[str, Any]) -> list[Place]:
     """List the shards that are there.
 
     Raises:
@@ -95,12 +102,12 @@ def _shards(folder: Path, manifest: dict[str, Any]) -> list[Path]:
     return finished_shards(folder, manifest) if len(paths) == manifest["plan"]["shards"] else paths
 
 
-def _num_rows(path: Path) -> int:
+def _num_rows(path: Place) -> int:
     with open_shard(path) as file:
         return int(file.metadata.num_rows)
 
 
-def _looks(paths: Sequence[Path], max_pixels: int) -> Iterator[Look]:
+def _looks(paths: Sequence[Place], max_pixels: int) -> Iterator[Look]:
     """Look at all rows in order, some at a time."""
     rows = enumerate(row for path in paths for row in read_shard(path, COLUMNS, max_pixels))
     workers = min(MOST_LOOKING, os.cpu_count() or 1)
