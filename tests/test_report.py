@@ -51,7 +51,7 @@ def test_the_command_for_people(tmp_path):
     ("arguments", "sentence"),
     [
         (["--geometry", "sd3"], "--geometry must be one of mini, sd15"),
-        (["--suite", "goals"], "--suite must be one of end_to_end, engines, gpu_targets"),
+        (["--suite", "goals"], "--suite must be one of cluster, end_to_end, engines, gpu_targets"),
         (["--suite", "masks", "--steps", "3"], "The suite masks has no --steps"),
         (["compare", "nowhere.jsonl", "nowhere.jsonl"], "Cannot read the rows in nowhere.jsonl"),
     ],

@@ -52,7 +52,7 @@ def run_probe(options: GenerateOptions) -> dict[str, Any]:
     return {
         "images": num, "missing": missing, "is_least": job.accept_per_class is not None,
         "shards": len(shards), "images_per_hour": round(3600 * rate),
-        "hours": round(missing / rate / 3600, 4),
+        "hours": round(missing / rate / 3600, 6),
         "bytes": round(num * size), "bytes_per_shard": round(min(num, job.shard_size) * size),
         "seconds": {stage: round(value / len(rows), 5) for stage, value in seconds.items()},
         "probed": len(rows), "accepted": sum(row["accepted"] for row in rows), "batch_size": job.batch_size,

@@ -179,7 +179,7 @@ def _voc_classes(path: Path) -> tuple[dict[int, str], dict[int, tuple[int, ...]]
         raise DiffuMaskError(f"{path} must hold one line name:r,g,b:: for each class, background first")
     if any(len(colour) != 3 or not all(0 <= part <= 255 for part in colour) for colour in own.values()):
         raise DiffuMaskError(f"{path} must give each colour as three numbers r,g,b from 0 to 255")
-    shown = {BORDER: "what is ignored"}
+    shown: dict[tuple[int, ...], str] = {BORDER: "what is ignored"}
     for number, name in names.items():
         colour = own.get(number, colours[number])
         if colour in shown:
