@@ -56,3 +56,19 @@ def check_no_link(path: Path) -> None:
     """
     if path.is_symlink() and (path.is_file() or path.is_dir() or not path.exists()):
         raise DiffuMaskError(f"{path} is a link, and writing does not follow links: move it away")
+
+
+def unlinked(root: Path, *parts: str) -> Path:
+    """Return a path below a folder.
+
+    Raises:
+        DiffuMaskError: one of its parts is a link.
+    """
+    path = root
+    for part in parts:
+        path /= part
+        if path.is_symlink():
+            raise DiffuMaskError(
+                f"{path} is a link, and links in data are not followed: put the files there themselves"
+            )
+    return path

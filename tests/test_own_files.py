@@ -5,7 +5,7 @@ import os
 import pytest
 
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.own_files import SIGN, check_no_link, check_own
+from diffumask_fast.own_files import SIGN, check_no_link, check_own, unlinked
 
 
 def test_nothing_and_our_own_may_be_written(tmp_path):
@@ -43,3 +43,11 @@ def test_a_link_to_a_file_a_folder_or_nothing_is_refused_and_one_to_a_device_is_
     (tmp_path / "null").symlink_to(os.devnull)
     for path in (tmp_path / "null", tmp_path / "file", tmp_path / "new", tmp_path):
         check_no_link(path)
+
+
+def test_no_part_of_a_path_is_a_link(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "images")
+    assert unlinked(tmp_path, "images", "a.png") == tmp_path / "images" / "a.png"
+    with pytest.raises(DiffuMaskError, match="elsewhere is a link, and links in data are not followed"):
+        unlinked(tmp_path, "elsewhere", "a.png")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.own_files import unlinked
 from diffumask_fast.prompts.request import check_text, is_file_stem
 from diffumask_fast.prompts.vocabulary import ClassEntry
 
@@ -80,11 +81,4 @@ def inside(root: Path, name: object) -> Path:
     if not parts or any(part in ("", ".", "..") or set(part) & set("\\\0:") for part in parts):
         raise DiffuMaskError(f"{str(name)[:200]!r} is no name of a file in {root}: list names below the folder alone")
     check_text(str(name), "the file name")
-    path = root
-    for part in parts:
-        path /= part
-        if path.is_symlink():
-            raise DiffuMaskError(
-                f"{path} is a link, and links in data are not followed: put the files there themselves"
-            )
-    return path
+    return unlinked(root, *parts)

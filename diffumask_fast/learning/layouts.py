@@ -13,6 +13,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.learning.data import Example, checked_example
 from diffumask_fast.masks.make import IGNORE
 from diffumask_fast.options import MAX_PIXELS
+from diffumask_fast.own_files import unlinked
 from diffumask_fast.pictures import decode_picture
 from diffumask_fast.prompts.vocabulary import Vocabulary, voc_palette
 
@@ -59,11 +60,11 @@ class Voc:
 
     def __init__(self, path: Path, split: str | None = None, max_pixels: int = MAX_PIXELS) -> None:
         self._root, self._max_pixels = path, max_pixels
-        self.classes, colours = _voc_classes(_unlinked(path, "labelmap.txt"))
+        self.classes, colours = _voc_classes(unlinked(path, "labelmap.txt"))
         self._ids = {_code(colour): number for number, colour in colours.items()}
-        lists = _unlinked(path, "ImageSets", "Segmentation")
+        lists = unlinked(path, "ImageSets", "Segmentation")
         split = _only_split(split, [file.stem for file in sorted(lists.glob("*.txt"))], lists)
-        self._files = [self._place(name) for name in _lines(_unlinked(lists, f"{split}.txt"))]
+        self._files = [self._place(name) for name in _lines(unlinked(lists, f"{split}.txt"))]
         if not self._files:
             raise DiffuMaskError(f"{lists / split}.txt names no image: give another `split`")
         self.names = [files.name for files in self._files]
@@ -122,7 +123,7 @@ class Cityscapes:
     def __init__(self, path: Path, split: str | None = None, max_pixels: int = MAX_PIXELS) -> None:
         self._max_pixels = max_pixels
         self.classes = {0: "background"} | {number: name for number, (name, _) in enumerate(CITYSCAPES, 1)}
-        images = _unlinked(path, "leftImg8bit")
+        images = unlinked(path, "leftImg8bit")
         split = _only_split(split, [folder.name for folder in sorted(images.iterdir()) if folder.is_dir()], images)
         self._files = list(self._found(path, split))
         if not self._files:
@@ -133,7 +134,7 @@ class Cityscapes:
 
     @staticmethod
     def _found(path: Path, split: str) -> Iterator[Files]:
-        for image in sorted(_unlinked(path, "leftImg8bit", split).glob("*/*_leftImg8bit.png")):
+        for image in sorted(unlinked(path, "leftImg8bit", split).glob("*/*_leftImg8bit.png")):
             name, city = image.name.removesuffix("_leftImg8bit.png"), image.parent.name
             masks = [f"{name}_gtFine_{kind}.png" for kind in ("labelTrainIds", "labelIds")]
             mask = next((mask for mask in masks if (path / "gtFine" / split / city / mask).exists()), masks[1])
@@ -214,23 +215,11 @@ def _lines(path: Path) -> list[str]:
 
 
 def _files(name: str, root: Path, image: tuple[str, ...], mask: tuple[str, ...]) -> Files:
-    paths = _unlinked(root, *image), _unlinked(root, *mask)
+    paths = unlinked(root, *image), unlinked(root, *mask)
     for path in paths:
         if not path.is_file():
             raise DiffuMaskError(f"{path} is missing: bring it back, or take {name} out of the split")
     return Files(name, *paths)
-
-
-def _unlinked(root: Path, *parts: str) -> Path:
-    """Return a path below a folder, none of whose parts is a link."""
-    path = root
-    for part in parts:
-        path /= part
-        if path.is_symlink():
-            raise DiffuMaskError(
-                f"{path} is a link, and links in data are not followed: put the files there themselves"
-            )
-    return path
 
 
 def decode_image(path: Path, max_pixels: int) -> np.ndarray:
