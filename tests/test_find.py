@@ -25,7 +25,7 @@ def test_mini_is_small_and_holds_no_pickle():
     files = [path for path in mini.folder().rglob("*") if path.is_file()]
     weights = sum(path.stat().st_size for path in files if path.suffix == ".safetensors")
     assert 0 < weights <= 25 * 2**20
-    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".txt"}
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".txt", ".md"}
 
 
 def test_other_folders_have_the_general_defaults(tiny_folder):
