@@ -86,7 +86,8 @@ def verify(
 def told(summary: dict[str, Any]) -> list[str]:
     """Return what a command says of the summary of `verify`: a line for each fault, or that there is none."""
     lines = [f"{fault['file']:26} {fault['key']:24} {as_flags(fault['what'])}" for fault in summary["faults"]]
-    counts = f"{summary['images']} images in {summary['shards']} shards, {summary['accepted']} accepted"
+    shards = f"{summary['shards']} shard{'s'[: summary['shards'] - 1]}"
+    counts = f"{summary['images']} images in {shards}, {summary['accepted']} accepted"
     return lines or [f"{counts}: all is well."]
 
 
