@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from learning_samples import dataset, tiny_model
+from planted_noise import KINDS, plant, spoil
 from samples import contents
 from typer.testing import CliRunner
 
@@ -55,8 +56,8 @@ def test_by_quality(tmp_path):
     assert all(after[key].reason == row.reason for key, row in before.items() if not row.accepted)
 
 
-def coloured(sample):
-    """A rectangle whose colour is its class; its mask is spoiled in three of the samples."""
+def coloured(sample, spoil=True):
+    """A rectangle whose colour is its class; its mask is spoiled in four of the samples."""
     number, value = sample.request.seed % 1000, sample.request.class_ids[0]
     top, left = 2 + number % 6, 3 + 2 * number % 11
     sample.mask[:] = 0
@@ -65,7 +66,7 @@ def coloured(sample):
     sample.image[sample.mask == value] = (220, 40, 40) if value == 12 else (40, 40, 220)
     sample.accepted, sample.reason = True, ""
     spoilt = {"dog-000001": "empty", "dog-000004": "shift", "car-000002": "swap", "car-000005": "empty"}
-    kind = spoilt.get(sample.request.key)
+    kind = spoilt.get(sample.request.key) if spoil else None
     if kind == "empty":
         sample.mask[:] = 0
     elif kind == "shift":
@@ -88,6 +89,29 @@ def test_planted_noise_is_found_by_cross_validation(tmp_path):
     assert filter_dataset(options) == summary and contents(tmp_path / "out") == before
     recorded = json.loads((tmp_path / "out" / "dataset.json").read_text())["options"]["filter"]
     assert recorded["folds"] == 3 and recorded["learning"]["steps"] == 60
+
+
+def test_masks_are_spoiled_as_they_are_said_to_be(tmp_path):
+    mask = np.zeros((60, 80), np.uint8)
+    mask[20:40, 30:60] = 12
+    for seed in range(20):
+        shifted, swapped, eroded, emptied = (spoil(mask, kind, 7, np.random.default_rng(seed)) for kind in KINDS)
+        down, right = np.nonzero(shifted)
+        assert abs(down.min() - 20) >= 5 and abs(right.min() - 30) >= 7 and set(np.unique(shifted)) == {0, 12}
+        assert np.array_equal(swapped == 7, mask == 12) and not (swapped == 12).any() and not emptied.any()
+        assert 0 < (eroded == 12).sum() <= (mask == 12).sum() / 2 and not ((eroded > 0) & (mask == 0)).any()
+
+    def accepted(sample):
+        return coloured(sample, spoil=False)
+
+    source = dataset(tmp_path / "in", num=40, change=accepted)
+    kinds = plant(source, tmp_path / "out", 0.3, seed=1)
+    before, after = rows(source), rows(tmp_path / "out")
+    assert len(kinds) == 12 and set(kinds.values()) == set(KINDS)
+    changed = {key for key in before if not np.array_equal(before[key].mask, after[key].mask)}
+    assert changed == set(kinds)
+    renamed = {key for key in before if before[key].classes != after[key].classes}
+    assert renamed == {key for key, kind in kinds.items() if kind == "swapped"}
 
 
 def test_what_cannot_be_filtered_is_one_sentence(tmp_path):
