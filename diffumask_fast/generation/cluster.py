@@ -23,7 +23,6 @@ from diffumask_fast.generation.draw import Row, draw_shards
 from diffumask_fast.generation.generate import environment
 from diffumask_fast.generation.job import Job, make_job, open_pipe
 from diffumask_fast.generation.options import GenerateOptions
-from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.models.loading import quietly
 from diffumask_fast.results import Seconds
 
@@ -262,7 +261,7 @@ def _import_ray() -> Any:
 
 def _for_workers(options: GenerateOptions) -> GenerateOptions:
     """Return options that mean the same in another working directory."""
-    given = {name: getattr(options, name) for name in ("model", "classes", "engine_path")}
+    given = {name: getattr(options, name) for name in ("model", "classes", "engine_path", "model_options")}
     paths = {name: Path(value).expanduser() for name, value in given.items() if value is not None}
     absolute: dict[str, Any] = {
         name: str(path.resolve() if path.exists() else given[name]) for name, path in paths.items()
@@ -272,7 +271,9 @@ def _for_workers(options: GenerateOptions) -> GenerateOptions:
 
 def _options_of(text: str) -> GenerateOptions:
     values = {"out": ".", **json.loads(text)}
-    return GenerateOptions(**{**values, "maps": MapOptions(**values["maps"]), "mask": MaskOptions(**values["mask"])})
+    return GenerateOptions(
+        **{**values, "maps": MapOptions(**values["maps"]), "mask": replace(GenerateOptions.mask, **values["mask"])}
+    )
 
 
 @contextmanager
