@@ -271,9 +271,8 @@ def _for_workers(options: GenerateOptions) -> GenerateOptions:
 
 def _options_of(text: str) -> GenerateOptions:
     values = {"out": ".", **json.loads(text)}
-    return GenerateOptions(
-        **{**values, "maps": MapOptions(**values["maps"]), "mask": replace(GenerateOptions.mask, **values["mask"])}
-    )
+    made = {"maps": MapOptions(**values["maps"]), "mask": replace(GenerateOptions.mask, **values["mask"])}
+    return GenerateOptions(**{**values, **made})
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from diffumask_fast.models.hashing import OWN_OPTIONS, before_calibration
 from diffumask_fast.models.loading import quietly
 from diffumask_fast.own_files import check_no_link
 
-FEWEST = 8  # images that a judge must see, half of them to choose by
+FEWEST = 16  # images that a judge must see, half of them to choose by
 LIBRARIES = ("torch", "diffusers", "transformers")
 
 
@@ -140,9 +140,7 @@ def _out(options: CalibrateOptions, info: ModelInfo) -> Path:
         if info.name == "mini":
             raise DiffuMaskError("mini is a part of this program: say by `out` into which file its options go")
         if not Path(options.model).expanduser().is_dir():
-            raise DiffuMaskError(
-                f"{options.model} lies in the hub's cache: say by `out` into which file its options go"
-            )
+            raise DiffuMaskError(f"{options.model} is no folder of yours: say by `out` into which file its options go")
         if not os.access(folder, os.W_OK):
             raise DiffuMaskError(f"{folder} cannot be written: say by `out` into which file the options go")
     out = options.out.expanduser() if options.out is not None else folder / OWN_OPTIONS

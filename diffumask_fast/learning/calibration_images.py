@@ -26,6 +26,10 @@ from diffumask_fast.models.find import ModelInfo
 from diffumask_fast.prompts.request import Request
 
 MOST_APART = 8.0  # levels of 255, on average, between an image and the same one drawn elsewhere
+SHARED = (
+    "model", "revision", "classes", "classes_per_image", "num", "seed", "batch_size", "steps", "guidance_scale",
+    "scheduler", "size", "dtype", "device",
+)  # fmt: skip
 RECORDED = ("seed", "steps", "guidance_scale", "scheduler", "size", "dtype")
 OnDrawn = Callable[[int, int], Any]  # gets the number of images of a batch, and of all
 
@@ -53,8 +57,7 @@ def new_images(options: CalibrateOptions, judge: SegmenterJudge, on_drawn: OnDra
     Raises:
         DiffuMaskError: as `generate`; or the judge does not know a class.
     """
-    shared = ("model", "revision", "classes", "num", "seed", "batch_size", "steps", "guidance_scale", "scheduler")
-    asked = {name: getattr(options, name) for name in (*shared, "size", "dtype", "device")}
+    asked = {name: getattr(options, name) for name in SHARED}
     wanted = GenerateOptions(out=place("."), **asked)
     pipe = open_pipe(wanted, options.device)
     job = make_job(wanted, pipe)
@@ -95,8 +98,8 @@ def _stored(run: Place, rows: list[Row], info: ModelInfo) -> CalibrationImages:
         if row.maps is not None
     ]
     fixed = (
-        f"`aggregation` and `propagate` stay {maps.aggregation} and {maps.propagate}, as the stored maps were made: let "
-        "the images be drawn again to try others."
+        f"`aggregation` and `propagate` stay {maps.aggregation} and {maps.propagate}, as the stored maps were made: "
+        "let the images be drawn again to try others."
     )
     facts = {name: recorded[name] for name in RECORDED if name in recorded}
     return CalibrationImages(samples, Choice(maps, info.mask_options()), facts, fixed)
@@ -116,7 +119,7 @@ def _redrawn(run: Place, rows: Mapping[int, Row], options: CalibrateOptions, on_
         apart = np.abs(sample.image.astype(np.int16) - stored.image).mean()
         if apart > MOST_APART:
             raise DiffuMaskError(
-                f"{sample.key}, drawn again, is not the image that {run} stores (it is {apart:.0f} levels of 255 apart): "
+                f"{sample.key}, drawn again, is not the image that {run} stores ({apart:.0f} levels of 255 apart): "
                 "calibrate by its stored maps (no `redraw`), or on the machine that drew it"
             )
     return CalibrationImages(samples, own, _facts(job))

@@ -12,18 +12,18 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.learning.calibration_samples import CalibrationSample
 from diffumask_fast.learning.class_lists import lookup
 from diffumask_fast.learning.data import SegmentationData, open_data
-from diffumask_fast.learning.evaluation import ORACLE, Segmenter, predict
+from diffumask_fast.learning.evaluation import ORACLE, VISIBLE, Segmenter, predict
 from diffumask_fast.learning.options import CalibrateOptions
-from diffumask_fast.learning.segmenters import RECORD, load_segmenter
+from diffumask_fast.learning.segmenters import RECORD, load_pretrained, load_segmenter
 
-VISIBLE = 0.01  # the share of the image above which a class counts as seen
+CONFIG = "config.json"  # in a folder of transformers
 
 
 class SegmenterJudge:
     """A segmenter that predicts the right masks from the images.
 
     Args:
-        name: `mini-oracle`, or a folder that `train` wrote.
+        name: `mini-oracle`, a folder that `train` wrote, or one of transformers.
         device: where it predicts.
 
     Raises:
@@ -98,7 +98,8 @@ def open_judge(options: CalibrateOptions, device: torch.device) -> SegmenterJudg
     Raises:
         DiffuMaskError: there is none of that name, or an option is for the other kind.
     """
-    is_segmenter = options.judge == ORACLE or (Path(options.judge).expanduser() / RECORD).exists()
+    folder = Path(options.judge).expanduser()
+    is_segmenter = options.judge == ORACLE or any((folder / name).exists() for name in (RECORD, CONFIG))
     if is_segmenter and (options.run is not None or options.split is not None or not options.redraw):
         raise DiffuMaskError(
             f"{options.judge} judges new images of the model: leave out `run`, `split` and `redraw`, which are for data"
@@ -108,7 +109,8 @@ def open_judge(options: CalibrateOptions, device: torch.device) -> SegmenterJudg
 
 def _load(name: str, device: torch.device) -> Segmenter:
     if name != ORACLE:
-        return load_segmenter(Path(name).expanduser(), device)
+        folder = Path(name).expanduser()
+        return (load_segmenter if (folder / RECORD).exists() else load_pretrained)(folder, device)
     from diffumask_fast.mini.oracle import load_oracle
 
     return load_oracle().to(device)

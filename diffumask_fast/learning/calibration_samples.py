@@ -122,12 +122,13 @@ def draw_samples(
     own: Propagate = job.maps.propagate
     times = max(min(MOST_TIMES, math.ceil(job.steps / 3)), own if isinstance(own, int) else 0)
     keys = [request.key for request in requests]
-    drawings = Drawings(work, {"options": job.options, "weights": job.weights, "times": times, "keys": keys})
+    options = {name: value for name, value in job.options.items() if name not in (*vars(job.maps), *vars(job.mask))}
+    drawings = Drawings(work, {"options": options, "weights": job.weights, "times": times, "keys": keys})
     samples: list[CalibrationSample] = []
     for index, start in enumerate(range(0, len(requests), job.batch_size)):
         batch = requests[start : start + job.batch_size]
         arrays = drawings.load(index)
-        if arrays is None:
+        if arrays is None or _name(job.maps) not in arrays:
             arrays = _draw(pipe, job, batch, times)
             drawings.save(index, arrays)
         samples += _samples_of(batch, arrays)
@@ -167,12 +168,12 @@ def _draw(pipe: DiffuMaskPipeline, job: Job, batch: Sequence[Request], times: in
     if later:
         pixels = decode(pipe.pipe, pixels, pipe.seconds)
     images = (pixels.nan_to_num(0).permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8)
-    return {"image": images.cpu().numpy(), **_every_map(maps.store, times, job.maps)}
+    return {"image": images.cpu().contiguous().numpy(), **_every_map(maps.store, times, job.maps)}
 
 
 def _every_map(store: MapStore, times: int, own: MapOptions) -> dict[str, np.ndarray]:
     options = variants(sorted(store.levels, key=int), times, own)
-    return {_name(one): quantise_maps(store.class_maps(one)).cpu().numpy() for one in options}
+    return {_name(one): quantise_maps(store.class_maps(one)).cpu().contiguous().numpy() for one in options}
 
 
 def _samples_of(batch: Sequence[Request], arrays: Mapping[str, np.ndarray]) -> Iterator[CalibrationSample]:
