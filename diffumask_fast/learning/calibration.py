@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.progress import Progress
 
 from diffumask_fast import __version__
 from diffumask_fast.dataset.writer import write_file
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.learning.calibration_images import new_images, run_images
+from diffumask_fast.learning.calibration_images import CalibrationImages, new_images, run_images
 from diffumask_fast.learning.calibration_judges import SegmenterJudge, open_judge, seen
-from diffumask_fast.learning.calibration_search import SURE, Difference, difference, halves, search
-from diffumask_fast.learning.calibration_trials import FIGURES, Choice, Trials
+from diffumask_fast.learning.calibration_search import SURE, difference, halves, search
+from diffumask_fast.learning.calibration_trials import FIGURES, Trials
 from diffumask_fast.learning.options import CalibrateOptions
 from diffumask_fast.models.device import resolve_device
 from diffumask_fast.models.find import ModelInfo, find_model
@@ -47,9 +48,10 @@ def calibrate(
 
     Returns:
         out, judge, images, judged (images in which the judge sees what was asked for), trials, seconds (draw, try),
-        before and after (options by name), figures (of both, on the half that confirms: class_iou, foreground_iou,
-        boundary_iou, and score, their mean), difference (of the scores), standard_error, switched, fixed (a sentence
-        on what was not varied).
+        before, best and after (options by name: the model's, those that were found, and those that it has now), figures
+        (of `before` and `best`, on the half that confirms: class_iou, foreground_iou, boundary_iou, and score, their
+        mean), difference (of the scores), standard_error, chosen_on and confirmed_on (images), switched, fixed (a
+        sentence on what was not varied).
 
     Raises:
         DiffuMaskError: there is no such model or judge, they do not fit together, the judge sees too few of the
@@ -59,69 +61,75 @@ def calibrate(
     with quietly(), progress(None) as bar:
         info = find_model(options.model, options.revision)
         out = _out(options, info)
-        judge = open_judge(options, device)
-        task, start = bar.add_task("drawing", total=None), time.perf_counter()
-
-        def on_drawn(count: int, total: int) -> None:
-            bar.update(task, total=total, advance=count)
-
-        images = (
-            new_images(options, judge, on_drawn)
-            if isinstance(judge, SegmenterJudge)
-            else run_images(options, judge, info, on_drawn)
-        )
-        labels = judge.labels(images.samples)
-        kept = seen(images.samples, labels)
-        if len(kept) < FEWEST:
-            raise DiffuMaskError(
-                f"{options.judge} sees what was asked for in {len(kept)} of {len(labels)} images, and {FEWEST} are the "
-                "fewest to go by: take more images, other classes, or another judge"
-            )
-        drawn = time.perf_counter()
-        trials = Trials([images.samples[index] for index in kept], [labels[index] for index in kept], device)
+        start = time.perf_counter()
+        images, labels = _images(options, info, device, bar)
+        trials = _trials(options, images, labels, device)
         choosing, confirming = halves([sample.classes for sample in trials.samples])
-        task = bar.add_task("trying", total=None)
+        task, drawn = bar.add_task("trying", total=None), time.perf_counter()
         best = search(trials, images.own, choosing, lambda: bar.advance(task))
-    pair = {"before": images.own, "after": best}
-    scores = {name: trials.scores(choice, confirming) for name, choice in pair.items()}
-    gain = difference(scores["after"], scores["before"])
+    figures = {
+        name: _means(trials.figures(choice, confirming)) for name, choice in (("before", images.own), ("best", best))
+    }
+    gain = difference(trials.scores(best, confirming), trials.scores(images.own, confirming))
     switched = gain.mean > SURE * gain.error
-    after = best if switched else images.own
-    figures = {name: _means(trials.figures(choice, confirming)) for name, choice in pair.items()}
-    found = _found(options, figures, gain, switched, len(labels), len(choosing), len(confirming))
-    tried = best.options if not switched and best != images.own else None
-    _write(out, info, after, {**found, **({"tried": tried} if tried else {}), "images_drawn_by": images.facts})
+    found = {
+        "judge": Path(options.judge).name, "images": len(labels), "chosen_on": len(choosing),
+        "confirmed_on": len(confirming), "before": images.own.options, "best": best.options, "figures": figures,
+        "difference": round(gain.mean, 5), "standard_error": round(gain.error, 5), "switched": switched,
+    }  # fmt: skip
+    after = (best if switched else images.own).options
+    _write(out, info, after, {**found, "images_drawn_by": images.facts})
+    seconds = {"draw": drawn - start, "try": time.perf_counter() - drawn}
     return {
-        "out": str(out), "judge": options.judge, "images": len(labels), "judged": len(kept), "trials": trials.count,
-        "seconds": {"draw": drawn - start, "try": time.perf_counter() - drawn},
-        "before": images.own.options, "after": after.options, **found, "fixed": images.fixed,
+        "out": str(out), **found, "judged": len(trials.samples), "trials": trials.count, "seconds": seconds,
+        "after": after, "fixed": images.fixed,
     }  # fmt: skip
 
 
 def told(summary: dict[str, Any]) -> list[str]:
     """Return what a command says of the summary of `calibrate`."""
-    seconds, figures, n = summary["seconds"], summary["figures"], summary["confirmed_on"]
-    lines = [
+    seconds, figures, before = summary["seconds"], summary["figures"], summary["before"]
+    changes = {name: value for name, value in summary["best"].items() if value != before[name]}
+    shown = ", ".join(f"{name} {before[name]} -> {value}" for name, value in changes.items()) or "none are better"
+    gain = f"{summary['difference']:+.3f}, standard error {summary['standard_error']:.3f}"
+    verdict = "" if summary["switched"] else "; no better beyond noise, nothing is changed"
+    return [
         f"{summary['images']} images, {summary['judged']} judged by {summary['judge']}, {summary['trials']} trials: "
         f"{seconds['draw']:.0f} s drawing, {seconds['try']:.0f} s trying.",
-        f"{'':16} {'before':>10} {'best':>10}",
+        f"{'':16} {'before':>8} {'best':>8}   on {summary['confirmed_on']} images that had no part in the choice",
+        *(f"{name:16} {old:8.3f} {figures['best'][name]:8.3f}" for name, old in figures["before"].items()),
+        f"{shown} ({gain}){verdict}.",
+        *filter(None, [summary["fixed"]]),
+        f"Written to {summary['out']}.",
     ]
-    lines += [f"{name:16} {old:10.3f} {figures['after'][name]:10.3f}" for name, old in figures["before"].items()]
-    changes = {name: value for name, value in summary["after"].items() if value != summary["before"][name]}
-    shown = ", ".join(f"{name} {summary['before'][name]} -> {value}" for name, value in changes.items())
-    gain = f"{summary['difference']:+.3f} with a standard error of {summary['standard_error']:.3f} on {n} other images"
-    lines += [f"{gain}: {shown}." if summary["switched"] else f"{gain}: no better beyond noise, nothing is changed."]
-    return [*lines, *filter(None, [summary["fixed"]]), f"Written to {summary['out']}."]
 
 
-def _found(
-    options: CalibrateOptions, figures: dict[str, Any], gain: Difference, switched: bool, images: int, chosen: int,
-    confirmed: int,
-) -> dict[str, Any]:  # fmt: skip
-    return {
-        "judge": options.judge, "images": images, "chosen_on": chosen, "confirmed_on": confirmed, "figures": figures,
-        "difference": round(gain.mean, 5), "standard_error": round(gain.error, 5), "switched": switched,
-    }  # fmt: skip
+def _images(
+    options: CalibrateOptions, info: ModelInfo, device: torch.device, bar: Progress
+) -> tuple[CalibrationImages, list[np.ndarray]]:
+    """Return images, and the right mask of each."""
+    judge, task = open_judge(options, device), bar.add_task("drawing", total=None)
+
+    def on_drawn(count: int, total: int) -> None:
+        bar.update(task, total=total, advance=count)
+
+    if isinstance(judge, SegmenterJudge):
+        images = new_images(options, judge, on_drawn)
+    else:
+        images = run_images(options, judge, info, on_drawn)
+    return images, judge.labels(images.samples)
+
+
+def _trials(
+    options: CalibrateOptions, images: CalibrationImages, labels: list[np.ndarray], device: torch.device
+) -> Trials:
+    kept = seen(images.samples, labels)
+    if len(kept) < FEWEST:
+        raise DiffuMaskError(
+            f"{options.judge} sees what was asked for in {len(kept)} of {len(labels)} images, and {FEWEST} are the "
+            "fewest to go by: take more images, other classes, or another judge"
+        )
+    return Trials([images.samples[index] for index in kept], [labels[index] for index in kept], device)
 
 
 def _means(figures: np.ndarray) -> dict[str, float]:
@@ -160,11 +168,11 @@ def _read(path: Path) -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
-def _write(out: Path, info: ModelInfo, choice: Choice, calibration: dict[str, Any]) -> None:
+def _write(out: Path, info: ModelInfo, chosen: dict[str, Any], calibration: dict[str, Any]) -> None:
     """Write the model's own settings with these options."""
     own = info.local_folder / OWN_OPTIONS
     known = _read(own)
     versions = {"diffumask_fast": __version__, **{name: version(name) for name in LIBRARIES}}
-    known["mask"] = {**known.get("mask", {}), **choice.options}
+    known["mask"] = {**known.get("mask", {}), **chosen}
     known["calibration"] = {**calibration, "versions": versions, "before_sha256": before_calibration(own)}
     write_file(out, (json.dumps(known, indent=2, ensure_ascii=False) + "\n").encode())

@@ -17,6 +17,10 @@ from diffumask_fast.learning.options import CalibrateOptions
 from diffumask_fast.learning.segmenters import RECORD, load_pretrained, load_segmenter
 
 CONFIG = "config.json"  # in a folder of transformers
+OF_NEW_IMAGES = (
+    "classes", "classes_per_image", "num", "seed", "batch_size", "steps", "guidance_scale", "scheduler", "size",
+    "dtype",
+)  # fmt: skip
 
 
 class SegmenterJudge:
@@ -104,7 +108,12 @@ def open_judge(options: CalibrateOptions, device: torch.device) -> SegmenterJudg
         raise DiffuMaskError(
             f"{options.judge} judges new images of the model: leave out `run`, `split` and `redraw`, which are for data"
         )
-    return SegmenterJudge(options.judge, device) if is_segmenter else DataJudge(options)
+    if is_segmenter:
+        return SegmenterJudge(options.judge, device)
+    for name in (*OF_NEW_IMAGES, *(() if options.redraw else ("work",))):
+        if getattr(options, name) != getattr(CalibrateOptions, name):
+            raise DiffuMaskError(f"{options.judge} has masks of images that are there already: leave out `{name}`")
+    return DataJudge(options)
 
 
 def _load(name: str, device: torch.device) -> Segmenter:
