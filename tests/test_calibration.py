@@ -13,6 +13,7 @@ from test_cli import rows_of
 from test_generation import options, silent
 from typer.testing import CliRunner
 
+from diffumask_fast import mini
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.cli import app
 from diffumask_fast.dataset.reader import read_manifest
@@ -21,7 +22,11 @@ from diffumask_fast.generation.generate import run_generate
 from diffumask_fast.generation.job import make_job, open_pipe
 from diffumask_fast.learning import calibration
 from diffumask_fast.learning.calibration import calibrate, told
+from diffumask_fast.learning.calibration_images import new_images
+from diffumask_fast.learning.calibration_judges import SegmenterJudge
 from diffumask_fast.learning.calibration_samples import draw_samples
+from diffumask_fast.learning.calibration_search import halves
+from diffumask_fast.learning.calibration_trials import Choice, Trials
 from diffumask_fast.learning.options import CalibrateOptions
 from diffumask_fast.masks.make import make_masks
 from diffumask_fast.masks.options import MaskOptions
@@ -62,13 +67,13 @@ def made(tiny_folder, tmp_path_factory):
 def test_the_options_that_the_masks_agree_with_are_found(made):
     asked, summary, _ = made
     assert summary["switched"] and summary["images"] == 20 and summary["judged"] >= 16 and summary["trials"] > 100
-    assert summary["before"]["aggregation"] == "paper" and summary["after"]["refine"] == "none", summary
+    assert summary["before"]["aggregation"] == "paper" and summary["best"] == summary["after"] != summary["before"]
     before, after = (summary["figures"][name] for name in ("before", "best"))
-    assert after["foreground_iou"] > 0.95 > before["foreground_iou"]
+    assert after["foreground_iou"] > max(0.85, before["foreground_iou"])
     assert summary["difference"] == pytest.approx(after["score"] - before["score"], abs=1e-4)
     assert summary["difference"] > 2 * summary["standard_error"] and summary["fixed"] == ""
     lines = told(summary)
-    assert summary["best"] == summary["after"] and "refine guided -> none" in lines[-2]
+    assert " -> " in lines[-2] and "no better" not in lines[-2]
     assert lines[-1] == f"Written to {asked.model}/diffumask.json."
 
 
@@ -102,9 +107,9 @@ def test_what_draws_takes_the_options_and_an_explicit_one_wins(made, tmp_path):
     program("generate", tmp_path / "own", *tiny)
     recorded = read_manifest(tmp_path / "own")["options"]
     assert {name: recorded[name] for name in summary["after"]} == summary["after"]
-    program("generate", tmp_path / "flags", *tiny, "--threshold", "otsu", "--refine", "guided", "--propagate", "none")
+    program("generate", tmp_path / "flags", *tiny, "--threshold", "0.95", "--refine", "none", "--propagate", "none")
     recorded = read_manifest(tmp_path / "flags")["options"]
-    assert [recorded[name] for name in ("threshold", "refine", "propagate")] == ["otsu", "guided", "none"]
+    assert [recorded[name] for name in ("threshold", "refine", "propagate")] == [0.95, "none", "none"]
     assert recorded["aggregation"] == summary["after"]["aggregation"]
     row, other = rows_of(tmp_path / "own")[0], rows_of(tmp_path / "flags")[0]
     assert row["image"] == other["image"] and row["mask"] != other["mask"]
@@ -184,17 +189,21 @@ def test_where_options_may_not_go_is_said_before_anything_is_drawn(tiny_folder, 
 
 @pytest.mark.slow
 def test_mini_with_spoiled_options_finds_its_way_back(tmp_path):
-    from diffumask_fast import mini
-
     model = shutil.copytree(mini.folder(), tmp_path / "mini")
     known = json.loads((model / "diffumask.json").read_text())
-    good = known["mask"]
-    known["mask"] = {"aggregation": "2", "propagate": "none", "threshold": 0.8}
-    (model / "diffumask.json").write_text(json.dumps(known))
-    common = ["--judge", "mini-oracle", "--num", 36, "--steps", 10, "--device", "cpu", "--json"]
-    spoiled = json.loads(program("calibrate", model, *common, "--work", tmp_path / "work").stdout)
-    assert spoiled["switched"] and spoiled["after"]["aggregation"] != "2"
-    assert json.loads((model / "diffumask.json").read_text())["classes"] == known["classes"]
-    shipped = json.loads(program("calibrate", "mini", *common, "--out", tmp_path / "out.json").stdout)
-    assert shipped["before"].items() >= good.items()
-    assert spoiled["figures"]["best"]["score"] > shipped["figures"]["before"]["score"] - 0.015
+    spoiled = {**known, "mask": {"aggregation": "2", "propagate": "none", "threshold": 0.8}}
+    (model / "diffumask.json").write_text(json.dumps(spoiled))
+    asked = CalibrateOptions(str(model), "mini-oracle", num=36, steps=10, device="cpu", work=tmp_path / "work")
+    summary = calibrate(asked)
+    assert summary["switched"] and summary["figures"]["before"]["foreground_iou"] < 0.6
+    written = json.loads((model / "diffumask.json").read_text())
+    assert written["classes"] == known["classes"] and written["mask"] == summary["after"] != spoiled["mask"]
+
+    judge = SegmenterJudge("mini-oracle", torch.device("cpu"))
+    samples = new_images(asked, judge, lambda count, total: None).samples  # which are not drawn again
+    trials = Trials(samples, judge.labels(samples), torch.device("cpu"))
+    _, confirming = halves([sample.classes for sample in samples])
+    shipped = trials.figures(Choice(MapOptions(**known["mask"]), MaskOptions()), confirming).mean(0)
+    best = summary["figures"]["best"]
+    assert summary["judged"] == len(samples)
+    assert best["foreground_iou"] > shipped[1] - 0.01 and best["boundary_iou"] > shipped[2] - 0.02
