@@ -14,7 +14,7 @@ import numpy as np
 from rich.progress import Progress
 
 from diffumask_fast.dataset.reader import BATCH, Row, open_shard, read_manifest, rows_of
-from diffumask_fast.dataset.schema import MANIFEST
+from diffumask_fast.dataset.schema import CAPTIONS, MANIFEST
 from diffumask_fast.dataset.shard_check import Content, check_content, planned_line
 from diffumask_fast.dataset.storage import Place, place
 from diffumask_fast.dataset.writer import MARK, shard_path
@@ -122,6 +122,7 @@ class _Reading:
         """Yield all faults, and tell how many rows are read."""
         clean = True
         yield from self._strange_files()
+        yield from self._caption_faults()
         with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "decode") as pool:
             for index in range(self.manifest["plan"]["shards"]):
                 for fault in self._shard_faults(index, pool, on_rows):
@@ -142,6 +143,14 @@ class _Reading:
                 half = name.endswith(".tmp")
                 what = "half-written" if half else f"none of the {shards} shards of this dataset"
                 yield Fault(f"data/{name}", "", what, AGAIN if half else "move it away")
+
+    def _caption_faults(self) -> Iterator[Fault]:
+        """Yield what is wrong with the captions that the prompts were taken from."""
+        recorded, path = self.manifest["options"].get("retrieved"), self.folder / CAPTIONS
+        if recorded is not None and not path.exists():
+            yield Fault(CAPTIONS, "", "missing", AGAIN)
+        elif recorded is not None and hashlib.sha256(path.read_bytes()).hexdigest() != recorded:
+            yield Fault(CAPTIONS, "", "not what the dataset was drawn from", AGAIN)
 
     def _shard_faults(self, index: int, pool: ThreadPoolExecutor, on_rows: Callable[[int], object]) -> Iterator[Fault]:
         path = shard_path(self.folder, index)

@@ -83,10 +83,11 @@ class Job:
     def options(self) -> dict[str, Any]:
         """What decides the data beside the model, named as the flags are: the `options` of `dataset.json`."""
         engine = {"engine_sha256": self.engine_sha256} if self.engine_sha256 else {}
+        retrieved = self.recipe.retrieved.options if self.recipe.retrieved else {}
         quota = {"accept_per_class": self.accept_per_class} if self.accept_per_class else {"num": self.recipe.num}
         return {
             "revision": self.revision, "classes": ",".join(self.recipe.vocabulary.names),
-            "classes_per_image": self.recipe.classes_per_image, **quota, "seed": self.recipe.seed,
+            **retrieved, "classes_per_image": self.recipe.classes_per_image, **quota, "seed": self.recipe.seed,
             "batch_size": self.batch_size, "steps": self.steps, "guidance_scale": self.guidance_scale,
             "scheduler": self.scheduler, "size": f"{self.height}x{self.width}",
             "dtype": str(DTYPES[self.dtype]).removeprefix("torch."), "engine": self.engine, **engine,

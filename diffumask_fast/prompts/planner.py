@@ -11,6 +11,7 @@ from typing import Any, overload
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.prompts.request import Request
+from diffumask_fast.prompts.retrieval import Retrieved
 from diffumask_fast.prompts.vocabulary import ClassEntry, Vocabulary
 
 TEMPLATE = "a photo of {objects} {scene}"
@@ -36,6 +37,7 @@ class Recipe:
             mapping, or scenes alone. None is the list that comes with the package.
         negative_prompt: the same for all samples.
         rounds: how many samples of each class, round after round, `num` in all; none takes the classes in turn.
+        retrieved: captions of a file, which stand in the place of templates where there are some of the classes.
 
     Raises:
         DiffuMaskError: a number is out of range, or a template cannot be filled.
@@ -49,6 +51,7 @@ class Recipe:
     scenes: Scenes | Mapping[str, Sequence[str]] | Sequence[str] | None = None
     negative_prompt: str = ""
     rounds: tuple[tuple[int, ...], ...] = ()
+    retrieved: Retrieved | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "templates", tuple(self.templates))
@@ -77,7 +80,8 @@ class Recipe:
     def from_json(cls, values: Mapping[str, Any]) -> Recipe:
         """Return the recipe that `as_json` wrote."""
         entries = [ClassEntry(**entry) for entry in values["vocabulary"]]
-        return cls(**{**values, "vocabulary": Vocabulary(tuple(entries))})
+        retrieved = Retrieved(**values["retrieved"]) if values.get("retrieved") else None
+        return cls(**{**values, "vocabulary": Vocabulary(tuple(entries)), "retrieved": retrieved})
 
 
 class Plan(Sequence[Request]):
@@ -215,7 +219,7 @@ class _Theme:
     phrases: tuple[str, ...]
     class_ids: tuple[int, ...]
     classes: tuple[str, ...]
-    captions: list[str]
+    captions: Sequence[str]
 
 
 class _Captions:
@@ -224,6 +228,7 @@ class _Captions:
     def __init__(self, recipe: Recipe, fits: Fits | None) -> None:
         self.templates, self.fits = recipe.templates, fits
         self.scenes = _suited(_with_classes(recipe.scenes or ()), recipe.vocabulary)
+        self.retrieved = dict(recipe.retrieved.captions) if recipe.retrieved else {}
         self.dropped = 0
         self._known: dict[tuple[str, ...], _Theme] = {}
 
@@ -239,8 +244,10 @@ class _Captions:
             )
         return self._known[names]
 
-    def _make(self, entries: tuple[ClassEntry, ...]) -> list[str]:
+    def _make(self, entries: tuple[ClassEntry, ...]) -> Sequence[str]:
         names = {entry.name for entry in entries}
+        if found := self.retrieved.get(tuple(sorted(names))):
+            return found
         nouns = [article(entry.phrase) for entry in entries]
         objects = " and ".join(filter(None, [", ".join(nouns[:-1]), nouns[-1]]))
         # Where no scene suits every class, take those that suit the first.
