@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 from samples import contents
@@ -12,6 +13,7 @@ from diffumask_fast.dataset.remask import remask
 from diffumask_fast.dataset.verify import verify
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation import captions as module
+from diffumask_fast.generation.embedding import embed
 from diffumask_fast.generation.generate import run_generate
 from diffumask_fast.generation.job import make_job, open_pipe
 from diffumask_fast.generation.options import GenerateOptions, RebuildOptions
@@ -70,28 +72,19 @@ def test_prompts_are_captions_and_the_folder_keeps_them(tiny_folder, tmp_path, f
 
 def test_the_nearest_captions_are_taken_and_embedded_once(tiny_folder, tmp_path, file, monkeypatch):
     embedded = []
-    monkeypatch.setattr(
-        module, "embed", lambda pipe, texts, true=module.embed: embedded.append(texts) or true(pipe, texts)
-    )
+    monkeypatch.setattr(module, "embed", lambda pipe, texts: embedded.append(texts) or embed(pipe, texts))
     run = asked(tmp_path / "a", tiny_folder, file, retrieval="auto", classes="dog")
     pipe = open_pipe(run, "cpu")
     job = make_job(run, pipe)
     found = module.with_captions(job, run, pipe).recipe.retrieved
-    assert (
-        found.method == "embedding"
-        and [len(texts) for texts in embedded] == [31, 1]
-        and len(found.captions[0][1]) == 31
-    )
+    assert found.method == "embedding" and list(map(len, embedded)) == [31, 1] and len(found.captions[0][1]) == 31
     texts = [prompt.removeprefix("Photo of ") for prompt in found.captions[0][1]]
-    base = module.embed(pipe, ["a photo of a dog"])[0].astype("float32")
-    scores = [float(vector.astype("float32") @ base) for vector in module.embed(pipe, texts)]
-    assert (
-        all(high > low - 2e-3 for high, low in zip(scores, scores[1:], strict=False)) and scores[0] > scores[-1] + 2e-3
-    )
+    scores = embed(pipe, texts).astype("float32") @ embed(pipe, ["a photo of a dog"])[0].astype("float32")
+    assert (scores[:-1] > scores[1:] - 2e-3).all() and scores[0] > scores[-1] + 2e-3
     del embedded[:]
     fewer = asked(tmp_path / "a", tiny_folder, file, retrieval="embedding", classes="dog", captions_per_class=11)
     assert module.with_captions(job, fewer, pipe).recipe.retrieved.captions[0][1] == found.captions[0][1][:11]
-    assert [len(texts) for texts in embedded] == [1]
+    assert list(map(len, embedded)) == [1]
     file.write_text(file.read_text() + "\na dog on a box")
     assert len(module.with_captions(job, run, pipe).recipe.retrieved.captions[0][1]) == 32
 
@@ -138,12 +131,12 @@ def test_a_changed_file_and_changed_options_are_named(tiny_folder, tmp_path, fil
     run_generate(asked(out, tiny_folder, file), silent)
     before = contents(out)
     text = file.read_text()
-    for changes, words in (
-        ({"retrieval": "words"}, "`retrieval` was embedding"),
-        ({"captions": None}, "`captions` was"),
+    for run, words in (
+        (asked(out, tiny_folder, file, retrieval="words"), "`retrieval` was embedding and is words now"),
+        (options(out, tiny_folder), "`captions` was .* and is not set now"),
     ):
         with pytest.raises(DiffuMaskError, match=words):
-            run_generate(options(out, tiny_folder, **{"captions": file, **changes}), silent)
+            run_generate(run, silent)
     file.write_text(text + "\na dog")
     with pytest.raises(DiffuMaskError, match="`captions` was .* and is .* now"):
         run_generate(asked(out, tiny_folder, file), silent)
@@ -202,6 +195,6 @@ def test_options_without_a_file_are_refused(tmp_path):
         with pytest.raises(DiffuMaskError, match=f"`{next(iter(changes))}` is of no use without a file of captions"):
             GenerateOptions(tmp_path, **changes)
     with pytest.raises(DiffuMaskError, match="local path"):
-        GenerateOptions(tmp_path, captions="s3://bucket/captions.txt")
+        GenerateOptions(tmp_path, captions=Path("s3://bucket/captions.txt"))
     with pytest.raises(DiffuMaskError, match="one of auto, embedding, words"):
         GenerateOptions(tmp_path, captions=tmp_path / "a.txt", retrieval="near")

@@ -52,7 +52,7 @@ def with_captions(job: Job, options: GenerateOptions, pipe: DiffuMaskPipeline | 
     """
     if options.captions is None:
         return job
-    method, path = options.retrieval, options.captions.expanduser()
+    method, path = options.retrieval, Path(options.captions).expanduser()
     if method == "auto":
         method = "embedding" if _compares_texts(pipe) else "words"
     kept = _kept(job, options, method)
@@ -150,7 +150,7 @@ def _kept(job: Job, options: GenerateOptions, method: str) -> Retrieved | None:
     try:
         return kept_captions(folder, manifest)
     except DiffuMaskError:
-        if options.captions is not None and options.captions.expanduser().exists():
+        if options.captions is not None and Path(options.captions).expanduser().exists():
             return None
         raise
 
