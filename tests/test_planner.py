@@ -8,7 +8,7 @@ import pytest
 
 from diffumask_fast.dataset.shard_check import digest_plan
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.prompts.planner import Plan, Recipe, article, load_scenes, plan
+from diffumask_fast.prompts.planner import Plan, Recipe, load_scenes, plan
 from diffumask_fast.prompts.vocabulary import Vocabulary
 
 SMALL = Vocabulary.parse("aeroplane,dog,car")
@@ -164,14 +164,6 @@ def test_no_version_plans_otherwise(sha256):
 def test_refuses(keywords, word):
     with pytest.raises(DiffuMaskError, match=word):
         plan(SMALL, **keywords)
-
-
-@pytest.mark.parametrize(
-    "phrase, wanted",
-    [("aeroplane", "an"), ("dog", "a"), ("unicycle", "a"), ("Ewe", "an"), ("umbrella", "an"), ("European hare", "a")],
-)
-def test_article(phrase, wanted):
-    assert article(phrase) == f"{wanted} {phrase}"
 
 
 def test_rounds_take_their_classes_in_turn_and_number_them_on():

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from diffumask_fast.prompts.planner import Plan, Recipe
-from diffumask_fast.prompts.retrieval import BANNED, Best, Matcher, Retrieved, chance
+from diffumask_fast.prompts.retrieval import BANNED, Best, CaptionMatcher, Retrieved, chance
 from diffumask_fast.prompts.vocabulary import ClassEntry, Vocabulary
 
 VOC = Vocabulary.voc()
@@ -37,20 +37,20 @@ FOUND = Retrieved(
     ],
 )
 def test_the_reference_s_filters(caption, names):
-    assert Matcher(VOC).match(caption) == names
+    assert CaptionMatcher(VOC).match(caption) == names
 
 
 def test_without_filters_the_words_alone_count():
-    matcher = Matcher(VOC, caption_filter="none")
+    matcher = CaptionMatcher(VOC, caption_filter="none")
     for caption in ("the very old wet black dog", "a dog - stock photo", LONG):
         assert matcher.match(caption) == ("dog",)
     assert matcher.match("a dog and a cat") == ()
-    assert matcher.prompt("my dog") == "my dog" and Matcher(VOC).prompt("my dog") == "Photo of my dog"
+    assert matcher.prompt("my dog") == "my dog" and CaptionMatcher(VOC).prompt("my dog") == "Photo of my dog"
     assert len(BANNED) == 19
 
 
 def test_with_two_classes_a_caption_names_just_these():
-    matcher = Matcher(VOC, classes_per_image=2)
+    matcher = CaptionMatcher(VOC, classes_per_image=2)
     assert matcher.match("a dog that sits beside my very old sofa") == ("dog", "sofa")
     assert matcher.match("my very old wet black dog and a sofa") == ()
     assert matcher.match("a dog") == matcher.match("a dog, a cat and a sofa") == ()
@@ -58,11 +58,21 @@ def test_with_two_classes_a_caption_names_just_these():
 
 def test_the_longest_phrase_wins_and_scripts_without_spaces_are_read():
     entries = [(30, "dog", "dog"), (31, "hot dog", "hot dog"), (32, "inu", "犬"), (33, "bär", "BÄR")]
-    matcher = Matcher(Vocabulary(tuple(ClassEntry(*entry) for entry in entries)))
+    matcher = CaptionMatcher(Vocabulary(tuple(ClassEntry(*entry) for entry in entries)))
     assert matcher.match("a hot dog on a plate") == ("hot dog",)
     assert matcher.match("hot day of a dog") == ("dog",)
     assert matcher.match("黒い犬が走る") == ("inu",)
     assert matcher.match("ein bär im Wald") == ("bär",)
+
+
+def test_plurals_and_synonyms_are_the_class():
+    entries = (ClassEntry(12, "dog", "dog", synonyms=("guide dog", "puppy")), ClassEntry(15, "person", "person"))
+    matcher = CaptionMatcher(Vocabulary(entries))
+    assert matcher.match("two puppies") == matcher.match("guide dogs at work") == ("dog",)
+    assert matcher.match("many people") == ("person",) and matcher.match("people and dogs") == ()
+    found = Retrieved("0" * 64, "words", 9, "reference", ((("dog",), ("Photo of two puppies",)),))
+    request = Plan(Recipe(Vocabulary(entries[:1]), 1, retrieved=found))[0]
+    assert request.prompt == "Photo of two puppies" and request.phrases == ("puppies",)
 
 
 def test_the_best_are_the_same_in_any_order_and_each_once():

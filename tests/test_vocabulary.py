@@ -3,7 +3,8 @@
 import pytest
 
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.prompts.vocabulary import ClassEntry, Vocabulary, voc_palette
+from diffumask_fast.prompts.class_entry import ClassEntry
+from diffumask_fast.prompts.vocabulary import Vocabulary, voc_palette
 
 MINI = Vocabulary.named(["aeroplane", "dog", "cat", "pottedplant"])
 

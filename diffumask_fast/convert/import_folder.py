@@ -17,8 +17,9 @@ from diffumask_fast.dataset.derive import check_apart
 from diffumask_fast.dataset.finish import finish
 from diffumask_fast.dataset.run import open_run
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.prompts.class_entry import ClassEntry
 from diffumask_fast.prompts.request import Request
-from diffumask_fast.prompts.vocabulary import ClassEntry, Vocabulary
+from diffumask_fast.prompts.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from math import comb
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,10 @@ from diffumask_fast.generation.job import Job
 from diffumask_fast.generation.options import GenerateOptions
 from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.caption_file import CaptionFile
-from diffumask_fast.prompts.planner import Recipe, article
-from diffumask_fast.prompts.retrieval import Best, Matcher, Retrieved, chance
+from diffumask_fast.prompts.class_entry import ClassEntry
+from diffumask_fast.prompts.english import article
+from diffumask_fast.prompts.planner import Recipe
+from diffumask_fast.prompts.retrieval import Best, CaptionMatcher, Retrieved, chance
 
 if TYPE_CHECKING:
     from diffumask_fast.generation.cluster import Cluster
@@ -65,7 +67,7 @@ def with_captions(job: Job, options: GenerateOptions, pipe: DiffuMaskPipeline | 
         asked = Retrieved(source, method, options.captions_per_class, options.caption_filter, ())
         index = None
         if method == "embedding" and job.weights is not None:
-            phrases = [(entry.name, entry.phrase) for entry in job.recipe.vocabulary.entries]
+            phrases = [(entry.name, entry.phrases) for entry in job.recipe.vocabulary.entries]
             recipe = (phrases, job.recipe.classes_per_image, options.caption_filter)
             index = index_path(source, job.weights, job.engine_sha256, *recipe)
         embedding = partial(embed, pipe) if isinstance(pipe, DiffuMaskPipeline) else pipe.embed
@@ -89,7 +91,7 @@ def retrieve(
     Raises:
         DiffuMaskError: the file cannot be read, or holds too few captions of every class.
     """
-    matcher = Matcher(recipe.vocabulary, recipe.classes_per_image, asked.caption_filter)
+    matcher = CaptionMatcher(recipe.vocabulary, recipe.classes_per_image, asked.caption_filter)
     best: dict[str, Best] = {}
     if asked.method == "words":
         for caption, names in _matches(file, matcher):
@@ -107,8 +109,8 @@ def retrieve(
                 best.setdefault(names, Best(asked.per_class)).add_all(zip(scores.tolist(), texts, strict=True))
     speller, found = Speller(tokenizer), []
     for names in sorted(best):
-        phrases = [recipe.vocabulary[name].phrase for name in names.split(_JOIN)]
-        prompts = _fitting(speller, [matcher.prompt(caption) for caption in best[names].ranked()], phrases)
+        entries = [recipe.vocabulary[name] for name in names.split(_JOIN)]
+        prompts = _fitting(speller, [matcher.prompt(caption) for caption in best[names].ranked()], entries)
         if len(prompts) >= FEWEST:
             found.append((tuple(names.split(_JOIN)), tuple(prompts)))
     _tell_lacking(file.path, recipe, [names for names, _ in found])
@@ -163,7 +165,7 @@ def _compares_texts(pipe: DiffuMaskPipeline | Cluster) -> bool:
     return compares_texts(pipe) if isinstance(pipe, DiffuMaskPipeline) else pipe.compares_texts
 
 
-def _matches(file: CaptionFile, matcher: Matcher) -> Iterator[tuple[str, str]]:
+def _matches(file: CaptionFile, matcher: CaptionMatcher) -> Iterator[tuple[str, str]]:
     """Yield the captions that serve classes, with the names of these, and tell how many lines are none."""
     before, read = file.path.stat(), 0
     for caption in file:
@@ -182,14 +184,16 @@ def _base_prompt(recipe: Recipe, names: str) -> str:
     return f"a photo of {' and '.join(article(recipe.vocabulary[name].phrase) for name in names.split(_JOIN))}"
 
 
-def _fitting(speller: Speller, prompts: Sequence[str], phrases: Sequence[str]) -> list[str]:
-    """Return the prompts in which all phrases are among the tokens that the text encoder sees."""
+def _fitting(speller: Speller, prompts: Sequence[str], entries: Sequence[ClassEntry]) -> list[str]:
+    """Return the prompts in which words of all classes are among the tokens that the text encoder sees."""
     if not prompts:
         return []
-    tokenizer, wanted = speller.tokenizer, [speller.words(phrase) for phrase in phrases]
+    tokenizer, words = speller.tokenizer, cache(speller.words)
     encoded = tokenizer(list(prompts), max_length=tokenizer.model_max_length, truncation=True)["input_ids"]
     return [
-        prompt for prompt, ids in zip(prompts, encoded, strict=True) if all(map(speller.spelt(ids).occurrences, wanted))
+        prompt
+        for prompt, spelt in zip(prompts, map(speller.spelt, encoded), strict=True)
+        if all(spelt.occurrences(words(entry.phrase_in(prompt))) for entry in entries)
     ]
 
 

@@ -14,9 +14,10 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.models.loading import quietly
 from diffumask_fast.pipeline import DiffuMaskPipeline
+from diffumask_fast.prompts.class_entry import ClassEntry
 from diffumask_fast.prompts.planner import Plan, Recipe
 from diffumask_fast.prompts.request import Request
-from diffumask_fast.prompts.vocabulary import ClassEntry, Vocabulary
+from diffumask_fast.prompts.vocabulary import Vocabulary
 
 
 class Drawer:

@@ -28,9 +28,10 @@ from diffumask_fast.models.device import DTYPES
 from diffumask_fast.models.loading import quietly
 from diffumask_fast.options import MAX_PIXELS
 from diffumask_fast.pipeline import DiffuMaskPipeline
+from diffumask_fast.prompts.class_entry import ClassEntry
 from diffumask_fast.prompts.planner import Recipe
 from diffumask_fast.prompts.request import Request
-from diffumask_fast.prompts.vocabulary import ClassEntry, Vocabulary
+from diffumask_fast.prompts.vocabulary import Vocabulary
 
 NEEDED = ("classes_per_image", "seed", "batch_size", "steps", "guidance_scale", "scheduler", "size", "dtype", "engine")
 JUDGED_AGAIN = ("accepted", "reason")  # by `filter`, whose pixels are those that were drawn

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from diffumask_fast.prompts.english import plural
+from diffumask_fast.prompts.matching import IDEOGRAPHS
 from diffumask_fast.prompts.vocabulary import Vocabulary
 
 FILTERS = ("reference", "none")
@@ -20,7 +22,6 @@ BANNED = frozenset(
     "headlight headlights interior -".split()
 )
 _MARKS = ".,;:!?\"'()[]{}<>*#&|/\\\u2018\u2019\u201c\u201d\u2026\u3001\u3002\uff0c"
-_UNSPACED = "\u2e80"  # from here on scripts whose words are not parted by spaces
 
 Names = tuple[str, ...]
 
@@ -77,7 +78,7 @@ class Retrieved:
         return cls(**head, captions=tuple((names, tuple(texts)) for names, texts in captions.items()))
 
 
-class Matcher:
+class CaptionMatcher:
     """Tells which classes a caption serves: those that it names, if they are as many as an image is to have.
 
     A caption that names other classes of the vocabulary as well serves none, for their objects would be drawn without a
@@ -95,9 +96,9 @@ class Matcher:
         self._phrases: dict[str, list[tuple[list[str], str]]] = {}  # by their first word, the longest first
         self._unspaced: list[tuple[str, str]] = []
         for entry in vocabulary.entries:
-            for phrase in (entry.phrase,):
+            for phrase in filter(None, (form for one in entry.phrases for form in (one, plural(one)))):
                 words = _words(phrase)
-                if phrase[0] >= _UNSPACED:
+                if phrase[0] >= IDEOGRAPHS:
                     self._unspaced.append(("".join(words), entry.name))
                 self._phrases.setdefault(words[0], []).append((words, entry.name))
         for phrases in self._phrases.values():
