@@ -10,6 +10,7 @@ from test_generation import options, silent
 
 from diffumask_fast.dataset.reader import read_rows
 from diffumask_fast.dataset.remask import remask
+from diffumask_fast.dataset.storage import place
 from diffumask_fast.dataset.verify import verify
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation import captions as module
@@ -151,6 +152,14 @@ def test_parts_and_whole_runs_are_the_same_bytes(tiny_folder, tmp_path, file):
     file.unlink()
     run_generate(asked(tmp_path / "parts", tiny_folder, file, part="1/2"), silent)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_an_object_store_keeps_captions_too(tiny_folder, tmp_path, file):
+    url = place(f"memory://{tmp_path.name}/captions")
+    run_generate(asked(url, tiny_folder, file), silent)
+    kept = (url / "captions.jsonl").read_bytes()
+    file.unlink()
+    assert run_generate(asked(url, tiny_folder, file), silent)["drawn"] == 0 and b"Photo of the dog" in kept
 
 
 def test_classes_with_too_few_captions_take_templates(tiny_folder, tmp_path, file, caplog):
