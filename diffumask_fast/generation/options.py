@@ -9,6 +9,7 @@ from diffumask_fast.dataset.storage import Place, place
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import Options, argument, number, option, pixel_size, whole
+from diffumask_fast.prompts.vocabulary import SHIPPED
 
 NUM = 24
 
@@ -24,7 +25,12 @@ class GenerateOptions(Options):
     out: Place = argument("Folder or address (s3://bucket/name) of the dataset; run again to finish it.", read=place)
     model: str = option("mini", "mini, a diffusers folder, or a hub id.")
     revision: str | None = option(None, "Revision of a hub id.")
-    classes: str | None = option(None, "dog,cat | voc | FILE; all that the model lists, else VOC.")
+    classes: str | None = option(None, f"dog,cat | {' | '.join(SHIPPED)} | FILE; all that the model lists, else voc.")
+    sub_classes: str | int = option(
+        "auto",
+        "Such as Labrador dog, in turn: at most N for a class, none, or auto: all, if the model knows any word.",
+        whole(1, None, "auto", "none"),
+    )
     classes_per_image: int = option(1, "Distinct classes joined in one prompt.", whole(1))
     num: int | None = option(None, f"Images drawn in all, classes taken in turn; {NUM} when left out.", whole(1, 10**8))
     accept_per_class: int | None = option(
