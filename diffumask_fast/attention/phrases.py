@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffumask_fast.attention.spelling import UNKNOWN, Speller
+from diffumask_fast.attention.spelling import APART, UNKNOWN, Speller
 from diffumask_fast.errors import DiffuMaskError
 
 
@@ -104,8 +104,8 @@ def phrase_positions(
             found = spelt.occurrences(wanted[phrase])
             if not found:
                 whole = speller.spelt(speller.ids(prompt))
-                truncated, unknown = bool(whole.occurrences(wanted[phrase])), UNKNOWN in wanted[phrase]
-                raise PhraseNotFound(phrase, prompt, len(ids), truncated, unknown)
+                unknown = not wanted[phrase] or not {UNKNOWN, APART}.isdisjoint(wanted[phrase])
+                raise PhraseNotFound(phrase, prompt, len(ids), bool(whole.occurrences(wanted[phrase])), unknown)
             indices[-1].append(found)
     return indices
 
