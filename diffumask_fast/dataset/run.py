@@ -71,10 +71,7 @@ def open_run(
         "schema_version": SCHEMA_VERSION,
         "model": model or {},
         "options": {**options, "shard_size": shard_size},
-        "classes": [
-            {"id": entry.id, "name": entry.name, "phrase": entry.phrase}
-            for entry in (vocabulary.entries if vocabulary else ())
-        ],
+        "classes": [entry.as_json() for entry in (vocabulary.entries if vocabulary else ())],
         "plan": planned,
         "environment": environment,
     }

@@ -21,6 +21,8 @@ from diffumask_fast.dataset.writer import MARK, shard_path
 from diffumask_fast.errors import DiffuMaskError, as_flags
 from diffumask_fast.masks.make import IGNORE
 from diffumask_fast.options import MAX_PIXELS
+from diffumask_fast.prompts.class_entry import phrases_by_name
+from diffumask_fast.prompts.matching import phrase_in
 from diffumask_fast.prompts.request import Request
 
 MOST_THREADS = 8
@@ -115,6 +117,7 @@ class _Reading:
         self.images = self.accepted = 0
         self._max_pixels = max_pixels
         self._classes = {entry["name"]: entry for entry in manifest["classes"]}
+        self._phrases = phrases_by_name(manifest["classes"])
         self._size = manifest["options"].get("size")  # HxW; imported images have sizes of their own
         self._digest = hashlib.sha256()
 
@@ -190,8 +193,8 @@ class _Reading:
             return b"", (what, remedy if "max_pixels" in remedy else ANEW)
 
     def _request(self, row: Row) -> Request:
-        phrases = (self._classes[name]["phrase"] if name in self._classes else name for name in row.classes)
-        return Request(**{name: row.values[name] for name in REQUESTED}, phrases=tuple(phrases))
+        phrases = tuple(phrase_in(row.prompt, self._phrases.get(name, (name,))) for name in row.classes)
+        return Request(**{name: row.values[name] for name in REQUESTED}, phrases=phrases)
 
     def _wrong(self, row: Row, request: Request) -> Iterator[str]:
         """Yield what is wrong with a row that decodes."""

@@ -27,6 +27,7 @@ from diffumask_fast.generation.job import Job, make_job, open_pipe
 from diffumask_fast.generation.options import CAPTION_OPTIONS, GenerateOptions
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.models.loading import quietly
+from diffumask_fast.prompts.vocabulary import is_file
 from diffumask_fast.results import Seconds
 
 logger = logging.getLogger("diffumask_fast")
@@ -281,6 +282,8 @@ def _import_ray() -> Any:
 def _for_workers(options: GenerateOptions) -> GenerateOptions:
     """Return options that mean the same in another working directory."""
     given = {name: getattr(options, name) for name in ("model", "classes", "engine_path")}
+    if options.classes is not None and not is_file(options.classes):
+        del given["classes"]
     paths = {name: Path(value).expanduser() for name, value in given.items() if value is not None}
     absolute: dict[str, Any] = {
         name: str(path.resolve() if path.exists() else given[name]) for name, path in paths.items()

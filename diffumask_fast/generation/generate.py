@@ -35,7 +35,7 @@ from diffumask_fast.masks.rejection import BROKEN, advice
 from diffumask_fast.models.loading import quietly
 from diffumask_fast.options import MAX_PIXELS
 from diffumask_fast.pipeline import DiffuMaskPipeline
-from diffumask_fast.prompts.vocabulary import Vocabulary
+from diffumask_fast.prompts.vocabulary import SHIPPED, Vocabulary, is_file
 from diffumask_fast.results import Result
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Progress]) 
             model={"id": job.identity, "weights": job.weights}, vocabulary=job.recipe.vocabulary, rounds=job.rounds,
             part=options.part, captions=_captions(job),
         ) as run:  # fmt: skip
-            if not pipe.info.classes:
+            if not pipe.info.classes and options.classes not in (None, *SHIPPED) and not is_file(options.classes):
                 tell_new_names(job.recipe.vocabulary)
             start = time.perf_counter()
             with _enough_memory(job):

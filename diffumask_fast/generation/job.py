@@ -117,7 +117,11 @@ class Job:
         def fits(prompt: str, phrases: tuple[str, ...]) -> bool:
             try:
                 phrase_columns(tokenizer, [prompt], [list(phrases)], length=tokenizer.model_max_length)
-            except PhraseNotFound:
+            except PhraseNotFound as error:
+                if error.unknown:
+                    raise DiffuMaskError(
+                        f"the model's tokenizer has no tokens for {error.phrase!r}: name the class by other words"
+                    ) from error
                 return False
             return True
 
@@ -194,7 +198,7 @@ def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
         DiffuMaskError: classes or a size that the model cannot draw, or that its engine was not exported for.
     """
     known = Vocabulary.named(pipe.info.classes) if pipe.info.classes else None
-    vocabulary = Vocabulary.parse(options.classes, known, options.model)
+    vocabulary = Vocabulary.parse(options.classes, known, options.model, options.sub_classes)
     asked = options.size or (None, None)
     check_size(pipe.pipe, *asked)
     height, width = pipe.size(*asked)

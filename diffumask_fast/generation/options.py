@@ -10,6 +10,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import Options, argument, number, one_of, option, pixel_size, whole
 from diffumask_fast.prompts.retrieval import FILTERS
+from diffumask_fast.prompts.vocabulary import SHIPPED
 
 NUM = 24
 CAPTION_OPTIONS = ("captions", "retrieval", "captions_per_class", "caption_filter")
@@ -26,7 +27,12 @@ class GenerateOptions(Options):
     out: Place = argument("Folder or address (s3://bucket/name) of the dataset; run again to finish it.", read=place)
     model: str = option("mini", "mini, a diffusers folder, or a hub id.")
     revision: str | None = option(None, "Revision of a hub id.")
-    classes: str | None = option(None, "dog,cat | voc | FILE; all that the model lists, else VOC.")
+    classes: str | None = option(None, f"dog,cat | {' | '.join(SHIPPED)} | FILE; all that the model lists, else voc.")
+    sub_classes: str | int = option(
+        "auto",
+        "Such as Labrador dog, in turn: at most N for a class, none, or auto: all, if the model knows any word.",
+        whole(1, None, "auto", "none"),
+    )
     classes_per_image: int = option(1, "Distinct classes joined in one prompt.", whole(1))
     captions: Path | None = option(None, "File of captions to draw in place of templates: .txt, .jsonl or .parquet.")
     retrieval: str = option(

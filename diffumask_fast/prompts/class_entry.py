@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,6 +13,7 @@ from diffumask_fast.prompts.templates import check_template
 
 Colour = tuple[int, int, int]
 IGNORED_COLOUR: Colour = (224, 224, 192)  # what VOC's colour map shows for 255
+MOST_LETTERS = 500  # of a text; the text encoder reads 77 tokens
 _LISTS = ("synonyms", "sub_classes", "templates", "scenes", "views")
 
 
@@ -57,6 +58,8 @@ class ClassEntry:
             object.__setattr__(self, "colour", tuple(self.colour))
         for text in self._texts():
             check_text(text, "the class")
+            if len(text) > MOST_LETTERS:
+                raise DiffuMaskError(f"class {self.name[:80]!r} has a text of {len(text)} letters: {MOST_LETTERS} fit")
         for text in (self.name, *self.phrases):
             check_class(text)
         if not is_file_stem(self.stem, limit=80) or "  " in self.name:
@@ -119,6 +122,11 @@ class ClassEntry:
         }
 
 
-def phrases_by_name(classes: list[Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
-    """Return name -> phrases of the classes as a dataset records them."""
+def phrases_by_name(classes: Iterable[Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
+    """Return name -> phrases of the classes, as a dataset records them."""
     return {entry["name"]: (entry["phrase"], *entry.get("synonyms", ())) for entry in classes}
+
+
+def words_of(classes: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return name -> all words that are found as the class, of the classes as a dataset records them."""
+    return {name: matcher(phrases).forms for name, phrases in phrases_by_name(classes).items()}

@@ -82,7 +82,7 @@ def read_toml(text: str, path: str) -> Iterator[ClassLine]:
     """Yield the classes of a file in TOML; what it says for all classes goes to each that does not say it itself."""
     try:
         document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         what = str(error).splitlines()[0]
         line = found[1] if (found := re.search(r"at line (\d+)", what)) else str(text.count("\n") + 1)
         what = re.sub(r" \(at .*\)$", "", what)

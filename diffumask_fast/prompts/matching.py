@@ -29,6 +29,11 @@ class Matcher:
         self._longest_first = sorted(self._forms, key=lambda form: (-len(form), form))
         self._pattern = re.compile("|".join(map(re.escape, self._longest_first)))
 
+    @property
+    def forms(self) -> list[str]:
+        """All words that are found: the phrases and their plurals."""
+        return [form for form, _ in self._forms.values()]
+
     def find(self, text: str) -> Iterator[tuple[str, str]]:
         """Yield (the words found, the phrase that they are a form of) in the text's order, none within another."""
         text, at = _folded(text), 0

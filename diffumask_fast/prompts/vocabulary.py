@@ -1,7 +1,7 @@
 """The classes of a run: what `--classes` takes, and the vocabularies that come with the package."""
 
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -260,7 +260,7 @@ def voc_palette() -> list[int]:
     ]
 
 
-def palette_of(classes: Iterable[dict[str, Any]]) -> list[int]:
+def palette_of(classes: Iterable[Mapping[str, Any]]) -> list[int]:
     """Return VOC's colour map with the colours that classes have of their own, as a dataset records them."""
     palette = voc_palette()
     for entry in classes:
@@ -269,9 +269,9 @@ def palette_of(classes: Iterable[dict[str, Any]]) -> list[int]:
     return palette
 
 
-def is_named(text: str | None) -> bool:
-    """Tell whether what `--classes` was given is a list of names."""
-    return text is not None and text not in SHIPPED and not _names_a_file(text)
+def is_file(text: str) -> bool:
+    """Tell whether what `--classes` was given is a file, and neither names nor a vocabulary of the package."""
+    return text not in SHIPPED and _names_a_file(text)
 
 
 def _fold(name: str) -> str:
