@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from diffumask_fast.models.cache import cache_folder
 logger = logging.getLogger("diffumask_fast")
 
 VERSION = 1  # of what is in an index
-CHUNK = 4096  # captions that are in memory at once
+CHUNK = 1024  # captions that are in memory at once
 MOST_BYTES = 16 * 2**30  # of all indices
 
 Embed = Callable[[Sequence[str]], np.ndarray]
@@ -89,7 +89,7 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _read(path: Path) -> Iterator[Chunk]:
+def _read(path: Path) -> Generator[Chunk]:
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         for batch in file.iter_batches(CHUNK, use_threads=False):
             column = batch["vector"]

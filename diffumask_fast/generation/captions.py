@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from math import comb
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.progress import Progress
 
 from diffumask_fast.attention.spelling import Speller
 from diffumask_fast.dataset.reader import read_manifest
@@ -39,7 +40,12 @@ MOST_TOLD = 8  # classes in one line
 _JOIN = "\n"  # of class names in an index
 
 
-def with_captions(job: Job, options: GenerateOptions, pipe: DiffuMaskPipeline | Cluster) -> Job:
+def with_captions(
+    job: Job,
+    options: GenerateOptions,
+    pipe: DiffuMaskPipeline | Cluster,
+    progress: Callable[[int | None], Progress] = lambda total: Progress(disable=True),
+) -> Job:
     """Return the job with captions of the file that the options name, if they name one.
 
     A run that was begun keeps its captions in its folder: it goes on with them, also where the file is gone.
@@ -48,6 +54,7 @@ def with_captions(job: Job, options: GenerateOptions, pipe: DiffuMaskPipeline | 
         job: without captions.
         options: the flags.
         pipe: whose text encoder tells which captions are near to a class.
+        progress: makes a progress bar, which counts the captions that are embedded.
 
     Raises:
         DiffuMaskError: the file cannot be read, or no class has enough captions in it.
@@ -70,8 +77,15 @@ def with_captions(job: Job, options: GenerateOptions, pipe: DiffuMaskPipeline | 
             phrases = [(entry.name, entry.phrases) for entry in job.recipe.vocabulary.entries]
             recipe = (phrases, job.recipe.classes_per_image, options.caption_filter)
             index = index_path(source, job.weights, job.engine_sha256, *recipe)
-        embedding = partial(embed, pipe) if isinstance(pipe, DiffuMaskPipeline) else pipe.embed
-        kept = retrieve(file, asked, job.recipe, pipe.pipe.tokenizer, embedding, index)
+        with progress(None) as bar:
+            task = bar.add_task("embedding captions", total=None)
+
+            def embedded(texts: Sequence[str]) -> np.ndarray:
+                vectors = embed(pipe, texts) if isinstance(pipe, DiffuMaskPipeline) else pipe.embed(texts)
+                bar.advance(task, len(texts))
+                return vectors
+
+            kept = retrieve(file, asked, job.recipe, pipe.pipe.tokenizer, embedded, index)
     return _with(job, kept)
 
 

@@ -46,12 +46,12 @@ MAX_TOLD = 5  # names in one line
 FEWEST = 8  # images by which a run is judged
 
 
-def run_generate(options: GenerateOptions, progress: Callable[[int], Progress]) -> dict[str, Any]:
+def run_generate(options: GenerateOptions, progress: Callable[[int | None], Progress]) -> dict[str, Any]:
     """Draw a dataset, or finish one that was begun with the same options.
 
     Args:
         options: the flags.
-        progress: gets the number of images and gives a rich Progress.
+        progress: gets the number of images, None where that is unknown, and gives a rich Progress.
 
     Returns:
         images and accepted (of the run, or of its part), drawn (in this call), part, missing_shards (of the whole
@@ -64,7 +64,7 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Progress]) 
         DiffuMaskError: anything that keeps the run from starting or from going on, in one sentence.
     """
     with quietly(), _opened(options) as (pipe, job, surroundings):
-        job = with_captions(_resumed(job, options.out), options, pipe)
+        job = with_captions(_resumed(job, options.out), options, pipe, progress)
         plan = job.plan(pipe)
         with stop_on_sigterm() as stop, open_run(
             options.out, plan, job.options, surroundings, job.shard_size, options.allow_drift,

@@ -132,9 +132,9 @@ class CaptionMatcher:
                     step = len(phrase)
                     break
             at += step
-        for phrase, name in self._unspaced:
+        for letters, name in self._unspaced:
             for place, word in enumerate(words):
-                if phrase in word:
+                if letters in word:
                     found.setdefault(name, place)
         return found
 
