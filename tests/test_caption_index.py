@@ -50,6 +50,14 @@ def test_an_index_is_made_once(tmp_path):
     assert embed.count == 600
 
 
+def test_it_may_be_read_in_other_chunks(monkeypatch):
+    path, embed = index_path("file"), Embed()
+    check(path, embed)
+    monkeypatch.setattr(caption_index, "CHUNK", 50)
+    check(path, embed)
+    assert embed.count == 300
+
+
 @pytest.mark.parametrize("harm", ["cut", "changed", "empty", "other"])
 def test_a_harmed_index_is_made_anew(harm, caplog):
     path, embed = index_path("file"), Embed()

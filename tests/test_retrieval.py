@@ -57,10 +57,16 @@ def test_with_two_classes_a_caption_names_just_these():
 
 
 def test_the_longest_phrase_wins_and_scripts_without_spaces_are_read():
-    entries = [(30, "dog", "dog"), (31, "hot dog", "hot dog"), (32, "inu", "犬"), (33, "bär", "BÄR")]
+    entries = [
+        (29, "hot", "hot"),
+        (30, "dog", "dog"),
+        (31, "hot dog", "hot dog"),
+        (32, "inu", "犬"),
+        (33, "bär", "BÄR"),
+    ]
     matcher = CaptionMatcher(Vocabulary(tuple(ClassEntry(*entry) for entry in entries)))
     assert matcher.match("a hot dog on a plate") == ("hot dog",)
-    assert matcher.match("hot day of a dog") == ("dog",)
+    assert matcher.match("the day of a dog") == ("dog",)
     assert matcher.match("黒い犬が走る") == ("inu",)
     assert matcher.match("ein bär im Wald") == ("bär",)
 
