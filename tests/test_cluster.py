@@ -236,6 +236,13 @@ def test_workers_draw_where_the_cluster_has_room(tmp_path):
         place({"CPU": 2.0}, device="cuda")
 
 
+@pytest.mark.parametrize("classes", ["coco", "dog"])
+def test_a_folder_is_no_class_list(classes, tmp_path, monkeypatch):
+    (tmp_path / classes).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert _for_workers(options(tmp_path, "mini", classes=classes)).classes == classes
+
+
 def test_options_mean_the_same_in_another_folder(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_folder.parent)
     Path("names.txt").write_text("dog\n")

@@ -57,7 +57,7 @@ class Figures:
     """
 
     columns: list[tuple[str, pa.DataType]]
-    words: dict[str, Sequence[str]]
+    words: Mapping[str, Sequence[str]]
     drawn: bool
     rows: int = 0
     accepted: int = 0

@@ -94,10 +94,10 @@ def read_toml(text: str, path: str) -> Iterator[ClassLine]:
         raise file.error("class", 0, "begin each class with a line [[class]]")
     lines = [*file.headers(), *[0] * len(tables)]
     names = [file.text(table, "name", line) for table, line in zip(tables, lines, strict=False)]
-    shared = {name: file.texts(document, name, 0) for name in ("templates", "views") if name in document}
-    scenes = file.scenes(document, names)
+    shared = {key: dict.fromkeys(names, file.texts(document, key, 0)) for key in ("templates", "views")}
+    shared["scenes"] = file.scenes(document, names)
     for table, line, name in zip(tables, lines, names, strict=False):
-        yield _class_line(file, table, line, name, {**shared, **({"scenes": scenes[name]} if scenes else {})})
+        yield _class_line(file, table, line, name, {key: texts[name] for key, texts in shared.items() if texts[name]})
 
 
 def _class_line(
