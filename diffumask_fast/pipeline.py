@@ -209,7 +209,7 @@ class DiffuMaskPipeline:
         repeat = kwargs.get("num_images_per_prompt") or 1
         generator = generators_of(seeds, generator, len(names) * repeat)
         maps, mask = self.map_options(maps), self.info.mask_options(mask)
-        phrases, ids = phrases_and_ids(names)
+        phrases, ids = phrases_and_ids(names, prompts)
         denoised = self._denoise(
             prompts or None, phrases, ids, maps, repeat=repeat, generator=generator, token_indices=token_indices,
             **kwargs,
