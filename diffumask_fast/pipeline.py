@@ -19,7 +19,8 @@ from PIL import Image
 
 from diffumask_fast.attention.call import Denoiser
 from diffumask_fast.attention.choice import check_attention, set_attention
-from diffumask_fast.attention.collect import checked_unet, collect_maps
+from diffumask_fast.attention.collect import collect_maps
+from diffumask_fast.attention.families import denoising_model, family_of
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.engines.compiled import CompiledEngine, compile_pipe
 from diffumask_fast.engines.worker import IN_FLIGHT, StreamWorker, Turn, to_host
@@ -125,7 +126,7 @@ class DiffuMaskPipeline:
         Raises:
             DiffuMaskError: its denoiser is no UNet2DConditionModel.
         """
-        checked_unet(pipe)
+        family_of(pipe)
         return cls(pipe)
 
     def to(self, *args: Any, **kwargs: Any) -> DiffuMaskPipeline:
