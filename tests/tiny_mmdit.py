@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import WORDS, make_text_encoder, sharpen
 from diffusers import (
@@ -95,13 +96,24 @@ def make_flux_transformer(**changes) -> FluxTransformer2DModel:
     return FluxTransformer2DModel(**{**config, **changes}).eval()
 
 
-def t5_parts(folder: Path) -> tuple[T5TokenizerFast, T5EncoderModel]:
+def new_pipe(kind, parts: dict, **kwargs):
+    """Make a pipeline of parts that may be shared, with a scheduler of its own and no progress bar."""
+    pipe = kind(**parts, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def t5(tmp_path_factory) -> tuple[T5TokenizerFast, T5EncoderModel]:
+    torch.manual_seed(2)
+    folder = tmp_path_factory.mktemp("t5") / "tokenizer"
     write_t5_tokenizer(folder)
     tokenizer = T5TokenizerFast.from_pretrained(folder)
     return tokenizer, make_t5_encoder(tokenizer)
 
 
-def sd3_parts(tokenizer, t5) -> dict:
+@pytest.fixture(scope="session")
+def parts_of_sd3(tokenizer, t5) -> dict:
     torch.manual_seed(3)
     return dict(
         vae=make_vae(),
@@ -115,7 +127,8 @@ def sd3_parts(tokenizer, t5) -> dict:
     )
 
 
-def flux_parts(tokenizer, t5) -> dict:
+@pytest.fixture(scope="session")
+def parts_of_flux(tokenizer, t5) -> dict:
     torch.manual_seed(4)
     return dict(
         vae=make_vae(),
@@ -127,8 +140,13 @@ def flux_parts(tokenizer, t5) -> dict:
     )
 
 
-def new_pipe(kind, parts: dict, **kwargs):
-    """Make a pipeline of parts that may be shared, with a scheduler of its own and no progress bar."""
-    pipe = kind(**parts, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **kwargs)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+@pytest.fixture
+def sd3(parts_of_sd3) -> StableDiffusion3Pipeline:
+    """SD3.5's kind, 64x64 pixels; parts are shared, pipeline and scheduler are new for each test."""
+    return new_pipe(StableDiffusion3Pipeline, parts_of_sd3)
+
+
+@pytest.fixture
+def flux(parts_of_flux) -> FluxPipeline:
+    """FLUX.1-dev's kind."""
+    return new_pipe(FluxPipeline, parts_of_flux)

@@ -79,7 +79,7 @@ class Family:
 
 
 class StableDiffusion3(Family):
-    """SD3 and 3.5: joint attention over the image and a text of two parts, CLIP's two encoders side by side, then T5."""
+    """SD3 and 3.5: joint attention over the image and its text, CLIP's two encoders side by side and T5 after them."""
 
     component = "transformer"
     word = "transformer"
@@ -171,6 +171,26 @@ def family_of(pipe: Any) -> Family:
                 "one image for each prompt, and not from a wrapper around one"
             )
     raise DiffuMaskError(f"{type(pipe).__name__} has no UNet and no transformer: maps come from pipelines with {kinds}")
+
+
+def check_runs(pipe: Any, engine: str, attention: str = "sdpa") -> None:
+    """Refuse what runs UNets alone.
+
+    Args:
+        pipe: a pipeline.
+        engine: that is to run it.
+        attention: that is to draw where no maps are wanted.
+
+    Raises:
+        DiffuMaskError: the pipeline has a transformer, and torch by itself does not run it.
+    """
+    family = family_of(pipe)
+    if family.component != "unet" and (engine != "torch" or attention != "sdpa"):
+        asked = f"`engine={engine}`" if engine != "torch" else f"`attention={attention}`"
+        raise DiffuMaskError(
+            f"{asked} is for models with a UNet, and {type(pipe).__name__} has a {family.word}: use `engine=torch` "
+            "with `attention=sdpa`"
+        )
 
 
 def denoising_model(pipe: Any) -> Any:

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import (
     FusedJointAttnProcessor2_0,
     JointAttnProcessor2_0,
@@ -34,6 +35,11 @@ class JointTap:
         num_image: how many tokens the layers have of the image: N, and those of other images after it.
         num_pixels: N.
         share_of_text: whether each pixel's maps are shares of what it gives to all of the text.
+
+    Attributes:
+        image: [Bc, N, M], the columns of layers on the image alone.
+        image_first: [Bc, N + T, M + K], those of layers that have the image's tokens first.
+        text_first: [Bc, T + N, M + K], those of layers that have the text's tokens first.
     """
 
     def __init__(
@@ -46,19 +52,10 @@ class JointTap:
         self.share_of_text = share_of_text
         if share_of_text:
             select = torch.cat([select, torch.ones_like(select[..., :1])], 2)
-        self.text = select
         self.image = _over_all_tokens(prior, select, num_image)
+        blocks = F.pad(self.image, (0, select.shape[2])), F.pad(select, (self.image.shape[2], 0))
+        self.image_first, self.text_first = torch.cat(blocks, 1), torch.cat(blocks[::-1], 1)
         self._sums: dict[str, tuple[Tensor, int]] = {}
-
-    @functools.cached_property
-    def image_first(self) -> Tensor:
-        """[Bc, N + T, M + K], the columns of layers that have the image's tokens first."""
-        return self._joint(text_first=False)
-
-    @functools.cached_property
-    def text_first(self) -> Tensor:
-        """[Bc, T + N, M + K], the columns of layers that have the text's tokens first."""
-        return self._joint(text_first=True)
 
     def put(self, maps: Tensor, text_first: bool) -> None:
         """Keep what a joint layer's columns gave, [Bc, M + K, all tokens]."""
@@ -81,20 +78,13 @@ class JointTap:
         total, count = self._sums.get(name, (None, 0))
         self._sums[name] = (maps if total is None else total + maps, count + 1)
 
-    def _joint(self, text_first: bool) -> Tensor:
-        blocks = (
-            torch.nn.functional.pad(self.image, (0, self.text.shape[2])),
-            torch.nn.functional.pad(self.text, (self.image.shape[2], 0)),
-        )
-        return torch.cat(blocks[::-1] if text_first else blocks, 1)
-
 
 def _over_all_tokens(prior: Levels, select: Tensor, num_image: int) -> Tensor:
     """Return the columns [Bc, N, M] of the image's keys, zeros for tokens of other images."""
     if LEVEL not in prior:
         return select.new_zeros(select.shape[0], num_image, 0)
     columns = prior[LEVEL].transpose(1, 2)
-    return torch.nn.functional.pad(columns, (0, 0, 0, num_image - columns.shape[1]))
+    return F.pad(columns, (0, 0, 0, num_image - columns.shape[1]))
 
 
 class _JointProducts(Products):
@@ -121,6 +111,7 @@ class _JointWithMaps:
         self.text_first = isinstance(processor, TEXT_FIRST)
         self.product = OwnProduct(_JointProducts())
 
+    @torch.compiler.disable  # it looks into the processor's product, which a compiler cannot trace
     def draw(
         self, attn: Any, hidden_states: Tensor, context: Tensor | None, tap: JointTap, args: Any, kwargs: Any
     ) -> Any:
@@ -170,8 +161,8 @@ def joint_with_maps(processor: Any, is_joint: bool) -> Any:
     kind: Any = type(processor)
     if not any(kind.__call__ is known.__call__ for known in (*IMAGE_FIRST, *TEXT_FIRST)):
         raise DiffuMaskError(
-            f"where {kind.__name__} has the text's tokens and where the image's is not known, so what it attends to "
-            "cannot be read: use the model's own processors (PAG, xformers and others have no maps here)"
+            f"the order of text and image in {kind.__name__} is not known, so what it attends to cannot be read: use "
+            "the model's own processors, not those of PAG, xformers and the like"
         )
     return _class_with_maps(kind)(processor, is_joint)
 

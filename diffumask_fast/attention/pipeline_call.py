@@ -119,9 +119,9 @@ class PipelineCall:
             )
         if not self.steps.advance(timestep):
             raise DiffuMaskError(
-                f"the pipeline calls the {self.word} more than once for these prompts in one step (windows of a larger image, "
-                "a reference image, a second guidance), and which call draws the image is not known: use a pipeline "
-                "with one call for each step"
+                f"the pipeline calls the {self.word} more than once for these prompts in one step (windows of a larger "
+                "image, a reference image, a second guidance), and which call draws the image is not known: use a "
+                "pipeline with one call for each step"
             )
 
     def _drawn(self, latents: Tensor, size: tuple[int, int]) -> tuple[int, ...]:

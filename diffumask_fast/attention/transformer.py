@@ -7,6 +7,7 @@ import torch
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
 
 from diffumask_fast.attention.call import Results, UNetCall
 from diffumask_fast.attention.joint import JointTap, joint_with_maps
@@ -50,14 +51,20 @@ class TransformerWithMaps(nn.Module):
         kwargs = dict(call.unet_kwargs)
         kwargs["joint_attention_kwargs"] = {**(kwargs.get("joint_attention_kwargs") or {}), "tap": tap}
         wrapped = {attn: joint_with_maps(attn.processor, is_joint) for attn, is_joint in self.layers.items()}
-        with patched("processor", wrapped):
-            noise_pred = self.transformer(
-                hidden_states=call.latents,
-                timestep=call.timestep,
-                encoder_hidden_states=call.encoder_hidden_states,
-                return_dict=False,
-                **kwargs,
-            )[0]
+        try:
+            with patched("processor", wrapped):
+                noise_pred = self.transformer(
+                    hidden_states=call.latents,
+                    timestep=call.timestep,
+                    encoder_hidden_states=call.encoder_hidden_states,
+                    return_dict=False,
+                    **kwargs,
+                )[0]
+        except Unsupported as error:
+            raise DiffuMaskError(
+                "the transformer is compiled with fullgraph=True, and attention with maps is not compiled: compile it "
+                "without fullgraph"
+            ) from error
         return noise_pred, tap.means("maps"), tap.means("propagated")
 
     def _check(self) -> None:
@@ -100,14 +107,14 @@ def packed_size(img_ids: Tensor) -> tuple[int, int]:
     Raises:
         DiffuMaskError: these are not the tokens of a rectangle, row by row.
     """
-    ids = (img_ids[0] if img_ids.ndim == 3 else img_ids).cpu()
-    own = ids[ids[:, 0] == ids[0, 0]].long()
-    h, w = (own[-1, 1:] - own[0, 1:] + 1).tolist()
-    rows, columns = (x.flatten() for x in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
-    places = torch.stack([torch.zeros_like(rows), rows, columns], 1) + own[0]
-    if not torch.equal(places, ids[: h * w].long()) or len(own) != h * w:
+    ids = (img_ids[0] if img_ids.ndim == 3 else img_ids).cpu().long()
+    num = int((ids[:, 0] == ids[0, 0]).sum())
+    places = ids[:num] - ids[0]
+    h, w = (max(1, size) for size in (places[-1, 1:] + 1).tolist())
+    order = torch.arange(num)
+    if h * w != num or not torch.equal(places, torch.stack([torch.zeros_like(order), order // w, order % w], 1)):
         raise DiffuMaskError(
-            f"img_ids do not say that {len(own)} tokens are a rectangle, row by row, so what a map would look like is "
+            f"img_ids do not say that {num} tokens are a rectangle, row by row, so what a map would look like is "
             "not known: draw one image"
         )
     return h, w

@@ -62,7 +62,7 @@ class Worker:
         return {
             "job": job.as_json(), "environment": environment(self._pipe), "classes": self._pipe.info.classes,
             "folder": self._pipe.info.folder and str(self._pipe.info.folder),
-            "tokenizer": self._pipe.pipe.tokenizer,
+            "tokenizer": self._pipe.tokenizer,
         }  # fmt: skip
 
     _batch_size: int | None = None  # that fits the memory, once it was short
@@ -125,7 +125,7 @@ class Cluster:
         self.environment: dict[str, Any] = self._first["environment"]
         folder = self._first["folder"]  # read for its licence, where it is on this machine too
         self.info = SimpleNamespace(classes=self._first["classes"], folder=folder and Path(folder))
-        self.pipe = SimpleNamespace(tokenizer=self._first["tokenizer"])
+        self.tokenizer = self._first["tokenizer"]
         return self
 
     def __exit__(self, *exception: object) -> None:
