@@ -1,11 +1,12 @@
 """Tiny real SD3 and FLUX pipelines of random weights."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORDS, make_text_encoder, sharpen
+from conftest import WORDS, make_text_encoder, sharpen, write_tokenizer
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -138,6 +139,15 @@ def parts_of_flux(tokenizer, t5) -> dict:
         tokenizer_2=t5[0],
         transformer=sharpen(make_flux_transformer()),
     )
+
+
+def save(pipe, folder: Path) -> Path:
+    """Write a pipeline's folder, its tokenizers as published ones are."""
+    pipe.save_pretrained(folder, safe_serialization=True)
+    for path in sorted(folder.glob("tokenizer*")):
+        shutil.rmtree(path)
+        (write_t5_tokenizer if isinstance(getattr(pipe, path.name), T5TokenizerFast) else write_tokenizer)(path)
+    return folder
 
 
 @pytest.fixture

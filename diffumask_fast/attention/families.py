@@ -173,6 +173,11 @@ def family_of(pipe: Any) -> Family:
     raise DiffuMaskError(f"{type(pipe).__name__} has no UNet and no transformer: maps come from pipelines with {kinds}")
 
 
+def has_unet(pipe: Any) -> bool:
+    """Tell whether what denoises in a pipeline is a UNet."""
+    return family_of(pipe).component == "unet"
+
+
 def check_runs(pipe: Any, engine: str, attention: str = "sdpa") -> None:
     """Refuse what runs UNets alone.
 
@@ -184,11 +189,10 @@ def check_runs(pipe: Any, engine: str, attention: str = "sdpa") -> None:
     Raises:
         DiffuMaskError: the pipeline has a transformer, and torch by itself does not run it.
     """
-    family = family_of(pipe)
-    if family.component != "unet" and (engine != "torch" or attention != "sdpa"):
+    if not has_unet(pipe) and (engine != "torch" or attention != "sdpa"):
         asked = f"`engine={engine}`" if engine != "torch" else f"`attention={attention}`"
         raise DiffuMaskError(
-            f"{asked} is for models with a UNet, and {type(pipe).__name__} has a {family.word}: use `engine=torch` "
+            f"{asked} is for models with a UNet, and {type(pipe).__name__} has a transformer: use `engine=torch` "
             "with `attention=sdpa`"
         )
 

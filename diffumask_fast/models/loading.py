@@ -19,6 +19,8 @@ from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 from diffumask_fast.models.find import ModelInfo
 from diffumask_fast.models.scheduler import set_scheduler
 
+OF_T5 = ("text_encoder_3", "tokenizer_3")  # SD3 draws without them, with zeros in their place
+
 
 def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **components: Any) -> DiffusersPipeline:
     """Load a checked folder as the diffusers pipeline that it names, quietly and from safetensors alone.
@@ -35,7 +37,8 @@ def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **compo
     """
     try:
         with quietly():
-            models = load_models(info.local_folder, dtype, held=components)
+            models: dict[str, Any] = load_models(info.local_folder, dtype, held=components)
+            models |= dict.fromkeys(_left_out(info.local_folder))
             pipe: Any = DiffusionPipeline.from_pretrained(
                 info.folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **models, **components
             )
@@ -52,6 +55,12 @@ def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **compo
     if info.scheduler not in (None, type(pipe.scheduler).__name__):
         set_scheduler(pipe, info.scheduler)
     return pipe.to(device)
+
+
+def _left_out(folder: Path) -> list[str]:
+    """List the components without which a folder is complete by its own word, and diffusers wants to be told so."""
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    return [name for name in OF_T5 if index.get(name) == [None, None]]
 
 
 def says_force_upcast(folder: Path) -> bool:

@@ -22,11 +22,11 @@ def set_scheduler(pipe: DiffusersPipeline, name: str) -> None:
     """
     compatible = {_short(cls): cls for cls in pipe.scheduler.compatibles}
     wanted = next((cls for cls in compatible.values() if cls.__name__ == name), compatible.get(name.lower()))
-    if not compatible:
-        own = type(pipe.scheduler).__name__
-        raise DiffuMaskError(f"This model has a scheduler of its own alone, {own}, and {name} is none: leave it out.")
     if wanted is None or not _is_usable(wanted):
         usable = ", ".join(sorted(short for short, cls in compatible.items() if _is_usable(cls)))
+        if not usable:
+            own = type(pipe.scheduler).__name__
+            raise DiffuMaskError(f"There is no scheduler {name} for this model, which has {own}: leave it out.")
         without = f" without {', '.join(missing)}" if (missing := _missing_libraries(wanted)) else ""
         raise DiffuMaskError(f"There is no scheduler {name} for this model{without}: use one of {usable}.")
     config = dict(pipe.scheduler.config)
