@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from conftest import draw, relative, sharpen
 from diffusers import (
+    FlowMatchHeunDiscreteScheduler,
     FluxImg2ImgPipeline,
     FluxKontextPipeline,
     FluxPipeline,
     ParallelConfig,
     StableDiffusion3PAGPipeline,
 )
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from PIL import Image
@@ -398,11 +400,10 @@ def test_attention_that_cannot_be_read_is_refused(parts_of_sd3, flux):
     with pytest.raises(DiffuMaskError, match="order .* in PAGCFGJointAttnProcessor2_0 is not known"):
         with collect_maps(pag, ["dog"]):
             draw(pag, PROMPTS[0], **WIDE)
-    flux.transformer = copy.deepcopy(flux.transformer)
-    flux.transformer.set_attention_backend("flex")
     with pytest.raises(DiffuMaskError, match="FluxAttnProcessor does not make one product over all 48 tokens"):
-        with collect_maps(flux, ["dog"]):
+        with attention_backend("flex"), collect_maps(flux, ["dog"]):
             draw(flux, PROMPTS[0], **WIDE)
+    flux.transformer = copy.deepcopy(flux.transformer)
     flux.transformer._parallel_config = ParallelConfig()
     with pytest.raises(DiffuMaskError, match="divided between devices"), collect_maps(flux, ["dog"]):
         draw(flux, PROMPTS[0], **WIDE)
@@ -417,3 +418,11 @@ def test_packed_tokens_that_are_no_rectangle_are_refused():
     for wrong in (ids[:-1], ids.flip(0), torch.stack([ids, other], 1).flatten(0, 1), ids[:, [0, 2, 1]]):
         with pytest.raises(DiffuMaskError, match="img_ids do not say that .* tokens are a rectangle, row by row"):
             packed_size(wrong)
+
+
+def test_a_scheduler_with_two_calls_a_step(sd3):
+    sd3.scheduler = FlowMatchHeunDiscreteScheduler()
+    plain = draw(sd3, PROMPTS[0], **WIDE)
+    with collect_maps(sd3, PHRASES[0]) as maps:
+        assert np.array_equal(draw(sd3, PROMPTS[0], **WIDE), plain)
+    assert maps.store.calls == maps.store.num_calls == 5
