@@ -212,7 +212,7 @@ class DiffuMaskPipeline:
         repeat = kwargs.get("num_images_per_prompt") or 1
         generator = generators_of(seeds, generator, len(names) * repeat)
         maps, mask = self.map_options(maps), mask or MaskOptions()
-        phrases, ids = phrases_and_ids(names)
+        phrases, ids = phrases_and_ids(names, prompts)
         denoised = self._denoise(
             prompts or None, phrases, ids, maps, repeat=repeat, generator=generator, token_indices=token_indices,
             **kwargs,

@@ -84,10 +84,11 @@ class Job:
     def options(self) -> dict[str, Any]:
         """What decides the data beside the model, named as the flags are: the `options` of `dataset.json`."""
         engine = {"engine_sha256": self.engine_sha256} if self.engine_sha256 else {}
+        retrieved = self.recipe.retrieved.options if self.recipe.retrieved else {}
         quota = {"accept_per_class": self.accept_per_class} if self.accept_per_class else {"num": self.recipe.num}
         return {
             "revision": self.revision, "classes": ",".join(self.recipe.vocabulary.names),
-            "classes_per_image": self.recipe.classes_per_image, **quota, "seed": self.recipe.seed,
+            **retrieved, "classes_per_image": self.recipe.classes_per_image, **quota, "seed": self.recipe.seed,
             "batch_size": self.batch_size, "steps": self.steps, "guidance_scale": self.guidance_scale,
             "scheduler": self.scheduler, "size": f"{self.height}x{self.width}",
             "dtype": str(DTYPES[self.dtype]).removeprefix("torch."), "engine": self.engine, **engine,
@@ -117,7 +118,11 @@ class Job:
         def fits(prompt: str, phrases: tuple[str, ...]) -> bool:
             try:
                 phrase_columns(tokenizer, [prompt], [list(phrases)], length=tokenizer.model_max_length)
-            except PhraseNotFound:
+            except PhraseNotFound as error:
+                if error.unknown:
+                    raise DiffuMaskError(
+                        f"the model's tokenizer has no tokens for {error.phrase!r}: name the class by other words"
+                    ) from error
                 return False
             return True
 
@@ -194,7 +199,7 @@ def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
         DiffuMaskError: classes or a size that the model cannot draw, or that its engine was not exported for.
     """
     known = Vocabulary.named(pipe.info.classes) if pipe.info.classes else None
-    vocabulary = Vocabulary.parse(options.classes, known, options.model)
+    vocabulary = Vocabulary.parse(options.classes, known, options.model, options.sub_classes)
     asked = options.size or (None, None)
     check_size(pipe.pipe, *asked)
     height, width = pipe.size(*asked)
