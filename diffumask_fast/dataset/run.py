@@ -275,8 +275,8 @@ def _compare(there: dict[str, Any], now: dict[str, Any], folder: Place) -> None:
         )
     if there["plan"] != now["plan"] or there["classes"] != now["classes"]:
         raise DiffuMaskError(
-            f"{folder} was begun with other prompts: the class list, `sub_classes`, the scenes or the tokenizer changed; bring the "
-            "old ones back to finish it, or use another folder"
+            f"{folder} was begun with other prompts: the class list, `sub_classes`, the scenes or the tokenizer "
+            "changed; bring the old ones back to finish it, or use another folder"
         )
 
 

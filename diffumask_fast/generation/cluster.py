@@ -25,7 +25,6 @@ from diffumask_fast.generation.embedding import compares_texts, embed
 from diffumask_fast.generation.generate import environment
 from diffumask_fast.generation.job import Job, make_job, open_pipe
 from diffumask_fast.generation.options import CAPTION_OPTIONS, GenerateOptions
-from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.models.loading import quietly
 from diffumask_fast.prompts.vocabulary import is_file
 from diffumask_fast.results import Seconds
@@ -281,7 +280,7 @@ def _import_ray() -> Any:
 
 def _for_workers(options: GenerateOptions) -> GenerateOptions:
     """Return options that mean the same in another working directory."""
-    given = {name: getattr(options, name) for name in ("model", "classes", "engine_path")}
+    given = {name: getattr(options, name) for name in ("model", "classes", "engine_path", "model_options")}
     if options.classes is not None and not is_file(options.classes):
         del given["classes"]
     paths = {name: Path(value).expanduser() for name, value in given.items() if value is not None}
@@ -293,7 +292,8 @@ def _for_workers(options: GenerateOptions) -> GenerateOptions:
 
 def _options_of(text: str) -> GenerateOptions:
     values = {"out": ".", **json.loads(text)}
-    return GenerateOptions(**{**values, "maps": MapOptions(**values["maps"]), "mask": MaskOptions(**values["mask"])})
+    made = {"maps": MapOptions(**values["maps"]), "mask": replace(GenerateOptions.mask, **values["mask"])}
+    return GenerateOptions(**{**values, **made})
 
 
 @contextmanager

@@ -174,6 +174,7 @@ def open_pipe(options: GenerateOptions | Job, device: str) -> DiffuMaskPipeline:
     pipe = DiffuMaskPipeline.from_pretrained(
         options.model, engine=options.engine, engine_path=options.engine_path, dtype=options.dtype, device=device,
         revision=options.revision, attention=options.attention,
+        model_options=options.model_options if isinstance(options, GenerateOptions) else None,
     )  # fmt: skip
     if options.scheduler not in (None, type(pipe.pipe.scheduler).__name__):
         set_scheduler(pipe.pipe, options.scheduler)
@@ -234,7 +235,7 @@ def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
         height=height,
         width=width,
         maps=maps,
-        mask=options.mask,
+        mask=pipe.info.mask_options(options.mask),
         shard_size=shard_size,
         accept_per_class=quota,
     )

@@ -8,7 +8,7 @@ from diffumask_fast.dataset.parts import Part, part_of
 from diffumask_fast.dataset.storage import Place, place
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.options import MaskOptions
-from diffumask_fast.options import Options, argument, number, one_of, option, pixel_size, whole
+from diffumask_fast.options import Options, argument, left_open, number, one_of, option, pixel_size, whole
 from diffumask_fast.prompts.retrieval import FILTERS
 from diffumask_fast.prompts.vocabulary import SHIPPED
 
@@ -27,6 +27,7 @@ class GenerateOptions(Options):
     out: Place = argument("Folder or address (s3://bucket/name) of the dataset; run again to finish it.", read=place)
     model: str = option("mini", "mini, a diffusers folder, or a hub id.")
     revision: str | None = option(None, "Revision of a hub id.")
+    model_options: Path | None = option(None, "File that calibrate wrote, whose options are the model's own.")
     classes: str | None = option(None, f"dog,cat | {' | '.join(SHIPPED)} | FILE; all that the model lists, else voc.")
     sub_classes: str | int = option(
         "auto",
@@ -53,7 +54,7 @@ class GenerateOptions(Options):
     size: tuple[int, int] | None = option(None, "HxW in pixels; the model's own when left out.", pixel_size())
     dtype: str = option("auto", "auto, fp32, fp16 or bf16.")
     maps: MapOptions = MapOptions()
-    mask: MaskOptions = MaskOptions()
+    mask: MaskOptions = left_open(MaskOptions, "the model's own")
     engine: str = option("torch", "torch, compile, onnx or tensorrt.")
     engine_path: Path | None = option(None, "Folder that export wrote.")
     attention: str = option("sdpa", "Where no maps are wanted: sdpa, or on CUDA xformers.")
