@@ -17,7 +17,13 @@ from diffumask_fast.errors import DiffuMaskError, as_flags
 from diffumask_fast.export.options import ExportOptions
 from diffumask_fast.flags import with_flags
 from diffumask_fast.generation.options import GenerateOptions, RebuildOptions
-from diffumask_fast.learning.options import AffinityOptions, AugmentOptions, EvaluateOptions, FilterOptions, TrainOptions
+from diffumask_fast.learning.options import (
+    AffinityOptions,
+    AugmentOptions,
+    EvaluateOptions,
+    FilterOptions,
+    TrainOptions,
+)
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import ReadOptions
 from diffumask_fast.report.options import ReportOptions
