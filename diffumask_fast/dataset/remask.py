@@ -70,7 +70,9 @@ def remask(
                 made = [pool.submit(_remade, batch, make, options, phrases, device) for batch in ahead]
                 yield from (row for batch in made for row in batch.result())
 
-        summary = derive(source, out, transform, options, max_pixels=max_pixels, progress=progress)
+        summary = derive(
+            source, out, transform, options, replaces=("affinity",), max_pixels=max_pixels, progress=progress
+        )
     rejected = [] if summary["accepted"] else read_rows(out, accepted_only=False, columns=["reason"])
     return {**summary, "advice": advice([row.reason for row in rejected], options)}
 

@@ -21,7 +21,7 @@ from diffumask_fast.learning.affinity_seeds import PLAIN, write_seeds
 from diffumask_fast.learning.cross_validation import Part
 from diffumask_fast.learning.data import Dataset, SegmentationData
 from diffumask_fast.learning.options import AffinityLearning, AffinityOptions, LearnOptions
-from diffumask_fast.learning.training import Stage, steps_and_rate, train_stages
+from diffumask_fast.learning.training import Kind, Stage, steps_and_rate, train_stages
 from diffumask_fast.learning.work_folder import work_folder
 from diffumask_fast.masks.make import make_masks, quantise_maps, refine_maps
 from diffumask_fast.masks.options import MaskOptions
@@ -29,6 +29,7 @@ from diffumask_fast.masks.threshold import otsu
 from diffumask_fast.models.device import resolve_device
 
 FOLDER = "affinity"  # in the new dataset: seeds and nets
+AFFINITY = Kind("backbone", new_affinity)
 
 
 def make_affinity_masks(
@@ -142,7 +143,7 @@ def _trained(options: AffinityOptions, folder: Path, progress: Callable[[int], P
         place = folder / (f"class-{number}" if number else "net")
         steps, rate = steps_and_rate(learn, len(part))
         train_stages(
-            [Stage(part, steps, rate)], place, learn, new=new_affinity, device=options.device,
+            [Stage(part, steps, rate)], place, learn, kind=AFFINITY, device=options.device,
             save_every=options.save_every, progress=progress,
         )  # fmt: skip
         nets[number] = load_affinity(place, device)

@@ -19,7 +19,7 @@ from diffumask_fast.masks.make import IGNORE
 from diffumask_fast.models.loading import quietly
 
 RADIUS = 5  # two cells are a pair where they are nearer than this
-WIDTH = 64  # features of each stage of the backbone
+WIDTHS = 32, 64  # features of each stage of the backbone, and of a cell
 CELL = 4  # pixels of the side of a cell, of the finest features of common backbones
 MOST_CELLS = 64  # along a side of the images that a net learns from
 EPS = 1e-5
@@ -38,8 +38,8 @@ class AffinityNet(nn.Module):
         self.config = dict(config)
         self.backbone = _backbone(self.config["backbone"])
         widths = _widths(self.backbone)
-        self.heads = nn.ModuleList(nn.Conv2d(width, WIDTH, 1) for width in widths)
-        self.last = nn.Conv2d(WIDTH * len(widths), WIDTH * len(widths), 1)
+        self.heads = nn.ModuleList(nn.Conv2d(width, WIDTHS[0], 1) for width in widths)
+        self.last = nn.Conv2d(WIDTHS[0] * len(widths), WIDTHS[1], 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return features [B, C, H / cell, W / cell], rounded up, of images [B, 3, H, W] as `normalised` gives them."""

@@ -289,7 +289,7 @@ class AffinityLearning(Options):
     backbone: str = option("tiny", "tiny, from scratch; a folder or hub id of a backbone of transformers.")
     per_class: bool = option(False, "A net for each class, as in the paper's program.")
     reference_labels: bool = option(False, "Learn from the labels that a fault in the paper's program makes.")
-    steps: int = option(400, "Number of batches that a net learns from.", whole(1))
+    steps: int = option(300, "Number of batches that a net learns from.", whole(1))
     batch_size: int = option(8, "Images in a batch.", whole(1))
     lr: float | None = option(None, "Highest learning rate; 2e-3 for tiny, 1e-4 for others.", number(0, 1, ends=False))
     size: tuple[int, int] | None = option(

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from rich.progress import Progress
@@ -78,6 +78,16 @@ class Learner(Protocol):
         """Write it and our record of it, as `save_trained` does."""
 
 
+class Kind(NamedTuple):
+    """A kind of learner: the option whose value names one, and what makes it, as `new_segmenter` does."""
+
+    option: str
+    new: Callable[[str, Mapping[int, str], int], Learner]
+
+
+SEGMENTER = Kind("segmenter", new_segmenter)
+
+
 @dataclass(frozen=True)
 class Stage:
     """Data, and how long and how fast to learn from them."""
@@ -118,19 +128,19 @@ def train_stages(
     out: Path,
     options: LearnOptions,
     *,
-    new: Callable[[str, Mapping[int, str], int], Learner] = new_segmenter,
+    kind: Kind = SEGMENTER,
     device: str = "auto",
     save_every: int = 200,
     progress: ProgressBar = lambda total: Progress(disable=True),
 ) -> dict[str, Any]:
-    """Train on one stage's data after the other's what `new` makes, as `new_segmenter` does; see `train`."""
+    """Train a learner, which `options.segmenter` names, on one stage's data after the other's; see `train`."""
     where = resolve_device(device)
-    plan = _plan(stages, options, where)
+    plan = _plan(stages, options, where, kind)
     with _open_folder(out) as folder:
         record = _finished(folder, plan)
         if record is None:
             make_folder(folder / PART)
-            record = _Training(stages, folder, plan, where, save_every, new).run(progress)
+            record = _Training(stages, folder, plan, where, save_every, kind).run(progress)
         clear(folder)
         shutil.rmtree(folder / PART, ignore_errors=True)
     result = {"folder": str(out), "segmenter": options.segmenter, "weights": record["weights"]}
@@ -148,10 +158,10 @@ class _Training:
         plan: dict[str, Any],
         device: torch.device,
         save_every: int,
-        new: Callable[[str, Mapping[int, str], int], Learner],
+        kind: Kind,
     ) -> None:
         self.stages, self.folder, self.plan, self.device, self.save_every = stages, folder, plan, device, save_every
-        self.new = new
+        self.kind = kind
         self.classes = {int(value): name for value, name in plan["classes"].items()}
         shares = [chosen_augmentations(plan["augment"], len(stage.data)) for stage in stages]
         self.augmenters = [
@@ -164,7 +174,7 @@ class _Training:
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(cuda), progress(sum(stage.steps for stage in self.stages)) as bar:
             torch.manual_seed(self.plan["seed"])
-            learner = self.new(self.plan["segmenter"], self.classes, max(self.plan["size"]))
+            learner = self.kind.new(self.plan[self.kind.option], self.classes, max(self.plan["size"]))
             learner.model.to(self.device)
             state = State(learner.model, copy.deepcopy(learner.model), _adam(learner.model))
             read_checkpoint(self.folder, state, self.plan)
@@ -289,7 +299,7 @@ def steps_and_rate(options: LearnOptions, images: int) -> tuple[int, float]:
     return -(-options.epochs * images // options.batch_size), rate
 
 
-def _plan(stages: list[Stage], options: LearnOptions, device: torch.device) -> dict[str, Any]:
+def _plan(stages: list[Stage], options: LearnOptions, device: torch.device, kind: Kind) -> dict[str, Any]:
     """Return all that makes a difference to the weights, values that JSON can hold, `auto` resolved."""
     classes: Mapping[int, str] = {}
     for stage in stages:
@@ -297,7 +307,8 @@ def _plan(stages: list[Stage], options: LearnOptions, device: torch.device) -> d
     sides = stages[0].data[0].labels.shape
     if options.size and any(side % STRIDE or not side for side in options.size):
         raise DiffuMaskError(f"`size` must be multiples of {STRIDE}, such as 256x256, not {options.size}")
-    plan = asdict(options) | {
+    given = {kind.option if name == "segmenter" else name: value for name, value in asdict(options).items()}
+    plan = given | {
         "classes": {str(value): name for value, name in sorted(classes.items())},
         "data": [_digest(stage.data) for stage in stages],
         "images": [len(stage.data) for stage in stages],
