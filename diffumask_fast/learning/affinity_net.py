@@ -105,10 +105,9 @@ def new_affinity(name: str, classes: Mapping[int, str], side: int) -> AffinityLe
             if config.model_type == "segformer":
                 start = transformers.SegformerModel.from_pretrained(name, use_safetensors=True)
             else:
-                stages = range(1, len(config.stage_names))
-                start = transformers.AutoBackbone.from_pretrained(
-                    name, out_indices=list(stages), use_safetensors=True, trust_remote_code=False
-                )
+                config.out_indices = list(range(1, len(config.stage_names)))
+                kind = type(transformers.AutoBackbone.from_config(config))
+                start = kind.from_pretrained(name, config=config, use_safetensors=True)
     except Exception as error:  # noqa: BLE001 - of the hub, of safetensors or of the configuration, by many names
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DiffuMaskError(
