@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+import shutil
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffumask_fast.dataset.derive import check_apart
+from diffumask_fast.dataset.lookup import RowLookup
 from diffumask_fast.dataset.reader import read_manifest
 from diffumask_fast.dataset.remask import remask
+from diffumask_fast.dataset.schema import MANIFEST, PREVIEW
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.learning.affinity_net import AffinityNet, affinity_maps, load_affinity, new_affinity
 from diffumask_fast.learning.affinity_seeds import PLAIN, write_seeds
@@ -28,7 +32,9 @@ from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.masks.threshold import otsu
 from diffumask_fast.models.device import resolve_device
 
-FOLDER = "affinity"  # in the new dataset: seeds and nets
+FOLDER = "affinity"  # in the new dataset: the nets, and until it is finished the seeds
+SEEDS = "seeds"
+ALL = 0  # in the place of a class's id: the net of all classes
 AFFINITY = Kind("backbone", new_affinity)
 
 
@@ -39,7 +45,7 @@ def make_affinity_masks(
 
     Seeds are cut from the attention maps of the source, a net learns from them which cells belong together, and maps
     that walk at random along its affinities are the estimate that the adaptive threshold goes by (DiffuMask, section
-    3.3), or the masks themselves. Seeds and nets stay in `OUT/affinity`.
+    3.3), or the masks themselves. The nets stay in `OUT/affinity`, with a picture of the seeds.
 
     Args:
         options: the flags.
@@ -59,27 +65,34 @@ def make_affinity_masks(
     learning = options.masks.affinity
     folder = work_folder(options.out, FOLDER, "nets", "name a folder")
     device = resolve_device(options.device)
-    write_seeds(
-        options.source, folder / "seeds", faulty=learning.reference_labels, device=device,
+    if not (options.out / MANIFEST).exists():  # it is written when the nets are there
+        write_seeds(
+            options.source, folder / SEEDS, faulty=learning.reference_labels, device=device,
+            max_pixels=options.reading.max_pixels, progress=progress,
+        )  # fmt: skip
+        _train(options, folder, progress)
+    summary = remask(
+        options.source, options.out, options.masks, make=AffinityMasks(folder, learning, device), device=device,
         max_pixels=options.reading.max_pixels, progress=progress,
     )  # fmt: skip
-    nets = _trained(options, folder, progress)
-    return remask(
-        options.source, options.out, options.masks, make=AffinityMasks(nets, learning), device=device,
-        max_pixels=options.reading.max_pixels, progress=progress,
-    )  # fmt: skip
+    if (folder / SEEDS / PREVIEW).exists():
+        os.replace(folder / SEEDS / PREVIEW, folder / f"{SEEDS}.png")
+    shutil.rmtree(folder / SEEDS, ignore_errors=True)
+    return summary
 
 
 class AffinityMasks:
     """Makes masks as `make_masks` does, with the affinity map's help.
 
     Args:
-        nets: id of the class -> its net; 0 -> that of all classes.
-        learning: what becomes of the affinity map.
+        folder: of the nets, which are read when they are needed.
+        learning: which nets there are, and what becomes of the affinity map.
+        device: where they run.
     """
 
-    def __init__(self, nets: Mapping[int, AffinityNet], learning: AffinityLearning) -> None:
-        self.nets, self.learning = nets, learning
+    def __init__(self, folder: Path, learning: AffinityLearning, device: torch.device) -> None:
+        self.folder, self.learning, self.device = folder, learning, device
+        self._nets: dict[int, AffinityNet] = {}
 
     def __call__(
         self, class_maps: Tensor, images: Tensor, options: MaskOptions, class_ids: Tensor
@@ -95,20 +108,18 @@ class AffinityMasks:
     def maps(self, class_maps: Tensor, images: Tensor, class_ids: Tensor) -> Tensor:
         """Return affinity maps [B, K, h, w], 0 to 1, of class maps [B, K, h, w], images [B, H, W, 3] and ids [B, K]."""
         maps = refine_maps(quantise_maps(class_maps).float(), images, PLAIN)
-        beta, steps = self.learning.beta, self.learning.walk
-        if 0 in self.nets:
-            return affinity_maps(self.nets[0], images, maps, beta, steps)
+        if not self.learning.per_class:
+            return self._walked(ALL, images, maps)
         rows = [
-            torch.cat(
-                [
-                    affinity_maps(self.nets[number], image, one, beta, steps)
-                    for number, one in zip(ids, row, strict=True)
-                ],
-                1,
-            )
-            for ids, image, row in zip(class_ids.tolist(), images.split(1), _each(maps), strict=True)
+            torch.cat([self._walked(number, image, one) for number, one in zip(ids, row.split(1, 1), strict=True)], 1)
+            for ids, image, row in zip(class_ids.tolist(), images.split(1), maps.split(1), strict=True)
         ]
         return torch.cat(rows)
+
+    def _walked(self, number: int, images: Tensor, maps: Tensor) -> Tensor:
+        if number not in self._nets:
+            self._nets[number] = load_affinity(self.folder / _name(number), self.device)
+        return affinity_maps(self._nets[number], images, maps, self.learning.beta, self.learning.walk)
 
     def estimate(self, walked: Tensor, images: Tensor) -> Tensor:
         """Return where affinity maps [B, K, h, w] put each class, [B, K, H, W] bool."""
@@ -119,32 +130,37 @@ class AffinityMasks:
         return (maps > levels) & (maps == maps.amax(1, keepdim=True))
 
 
-def _each(maps: Tensor) -> Iterator[list[Tensor]]:
-    """Yield the maps [1, 1, H, W] of each image."""
-    for row in maps.split(1):
-        yield list(row.split(1, 1))
+def _name(number: int) -> str:
+    return f"class-{number}" if number else "net"
 
 
-def _trained(options: AffinityOptions, folder: Path, progress: Callable[[int], Progress]) -> dict[int, AffinityNet]:
-    """Train the nets that are not there yet, and return all; the key 0 stands for all classes."""
+def _by_class(data: Dataset, rows: RowLookup) -> dict[int, SegmentationData]:
+    """Return the examples of each class that any of the rows, also a rejected one, bears."""
+    names = {number: name for row in rows.entries for number, name in zip(row.class_ids, row.classes, strict=True)}
+    places = {
+        number: [place for place, row in enumerate(data.rows.entries) if number in row.class_ids]
+        for number in sorted(names)
+    }
+    for number, some in places.items():
+        if not some:
+            raise DiffuMaskError(f"no image of {names[number]} is accepted: leave out `per_class`, or draw more of it")
+    return {number: Part(data, some) for number, some in places.items()}
+
+
+def _train(options: AffinityOptions, folder: Path, progress: Callable[[int], Progress]) -> None:
+    """Train the nets that are not there yet: one for all classes, or one for each."""
     learning = options.masks.affinity
-    data = Dataset(folder / "seeds", max_pixels=options.reading.max_pixels)
-    parts: dict[int, SegmentationData] = {0: data}
+    data = Dataset(folder / SEEDS, max_pixels=options.reading.max_pixels)
+    parts: dict[int, SegmentationData] = {ALL: data}
     if learning.per_class:
-        ids = [entry.class_ids for entry in data.rows.entries]
-        numbers = sorted({number for row in ids for number in row})
-        parts = {number: Part(data, [place for place, row in enumerate(ids) if number in row]) for number in numbers}
+        parts = _by_class(data, RowLookup(folder / SEEDS, accepted_only=False))
     learn = LearnOptions(
         segmenter=learning.backbone, steps=learning.steps, batch_size=learning.batch_size, lr=learning.lr,
         size=learning.size, augment="none", seed=learning.seed, dtype=learning.dtype,
     )  # fmt: skip
-    device, nets = resolve_device(options.device), {}
     for number, part in parts.items():
-        place = folder / (f"class-{number}" if number else "net")
         steps, rate = steps_and_rate(learn, len(part))
         train_stages(
-            [Stage(part, steps, rate)], place, learn, kind=AFFINITY, device=options.device,
+            [Stage(part, steps, rate)], folder / _name(number), learn, kind=AFFINITY, device=options.device,
             save_every=options.save_every, progress=progress,
         )  # fmt: skip
-        nets[number] = load_affinity(place, device)
-    return nets
