@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -77,7 +77,7 @@ class AffinityLearner:
     def _write(self, folder: Path) -> None:
         (folder / CONFIG).write_text(json.dumps(self.model.config, indent=2) + "\n")
         weights = {name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
-        save_file(weights, folder / WEIGHTS)
+        (folder / WEIGHTS).write_bytes(save(weights))
 
 
 def new_affinity(name: str, classes: Mapping[int, str], side: int) -> AffinityLearner:
