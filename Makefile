@@ -16,7 +16,7 @@ demo: .venv/.core
 test-env: .venv/.test
 
 test: test-env
-	$(BIN)/pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: test-env
 	$(BIN)/pytest -m "slow and not gpu"
