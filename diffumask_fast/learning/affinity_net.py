@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +175,10 @@ def affinity_loss(features: Tensor, labels: Tensor) -> Tensor:
     return (sums / counts.clamp(min=1) * sums.new_tensor([0.25, 0.25, 0.5])).sum()
 
 
-def cell_labels(labels: Tensor, num_labels: int, size: tuple[int, ...] | torch.Size) -> Tensor:
+def cell_labels(labels: Tensor, num_labels: int, size: Sequence[int]) -> Tensor:
     """Return the label of each cell [B, h, w]: the one that most of its pixels bear, 255 where there is none."""
     known = torch.where(labels == IGNORE, num_labels, labels)
-    shares = F.adaptive_avg_pool2d(F.one_hot(known, num_labels + 1).movedim(-1, 1).float(), tuple(size))
+    shares = F.adaptive_avg_pool2d(F.one_hot(known, num_labels + 1).movedim(-1, 1).float(), (size[0], size[1]))
     most, label = shares[:, :num_labels].max(1)
     return torch.where(most > 0.5, label, IGNORE)
 
@@ -227,7 +227,7 @@ def _backbone(config: Mapping[str, Any]) -> Any:
     import transformers
 
     words = {key: value for key, value in config.items() if key != "model_type"}
-    made = transformers.AutoConfig.for_model(config["model_type"], **words)
+    made: Any = transformers.AutoConfig.for_model(config["model_type"], **words)
     return (
         transformers.SegformerModel(made)
         if made.model_type == "segformer"
@@ -247,7 +247,7 @@ def _stages(backbone: Any, pixels: Tensor) -> tuple[Tensor, ...]:
     return backbone(pixels).feature_maps
 
 
-def _resized(values: Tensor, size: list[int]) -> Tensor:
+def _resized(values: Tensor, size: Sequence[int]) -> Tensor:
     if values.shape[2] > size[0]:
-        return F.adaptive_avg_pool2d(values, size)
-    return F.interpolate(values, size, mode="bilinear", align_corners=False)
+        return F.adaptive_avg_pool2d(values, (size[0], size[1]))
+    return F.interpolate(values, (size[0], size[1]), mode="bilinear", align_corners=False)
