@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from PIL import Image
 
 from diffumask_fast.attention.call import Denoiser
 from diffumask_fast.attention.choice import check_attention, set_attention
-from diffumask_fast.attention.collect import checked_unet, collect_maps
+from diffumask_fast.attention.collect import collect_maps
+from diffumask_fast.attention.families import check_runs, denoising_model, family_of
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.engines.compiled import CompiledEngine, compile_pipe
 from diffumask_fast.engines.worker import IN_FLIGHT, StreamWorker, Turn, to_host
@@ -27,11 +27,11 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.make import make_masks, quantise_maps
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.masks.rejection import NOT_FINITE, rejections
-from diffumask_fast.models.arguments import SCHEDULES, steps_and_guidance
+from diffumask_fast.models.arguments import SCHEDULES, steps_and_guidance, suited
 from diffumask_fast.models.decoding import decode, decodes_later, finished, timed_decoding
 from diffumask_fast.models.device import fitting_batch, resolve_device, resolve_dtype
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
-from diffumask_fast.models.find import ModelInfo, find_model
+from diffumask_fast.models.find import ModelInfo, find_model, with_options
 from diffumask_fast.models.generators import Generators, generators_of
 from diffumask_fast.models.loading import check_size, check_whole, load_pipe, says_force_upcast, without_bars
 from diffumask_fast.models.scheduler import try_scheduler
@@ -47,7 +47,7 @@ class DiffuMaskPipeline:
     """Compose a diffusers pipeline; draw with it, and make a mask of each word of interest on the way.
 
     Args:
-        pipe: any diffusers pipeline whose denoiser is a `UNet2DConditionModel`.
+        pipe: any diffusers pipeline whose denoiser is a `UNet2DConditionModel`, or SD3's or FLUX's transformer.
         info: what its model folder says; the general defaults when None.
         engine: the export.load.Engine that runs it in torch's place.
         compiled: what `compile_pipe` made of it.
@@ -84,6 +84,7 @@ class DiffuMaskPipeline:
         device: str | torch.device | None = None,
         revision: str | None = None,
         attention: str = "sdpa",
+        model_options: str | Path | None = None,
     ) -> DiffuMaskPipeline:
         """Load the embedded model ("mini"), a diffusers folder or a hub id; safetensors only.
 
@@ -97,35 +98,40 @@ class DiffuMaskPipeline:
             revision: of a hub id.
             attention: what draws the UNet's attention where no maps are wanted: "sdpa", or with engine "torch" on CUDA
                 "xformers".
+            model_options: file that `diffumask-fast calibrate` wrote, in place of the model folder's own options of
+                maps and masks.
 
         Raises:
-            DiffuMaskError: no such model, half-written or pickled weights, no such device, engine, dtype or attention.
+            DiffuMaskError: no such model, half-written or pickled weights, no such device, engine, dtype, attention or
+                file of options.
         """
         if attention != "sdpa":
             check_attention(attention, engine, resolve_device(device))
         if engine not in ("torch", "compile"):
             from diffumask_fast.export.load import load_engine
 
-            return cls(*load_engine(model, engine, engine_path, dtype, device, revision))
+            pipe, info, loaded = load_engine(model, engine, engine_path, dtype, device, revision)
+            return cls(pipe, with_options(info, model_options), loaded)
         if engine_path is not None:
             raise DiffuMaskError(f"`engine={engine}` takes no `engine_path`: leave it out, or say `engine=onnx`.")
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
-        info = find_model(model, revision)
+        info = with_options(find_model(model, revision), model_options)
         pipe = load_pipe(info, dtype, device)
         if dtype == torch.float16 and says_force_upcast(info.local_folder):
             pipe.vae.to(torch.float32)
-        set_attention(pipe.unet, attention)
-        return cls(pipe, info, compiled=compile_pipe(pipe) if engine == "compile" else None)
+        check_runs(pipe, engine, attention)
+        set_attention(denoising_model(pipe), attention)
+        return cls(pipe, suited(info, pipe), compiled=compile_pipe(pipe) if engine == "compile" else None)
 
     @classmethod
     def from_pipe(cls, pipe: DiffusersPipeline) -> DiffuMaskPipeline:
         """Compose a pipeline that is already loaded; it is used as it is and stays usable by itself.
 
         Raises:
-            DiffuMaskError: its denoiser is no UNet2DConditionModel.
+            DiffuMaskError: its denoiser is of a kind that gives no maps.
         """
-        checked_unet(pipe)
+        family_of(pipe)
         return cls(pipe)
 
     def to(self, *args: Any, **kwargs: Any) -> DiffuMaskPipeline:
@@ -156,8 +162,13 @@ class DiffuMaskPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the UNet is."""
-        return self.pipe.unet.device
+        """Where the denoiser is."""
+        return denoising_model(self.pipe).device
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer among whose tokens a phrase must be."""
+        return getattr(self.pipe, family_of(self.pipe).tokenizer)
 
     def __call__(
         self,
@@ -181,7 +192,7 @@ class DiffuMaskPipeline:
                 prompts. A name's phrase must occur in its prompt.
             seeds: one seed per image, for images that depend on nothing else in the batch.
             generator: as in diffusers; not together with seeds.
-            mask: how masks are made of maps.
+            mask: how masks are made of maps; None is what suits the model.
             maps: how maps are made; "auto" is what suits the model.
             token_indices: token positions of each class of each prompt, 0 the start token; needed with prompt_embeds.
             output_type: "pil", "np" or "pt".
@@ -204,8 +215,8 @@ class DiffuMaskPipeline:
             kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
         repeat = kwargs.get("num_images_per_prompt") or 1
         generator = generators_of(seeds, generator, len(names) * repeat)
-        maps, mask = self.map_options(maps), mask or MaskOptions()
-        phrases, ids = phrases_and_ids(names)
+        maps, mask = self.map_options(maps), self.info.mask_options(mask)
+        phrases, ids = phrases_and_ids(names, prompts)
         denoised = self._denoise(
             prompts or None, phrases, ids, maps, repeat=repeat, generator=generator, token_indices=token_indices,
             **kwargs,
@@ -242,7 +253,7 @@ class DiffuMaskPipeline:
         Args:
             requests: what to draw.
             batch_size: images per batch, or "auto".
-            mask: how masks are made of maps.
+            mask: how masks are made of maps; None is what suits the model.
             maps: how maps are made; "auto" is what suits the model.
             kwargs: as for a call, without prompt, classes and seeds.
 
@@ -283,7 +294,7 @@ class DiffuMaskPipeline:
         """
         if taken := kwargs.keys() & TAKEN:
             raise DiffuMaskError(f"stream takes {', '.join(sorted(taken))} from its requests: leave it out.")
-        options = self.map_options(maps), mask or MaskOptions()
+        options = self.map_options(maps), self.info.mask_options(mask)
         return self._draw_batches(batches, *options, num_phrases, use_negative_prompts, kwargs)
 
     def _draw_batches(
@@ -382,9 +393,7 @@ class DiffuMaskPipeline:
 
     def map_options(self, maps: MapOptions | None = None) -> MapOptions:
         """Return the options with "auto" resolved to what was measured best for the model."""
-        maps = maps or MapOptions()
-        best = {"aggregation": "paper", "propagate": 1, **self.info.mask}
-        return replace(maps, **{name: best[name] for name, value in vars(maps).items() if value == "auto"})
+        return self.info.map_options(maps)
 
     def batch_size(self, batch_size: int | str, height: int | None = None, width: int | None = None) -> int:
         """Return the batch size: as given, or for "auto" a function of model, size and the device's total memory."""
@@ -395,10 +404,9 @@ class DiffuMaskPipeline:
         if self.device.type != "cuda":
             return min(8, most)
         pixels = math.prod(self.size(height, width))
-        return min(most, fitting_batch(self.pipe.unet, pixels, self.device))
+        return min(most, fitting_batch(denoising_model(self.pipe), pixels, self.device))
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Return height and width, the model's own where they are None."""
-        own = self.pipe.unet.config.sample_size
-        own = own if isinstance(own, (list, tuple)) else (own, own)
-        return height or own[0] * self.pipe.vae_scale_factor, width or own[1] * self.pipe.vae_scale_factor
+        own = family_of(self.pipe).default_size(self.pipe)
+        return height or own[0], width or own[1]

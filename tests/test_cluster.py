@@ -25,8 +25,10 @@ from diffumask_fast.dataset.schema import SCHEMA
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.cluster import DRIVERS, Cluster, Worker, _for_workers, _options_of, _place
 from diffumask_fast.generation.generate import run_generate
+from diffumask_fast.generation.options import GenerateOptions
 from diffumask_fast.generation.ray import Drawer
 from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.options import closed
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,20 @@ def test_rounds_until_each_class_has_its_number_are_those_of_one_process(joined,
     with patched_threads(1):
         run_generate(replace(asked, out=tmp_path / "one", ray=None, workers=None), silent)
     assert contents(tmp_path / "ray") == contents(tmp_path / "one") and summary["below_quota"] == []
+
+
+def test_a_worker_embeds_captions(joined, tiny_folder, tmp_path, monkeypatch):
+    (tmp_path / "captions.txt").write_text("\n".join(f"the {noun} {i}" for i in range(20) for noun in ("dog", "cat")))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = options(
+        tmp_path / "ray", tiny_folder, ray="local", workers=1,
+        captions=tmp_path / "captions.txt", retrieval="embedding", captions_per_class=12,
+    )  # fmt: skip
+    assert run_generate(asked, silent)["captions"] == {"cat": 12, "dog": 12}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    with patched_threads(1):
+        run_generate(replace(asked, out=tmp_path / "one", ray=None, workers=None), silent)
+    assert contents(tmp_path / "ray") == contents(tmp_path / "one")
 
 
 def test_a_worker_short_of_memory_says_the_batch_size_that_fits(tiny_folder, tmp_path):
@@ -222,15 +238,28 @@ def test_workers_draw_where_the_cluster_has_room(tmp_path):
         place({"CPU": 2.0}, device="cuda")
 
 
+@pytest.mark.parametrize("classes", ["coco", "dog"])
+def test_a_folder_is_no_class_list(classes, tmp_path, monkeypatch):
+    (tmp_path / classes).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert _for_workers(options(tmp_path, "mini", classes=classes)).classes == classes
+
+
 def test_options_mean_the_same_in_another_folder(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_folder.parent)
     Path("names.txt").write_text("dog\n")
-    asked = _for_workers(options(tmp_path, tiny_folder.name, classes="names.txt", mask=MaskOptions(threshold=0.3)))
+    Path("own.json").write_text("{}")
+    mask = replace(GenerateOptions.mask, threshold=0.3)  # what is left out stays the model's own
+    given = options(tmp_path, tiny_folder.name, classes="names.txt", mask=mask, model_options=Path("own.json"))
+    asked = _for_workers(given)
     assert asked.model == str(tiny_folder) and asked.classes == str(tiny_folder.parent / "names.txt")
+    assert asked.model_options == str(tiny_folder.parent / "own.json")
     assert _for_workers(options(tmp_path, "mini")) == options(tmp_path, "mini")
     assert _for_workers(options(tmp_path, "mini", engine_path=Path("nowhere"))).engine_path == "nowhere"
     values = {name: value for name, value in asdict(asked).items() if name not in DRIVERS}
     assert _options_of(json.dumps(values)) == replace(asked, out=".")
+    values["mask"] = asdict(MaskOptions(eps=0.5))
+    assert closed(_options_of(json.dumps(values)).mask, MaskOptions()) == MaskOptions(eps=0.5)
 
 
 def test_what_ray_is_missing_for_is_one_sentence(tiny_folder, tmp_path, monkeypatch):

@@ -22,6 +22,8 @@ from diffumask_fast.masks.make import make_masks
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.masks.rejection import NOT_FINITE, advice, rejections
 from diffumask_fast.options import MAX_PIXELS
+from diffumask_fast.prompts.class_entry import phrases_by_name
+from diffumask_fast.prompts.matching import phrase_in
 
 Maker = Callable[[Tensor, Tensor, MaskOptions, Tensor], tuple[Tensor, Tensor]]
 
@@ -59,7 +61,7 @@ def remask(
         DiffuMaskError: as `derive`; or the source holds no maps.
     """
     options, device = options or MaskOptions(), torch.device(device)
-    phrases = {entry["name"]: entry["phrase"] for entry in read_manifest(source).get("classes", [])}
+    phrases = phrases_by_name(read_manifest(source).get("classes", []))
     workers = torch.get_num_threads() if device.type == "cpu" else 1
 
     with patched_threads(1), ThreadPoolExecutor(workers) as pool:
@@ -96,12 +98,12 @@ def tensors_of(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tenso
 
 @torch.inference_mode()
 def _remade(
-    rows: Sequence[Row], make: Maker, options: MaskOptions, phrases: dict[str, str], device: torch.device
+    rows: Sequence[Row], make: Maker, options: MaskOptions, phrases: dict[str, tuple[str, ...]], device: torch.device
 ) -> list[dict[str, Any]]:
     """Return the values of rows with new masks."""
     maps, images, ids = tensors_of(rows, device)
     mask, quality = make(maps, images, options, ids)
-    names = [[phrases.get(name, name) for name in row.classes] for row in rows]
+    names = [[phrase_in(row.prompt, phrases.get(name, (name,))) for name in row.classes] for row in rows]
     reasons = rejections(images, mask, ids, names, options, quality)
     values = []
     for row, pixels, numbers, reason in zip(rows, mask.cpu().numpy(), quality.tolist(), reasons, strict=True):
