@@ -80,15 +80,11 @@ def all_tables(rows: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(filter(None, [*parts, _zero_shot(cells), _conditions(rows)]))
 
 
-def figure(one: dict[str, Any], name: str, objects: str = "kept") -> float:
-    """Return a figure of a row in percent: one of a test, or the IoU of one of its classes."""
-    test = one["config"]["tests"][objects]
-    value = test["per_class_iou"].get(name) if name not in test else test[name]
-    return 100 * (value or 0.0)
-
-
 def _values(cells: Rows, name: str, of: str = "miou", objects: str = "kept") -> dict[int, float]:
-    return {seed: figure(one, of, objects) for seed, one in cells.get(name, {}).items()}
+    """Return a figure of each seed in percent: one of a test, or the IoU of one of its classes, where it is there."""
+    tests = {seed: one["config"]["tests"][objects] for seed, one in cells.get(name, {}).items()}
+    figures = {seed: (test | test["per_class_iou"])[of] for seed, test in tests.items()}
+    return {seed: 100 * value for seed, value in figures.items() if value is not None}
 
 
 def _spread(values: Mapping[int, float], signed: bool = False) -> str:
@@ -143,7 +139,7 @@ def _findings(cells: Rows) -> str:
     sentences = []
     if gap := _less(ours, real):
         sentences.append(f"Synthetic over real: {_spread(gap, True)} points of mIoU.")
-        classes = {name: _mean(differences) for name, differences in _class_gaps(cells).items()}
+        classes = {name: _mean(differences) for name, differences in _class_gaps(cells).items() if differences}
         best, worst = max(classes, key=lambda name: classes[name]), min(classes, key=lambda name: classes[name])
         sentences.append(f"Best class: {best}, {classes[best]:+.1f}; worst: {worst}, {classes[worst]:+.1f}.")
     if gain := _less(both, real):
@@ -171,7 +167,8 @@ def _per_class(cells: Rows) -> str:
         return ""
     lines = []
     for name, gaps in _class_gaps(cells).items():
-        own = [f"{_mean(_values(cells, cell, name)):.1f}" for cell in PER_CLASS]
+        ious = [_values(cells, cell, name) for cell in PER_CLASS]
+        own = [f"{_mean(one):.1f}" if one else DASH for one in ious]
         paper = [f"{value:.1f}" for value in PAPER[name]] if name in PAPER else [DASH] * 3
         lines.append((name, *own, _spread(gaps, True), *paper))
     columns = ("real", "synthetic", "synthetic, then fifth", "synthetic over real")

@@ -37,6 +37,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.flags import with_flags
 from diffumask_fast.learning.evaluation import evaluate
 from diffumask_fast.learning.options import EvaluateOptions, LearnOptions, TrainOptions
+from diffumask_fast.learning.segmenters import read_record
 from diffumask_fast.learning.training import RATES, train
 from diffumask_fast.mini.world import write_world
 from diffumask_fast.models.device import resolve_device
@@ -83,7 +84,8 @@ class Protocol:
         figures = {objects: self._judged(cell, seed, objects) for objects in TESTS}
         config = {
             "seed": seed, "scale": asdict(self.scale), "images": trained["images"], "steps": trained["steps"],
-            "dtype": self.dtype, "masks_iou": data.masks_iou(cell.data), "tests": figures, **self._environment,
+            "dtype": read_record(trained["folder"])["plan"]["dtype"], "masks_iou": data.masks_iou(cell.data),
+            "tests": figures, **self._environment,
         }  # fmt: skip
         made = row(SUITE, cell.name, figures["kept"]["miou"], unit="mIoU", config=config)
         append_rows(self.file, [made])
@@ -141,7 +143,8 @@ def reproduce(options: ReproduceOptions) -> None:
                 f"about {minutes:.0f} minutes left",
                 sys.stderr,
             )
-    say(all_tables(protocol.rows))
+    for line in all_tables(protocol.rows).splitlines():
+        say(line)
 
 
 def chosen(only: str) -> list[Cell]:

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/costs.md, and the plot, from committed rows; what `make tables` runs."""
+"""Write the tables of README.md and docs, and the plots, from committed rows; what `make tables` runs."""
 
 import hashlib
 import json
@@ -11,6 +11,8 @@ from diffumask_fast.errors import DiffuMaskError
 
 BEGIN, END = "<!-- bench: made by `make tables` -->", "<!-- bench: end -->"
 PLOT = "docs/bench.png"
+# the rows of the paper's protocol, and what is made of them
+PROTOCOL, PROTOCOL_PAGE, PROTOCOL_PLOT = "bench/results/reproduce/mini.jsonl", "docs/reproduce.md", "docs/reproduce.png"
 # the few of mini that README.md shows
 SUMMARY = ("maps_overhead", "masks_overhead", "speedup_vs_reference_best", "speedup_vs_daam", "memory_vs_steps")
 LABELS = {
@@ -126,14 +128,20 @@ def _line(one: dict) -> str:
 
 
 def main(root: Path) -> None:
-    """Rewrite the pages and the plot of a checkout."""
+    """Rewrite the pages and the plots of a checkout."""
+    from diffumask_fast.bench import protocol_tables
     from diffumask_fast.bench.plots import overview
 
     rows = latest_rows(root / "bench" / "results")
-    for name, tables in PAGES.items():
-        page = root / name
-        page.write_text(between_markers(page.read_text(encoding="utf-8"), tables(rows)), encoding="utf-8")
+    made = {name: tables(rows) for name, tables in PAGES.items()}
     overview(rows, root / PLOT, digest(rows))
+    if (root / PROTOCOL).exists():
+        rows = read_rows(root / PROTOCOL)
+        made[PROTOCOL_PAGE] = protocol_tables.all_tables(rows)
+        protocol_tables.plot(rows, root / PROTOCOL_PLOT, digest(rows))
+    for name, tables in made.items():
+        page = root / name
+        page.write_text(between_markers(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
 if __name__ == "__main__":
