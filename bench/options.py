@@ -56,7 +56,7 @@ class ReproduceOptions(Options):
     out: Path = argument("Folder of data, segmenters and rows; run again to finish it.")
     scale: str = option("full", "full, or small: minutes, for a look.", one_of("full", "small"))
     seeds: int = option(3, "Repetitions, each with data and weights of its own.", whole(1))
-    only: str = option("", "Some of headline,default,masks,pruning,augmentation,zero-shot, with commas.")
+    only: str = option("", "Some of headline, masks, pruning, augmentation, zero-shot, with commas.")
     rows: Path | None = option(None, "File to which rows are appended; OUT/rows.jsonl when left out.")
     engine: str = option("torch", "That draws: torch or compile.", one_of("torch", "compile"))
     dtype: str = option("auto", "Of training: auto, fp32 or bf16.", one_of("auto", "fp32", "bf16"))

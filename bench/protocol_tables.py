@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffumask_fast.bench.protocol import UNSEEN
+from diffumask_fast.bench.protocol import DEFAULT, UNSEEN
 
 NONE_YET = "No rows yet: `make reproduce` measures them."
 DASH = "–"
@@ -24,14 +24,14 @@ HEADLINE = {
 # title -> cell -> what it is, and the paper's mean of bird and dog (table 5, Swin-B)
 ABLATIONS = {
     "masks": {
-        "default": ("Otsu's threshold (default)", DASH),
+        DEFAULT: ("Otsu's threshold (default)", DASH),
         "masks/adaptive": ("adaptive threshold", "89.5"),
         "masks/0.35": ("threshold 0.35", DASH),
         "masks/0.45": ("threshold 0.45", "0.4: 85.3"),
         "masks/0.55": ("threshold 0.55", "0.5: 78.9, 0.6: 44.4"),
     },
     "pruning": {
-        "default": ("nothing is pruned (default)", DASH),
+        DEFAULT: ("nothing is pruned (default)", DASH),
         "pruning/0.3": ("alpha 0.3", "83.2"),
         "pruning/0.5": ("alpha 0.5", "88.2"),
         "pruning/0.7": ("alpha 0.7", "89.5"),
@@ -42,7 +42,7 @@ ABLATIONS = {
         "augmentation/blur": ("blur alone", "with the one above 87.9"),
         "augmentation/occlude": ("occlusion alone", "with those above 88.2"),
         "augmentation/perspective": ("perspective alone", DASH),
-        "default": ("all four (default)", "89.5"),
+        DEFAULT: ("all four (default)", "89.5"),
     },
 }
 # cell -> what it is trained on, and the paper's seen, unseen, harmonic mean (Swin-B)
@@ -176,12 +176,12 @@ def _per_class(cells: Rows) -> str:
 
 
 def _ablation(title: str, rows: Mapping[str, tuple[str, str]], cells: Rows) -> str:
-    if not any(cells.get(name) for name in rows if name != "default"):
+    if not any(cells.get(name) for name in rows if name != DEFAULT):
         return ""
-    default, lines = _values(cells, "default"), []
+    default, lines = _values(cells, DEFAULT), []
     for name, (label, paper) in rows.items():
         values = _values(cells, name)
-        over = DASH if name == "default" else _spread(_less(values, default), True)
+        over = DASH if name == DEFAULT else _spread(_less(values, default), True)
         ious = {
             seed: 100 * one["config"]["masks_iou"]
             for seed, one in cells.get(name, {}).items()
@@ -237,13 +237,13 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, digest: str) -> None:
     for shift, objects, words in ((-0.2, "kept", "new scenes"), (0.2, "held-out", "scenes of other objects")):
         _bars(above, labels, [_values(cells, name, objects=objects) for name in HEADLINE], shift, 0.38, words)
     above.set(xlabel="mIoU, %", xlim=(0, None))
-    above.legend()
-    default = _values(cells, "default")
+    above.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    default = _values(cells, DEFAULT)
     lines = {
         f"{title}: {label}": _less(_values(cells, name), default)
         for title, names in ABLATIONS.items()
         for name, (label, _) in names.items()
-        if name != "default"
+        if name != DEFAULT
     }
     _bars(below, list(lines), list(lines.values()), 0, 0.6, None)
     below.axvline(0, color="black", linewidth=0.8)

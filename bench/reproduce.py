@@ -19,6 +19,7 @@ import typer
 from diffumask_fast.bench.options import ReproduceOptions
 from diffumask_fast.bench.protocol import (
     CELLS,
+    DEFAULT,
     SCALES,
     SUITE,
     TESTS,
@@ -29,7 +30,7 @@ from diffumask_fast.bench.protocol import (
     TrainingData,
     in_order,
 )
-from diffumask_fast.bench.protocol_tables import all_tables
+from diffumask_fast.bench.protocol_tables import ABLATIONS, all_tables
 from diffumask_fast.bench.regressions import read_rows
 from diffumask_fast.bench.rows import append_rows, environment, row
 from diffumask_fast.console import progress_bar, run_program, say, stoppable
@@ -148,17 +149,19 @@ def reproduce(options: ReproduceOptions) -> None:
 
 
 def chosen(only: str) -> list[Cell]:
-    """Return the cells of some tables, "" for all; and those whose segmenters they start from.
+    """Return the cells of some tables, "" for all; with those that they start from or are compared with.
 
     Raises:
         DiffuMaskError: there is no such table.
     """
-    tables = {cell.name: cell.name.split("/")[0] for cell in CELLS}
+    tables = {cell.name: cell.name.split("/")[0] for cell in CELLS if cell.name != DEFAULT}
     wanted = {name.strip() for name in only.split(",") if name.strip()} or set(tables.values())
     if unknown := wanted - set(tables.values()):
         raise DiffuMaskError(f"`only` must be some of {', '.join(dict.fromkeys(tables.values()))}, not {min(unknown)}")
-    starts = {cell.start for cell in CELLS if tables[cell.name] in wanted}
-    return [cell for cell in CELLS if tables[cell.name] in wanted or cell.name in starts]
+    names = {cell.name for cell in CELLS if tables.get(cell.name) in wanted}
+    names |= {cell.start for cell in CELLS if cell.name in names}
+    names |= {DEFAULT} if wanted & set(ABLATIONS) else set()
+    return [cell for cell in CELLS if cell.name in names]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
