@@ -35,7 +35,7 @@ UNSEEN = ("pottedplant", "sheep", "sofa", "train", "tvmonitor")
 SYNTHETIC, REAL = 60700, 60800
 TESTS = {"kept": 60601, "held-out": 60602}  # objects that mini and the real training scenes show, and others
 
-ProgressBar = Callable[[int], Progress]
+ProgressBar = Callable[[int | None], Progress]
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,9 @@ class TrainingData:
                 with_oracle_masks(self.path("synthetic"), out)
             case ["seen"]:
                 without(self.path("real"), out, UNSEEN)
-            case ["masks", threshold]:
-                remask(self.path("synthetic"), out, MaskOptions(threshold=threshold), progress=self.progress)
+            case ["masks", cut]:
+                options = MaskOptions(threshold="adaptive" if cut == "adaptive" else float(cut))
+                remask(self.path("synthetic"), out, options, progress=self.progress)
             case ["pruned", alpha]:
                 self._prune(float(alpha), out)
             case _:
