@@ -19,7 +19,7 @@ reproduce: test-env
 test-env: .venv/.test
 
 test: test-env
-	$(BIN)/pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: test-env
 	$(BIN)/pytest -m "slow and not gpu"

@@ -38,6 +38,14 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Write out halves of letters in what a test has logged: a report travels between processes as UTF-8."""
+    report = yield
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report
+
+
 def merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """Apply the merges to the symbols of a word, lowest rank first."""
     while pairs := [(ranks[p], i) for i, p in enumerate(zip(symbols, symbols[1:], strict=False)) if p in ranks]:

@@ -1,6 +1,7 @@
 """learning/filtering.py: what ranks lowest in its class is rejected, and nothing else changes."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,8 +15,12 @@ from diffumask_fast.cli import app
 from diffumask_fast.dataset.reader import read_rows
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.learning.augment import augment
+from diffumask_fast.learning.cross_validation import Part, deal
+from diffumask_fast.learning.data import open_data
 from diffumask_fast.learning.filtering import filter_dataset, rank
 from diffumask_fast.learning.options import AugmentOptions, FilterOptions, LearnOptions, PruneOptions
+from diffumask_fast.learning.segmenters import read_record
+from diffumask_fast.learning.training import _digest
 
 
 def rows(folder):
@@ -89,6 +94,30 @@ def test_planted_noise_is_found_by_cross_validation(tmp_path):
     assert filter_dataset(options) == summary and contents(tmp_path / "out") == before
     recorded = json.loads((tmp_path / "out" / "dataset.json").read_text())["options"]["filter"]
     assert recorded["folds"] == 3 and recorded["learning"]["steps"] == 60
+
+
+def test_the_last_round_learns_without_what_ranked_lowest(tmp_path):
+    source = dataset(tmp_path / "in", num=24, change=coloured)
+    learning = LearnOptions(segmenter=str(tiny_model("segformer", tmp_path / "start")), steps=3, batch_size=2)
+    options = FilterOptions(source, tmp_path / "out", PruneOptions(0.5, learning=learning), device="cpu")
+    filter_dataset(options)
+    folds, data = tmp_path / "out" / "folds", open_data(source)
+    scores = json.loads((folds / "round-1" / "scores.json").read_text())
+    low = {key for key, given in rank(scores, 0.3).items() if given[0].pruned}  # 0.5 would leave too few
+    fold_of = deal([[row.classes[0]] for row in rows(source).values()], 3, 0)
+    assert len(low) == 6 and not (folds / "round-2" / "scores.json").exists()
+    for fold in range(3):
+        first, last = (read_record(folds / f"round-{number}" / f"fold-{fold}")["plan"] for number in (1, 2))
+        seen = [number for number in range(24) if fold_of[number] != fold]
+        kept = [number for number in seen if data.names[number] not in low]
+        assert (first["steps"], last["steps"]) == (2, 3)
+        assert first["data"] == [_digest(Part(data, seen))] and last["data"] == [_digest(Part(data, kept))]
+    before = contents(tmp_path / "out")
+    shutil.rmtree(folds / "round-2")  # as if it was stopped there
+    assert filter_dataset(options)["pruned"] == 12 and contents(tmp_path / "out") == before
+    once = FilterOptions(source, tmp_path / "once", PruneOptions(0.5, rounds=1, learning=learning), device="cpu")
+    filter_dataset(once)
+    assert read_record(tmp_path / "once" / "folds" / "round-1" / "fold-0")["plan"]["steps"] == 3
 
 
 def test_masks_are_spoiled_as_they_are_said_to_be(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,7 @@ def train_folds(
     out: Path,
     options: LearnOptions,
     *,
+    without: Collection[str] = (),
     device: str = "auto",
     progress: Callable[[int], Progress] = lambda total: Progress(disable=True),
 ) -> list[TransformersSegmenter]:
@@ -97,6 +98,7 @@ def train_folds(
         fold_of: the fold of each example.
         out: folder in which each segmenter gets a folder.
         options: how they are trained.
+        without: names of examples that none of them learns from.
         device: where.
         progress: makes a progress bar of the number of steps of one segmenter.
 
@@ -104,8 +106,9 @@ def train_folds(
         DiffuMaskError: as `train`.
     """
     segmenters = []
+    learnt = np.array([name not in without for name in data.names])
     for fold in range(int(fold_of.max()) + 1):
-        part = Part(data, np.flatnonzero(fold_of != fold).tolist())
+        part = Part(data, np.flatnonzero((fold_of != fold) & learnt).tolist())
         steps, rate = steps_and_rate(options, len(part))
         folder = out / f"fold-{fold}"
         train_stages([Stage(part, steps, rate)], folder, options, device=device, progress=progress)
@@ -127,9 +130,10 @@ def held_out_predictions(
 def agreement(example: Example, probabilities: np.ndarray, classes: Sequence[int], value: int) -> float:
     """Return how well the mask of one class agrees with a prediction, from 0 to 1.
 
-    It is the mask's IoU with where an object of any class is predicted, times the square root of how probable its class
-    is there beside the likeliest one. So a segmenter that takes a cow for a horse, as one that has seen few images
-    does, can still tell a whole mask from half of one; where it knows the classes, this is the IoU of the class.
+    It is the mask's overlap with the probability that a pixel is of any object, times the square root of how probable
+    its class is there beside the likeliest one. The overlap is the sum of the pixels' minima over that of their maxima:
+    the IoU, where the prediction is sure. So a segmenter that takes a cow for a horse, as one that has seen few images
+    does, can still tell a whole mask from half of one; where it is sure, this is the IoU of the class.
 
     Args:
         example: whose labels are judged; what is 255 in them, or another class, is left out.
@@ -140,12 +144,12 @@ def agreement(example: Example, probabilities: np.ndarray, classes: Sequence[int
     mask = example.labels == value
     if not mask.any():
         return 0.0
-    asked = mask | (example.labels == 0)
-    predicted = asked & (probabilities[0] < 0.5)
-    iou = np.count_nonzero(mask & predicted) / np.count_nonzero(mask | predicted)
+    foreground = 1 - probabilities[0]
+    outside = foreground[example.labels == 0].sum()
+    overlap = foreground[mask].sum() / (np.count_nonzero(mask) + outside)
     inside = probabilities[1:, mask].mean(1)
     own = inside[list(classes).index(value) - 1]
-    return float(iou * np.sqrt(own / max(inside.max(), 1e-12)))
+    return float(overlap * np.sqrt(own / max(inside.max(), 1e-12)))
 
 
 class CleanlabFile:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.progress import Progress
+from torch import Tensor
 
 from diffumask_fast.dataset.derive import check_apart, derive
 from diffumask_fast.dataset.reader import Row, read_rows
 from diffumask_fast.dataset.schema import MANIFEST
 from diffumask_fast.dataset.storage import Place
+from diffumask_fast.dataset.writer import write_file
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.learning.cross_validation import (
     CleanlabFile,
@@ -23,12 +26,15 @@ from diffumask_fast.learning.cross_validation import (
     held_out_predictions,
     train_folds,
 )
-from diffumask_fast.learning.data import Dataset
-from diffumask_fast.learning.options import FilterOptions, PruneOptions
+from diffumask_fast.learning.data import Dataset, Example, SegmentationData
+from diffumask_fast.learning.options import FilterOptions, LearnOptions, PruneOptions
+from diffumask_fast.learning.training import STEPS
 from diffumask_fast.models.device import resolve_device
 from diffumask_fast.options import Options
 
 FOLDS = "folds"  # the folder in the new dataset that holds the segmenters
+SCORES = "scores.json"  # of a round before the last
+MOST_LEFT_OUT = 0.3  # of a class, from the second round on: fewer would be too few to learn from
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,10 @@ def filter_dataset(
     """Write a dataset in which what ranks lowest in its class is rejected; run again, it is finished.
 
     The score of a sample in a class is the `agreement` of its mask with what a segmenter predicts that was trained on
-    the other folds (Northcutt et al., JAIR 2021, as DiffuMask takes it up), or its stored quality. A sample of several
-    classes goes if it is pruned in one of them. Pruned rows stay, with their rank as the reason; rows that were
-    rejected before stay as they are and take no part. The segmenters stay in `OUT/folds`.
+    the other folds (Northcutt et al., JAIR 2021, as DiffuMask takes it up), or its stored quality. Segmenters learn
+    wrong masks too, so they are trained again without the samples that ranked lowest (Chen et al., ICML 2019). A
+    sample of several classes goes if it is pruned in one of them. Pruned rows stay, with their rank as the reason; rows
+    that were rejected before stay as they are and take no part. The segmenters stay in `OUT/folds`.
 
     Args:
         options: the flags.
@@ -137,14 +144,51 @@ def _cross_validated(options: FilterOptions, folds: Path, progress: Callable[[in
             "dataset that it was made of, then augment the result"
         )
     cleanlab = CleanlabFile(options.export_cleanlab, data) if options.export_cleanlab is not None else None
-    ids = {name: value for value, name in data.classes.items()}
     classes = {entry.key: entry.classes for entry in data.rows.entries}
     fold_of = deal(list(classes.values()), pruning.folds, pruning.learning.seed)
     device = resolve_device(options.device)
-    segmenters = train_folds(data, fold_of, folds, pruning.learning, device=options.device, progress=progress)
-    predictions = held_out_predictions(data, fold_of, segmenters, device)
-    if cleanlab is not None:
-        predictions = cleanlab.write(predictions)
+    scores: Scores = {}
+    for number in range(1, pruning.rounds + 1):
+        last, folder = number == pruning.rounds, folds / f"round-{number}"
+        segmenters = train_folds(
+            data, fold_of, folder, _learning(pruning, last=last), without=_doubtful(scores, pruning.alpha),
+            device=options.device, progress=progress,
+        )  # fmt: skip
+        if not last and (folder / SCORES).exists():
+            scores = json.loads((folder / SCORES).read_text())
+            continue
+        predictions = held_out_predictions(data, fold_of, segmenters, device)
+        if cleanlab is not None and last:
+            predictions = cleanlab.write(predictions)
+        scores = _scores(data, classes, predictions, progress)
+        if not last:  # so that the next round, begun and stopped, leaves out the same samples
+            write_file(folder / SCORES, json.dumps(scores).encode())
+    return scores
+
+
+def _learning(pruning: PruneOptions, *, last: bool) -> LearnOptions:
+    """Return how the segmenters of a round are trained: for half as long as those of the last one."""
+    learning = pruning.learning
+    if last:
+        return learning
+    if learning.epochs is not None:
+        return replace(learning, epochs=-(-learning.epochs // 2))
+    return replace(learning, steps=-(-(learning.steps or STEPS) // 2))
+
+
+def _doubtful(scores: Scores, alpha: float) -> set[str]:
+    """Return the samples that the next round's segmenters do not learn from; at most `MOST_LEFT_OUT` of a class."""
+    verdicts = rank(scores, min(alpha, MOST_LEFT_OUT))
+    return {name for name, given in verdicts.items() if any(verdict.pruned for verdict in given)}
+
+
+def _scores(
+    data: SegmentationData,
+    classes: Mapping[str, Sequence[str]],
+    predictions: Iterator[tuple[Example, Tensor]],
+    progress: Callable[[int], Progress],
+) -> Scores:
+    ids = {name: value for value, name in data.classes.items()}
     values = sorted(data.classes)
     scores: Scores = {}
     with progress(len(data)) as bar:

@@ -233,6 +233,11 @@ class PruneOptions(Options):
         one_of("cross-validation", "quality"),
     )  # fmt: skip
     folds: int = option(3, "Parts of the cross-validation: as many segmenters are trained.", whole(2))
+    rounds: int = option(
+        2,
+        "Times that they are trained, each without what ranked lowest before; all but the last for half the steps.",
+        whole(1, 9),
+    )
     learning: LearnOptions = LearnOptions()
 
 
