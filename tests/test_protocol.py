@@ -38,6 +38,7 @@ def test_names_are_unique_and_the_headline_of_all_seeds_comes_first():
     assert [name for name, _ in first] == [cell.name for cell in HEADLINE] * 3
     seeds = [seed for _, seed in order[len(first) :]]
     assert seeds == sorted(seeds)
+    assert set(UNSEEN) < set(HOME)
 
 
 def test_a_segmenter_is_trained_before_those_that_start_from_it():
