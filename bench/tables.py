@@ -135,9 +135,10 @@ def main(root: Path) -> None:
     rows = latest_rows(root / "bench" / "results")
     made = {name: tables(rows) for name, tables in PAGES.items()}
     overview(rows, root / PLOT, digest(rows))
-    rows = read_rows(root / PROTOCOL)
+    rows = read_rows(root / PROTOCOL) if (root / PROTOCOL).exists() else []
     made[PROTOCOL_PAGE] = protocol_tables.all_tables(rows)
-    protocol_tables.plot(rows, root / PROTOCOL_PLOT, digest(rows))
+    if rows:
+        protocol_tables.plot(rows, root / PROTOCOL_PLOT, digest(rows))
     for name, tables in made.items():
         page = root / name
         page.write_text(between_markers(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
