@@ -17,7 +17,13 @@ from diffumask_fast.errors import DiffuMaskError, as_flags
 from diffumask_fast.export.options import ExportOptions
 from diffumask_fast.flags import with_flags
 from diffumask_fast.generation.options import GenerateOptions, RebuildOptions
-from diffumask_fast.learning.options import AugmentOptions, EvaluateOptions, FilterOptions, TrainOptions
+from diffumask_fast.learning.options import (
+    AugmentOptions,
+    CalibrateOptions,
+    EvaluateOptions,
+    FilterOptions,
+    TrainOptions,
+)
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import ReadOptions
 from diffumask_fast.report.options import ReportOptions
@@ -194,6 +200,19 @@ def evaluate(options: EvaluateOptions, as_json: JsonFlag = False) -> None:
         return
     for line in table(figures, options):
         say(line)
+
+
+@app.command()
+@with_flags
+def calibrate(options: CalibrateOptions, log: LogFlag = None, as_json: JsonFlag = False) -> None:
+    """Find the options of maps and masks that suit a model best, by a judge; generate then takes them."""
+    log_to(log)
+    from diffumask_fast.learning import calibration
+
+    with stoppable("Stopped; no options were written."):
+        summary = calibration.calibrate(options, progress=progress_bar)
+    for line in [json.dumps(summary)] if as_json else calibration.told(summary):
+        say(as_flags(line))
 
 
 @app.command()

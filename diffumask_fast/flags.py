@@ -15,8 +15,8 @@ def with_flags(command: Callable[..., None], dash: str = "-") -> Callable[..., N
     """Give a command a flag for every field of the option dataclasses among its parameters.
 
     A field's type, default and help are those of its flag. A bool is a flag without a value, with a `--no-` form where
-    its default is True; an `argument` stands without a flag; the fields of a dataclass in a dataclass are flags too.
-    The command is called with the dataclasses, made of the flags' values.
+    its default is not False; an `argument` stands without a flag; the fields of a dataclass in a dataclass are flags
+    too. The command is called with the dataclasses, made of the flags' values.
 
     Args:
         command: a function whose parameters are annotated.
@@ -46,10 +46,15 @@ def with_flags(command: Callable[..., None], dash: str = "-") -> Callable[..., N
 def _flags_of(kind: type, dash: str) -> Iterator[inspect.Parameter]:
     hints = get_type_hints(kind)
     for one in fields(kind):
-        if is_dataclass(hints[one.name]):
-            yield from _flags_of(hints[one.name], dash)
+        if inner := _inner(one, hints[one.name]):
+            yield from _flags_of(inner, dash)
         else:
             yield _flag(one, hints[one.name], dash)
+
+
+def _inner(one: Field[Any], hint: Any) -> type | None:
+    """Return the dataclass whose fields are flags in place of a field: that of its default, which may be left open."""
+    return type(one.default) if is_dataclass(one.default) else hint if is_dataclass(hint) else None
 
 
 def _flag(one: Field[Any], hint: Any, dash: str) -> inspect.Parameter:
@@ -58,7 +63,8 @@ def _flag(one: Field[Any], hint: Any, dash: str) -> inspect.Parameter:
     if "metavar" in one.metadata:
         info = typer.Argument(metavar=one.metadata["metavar"], help=words)
     else:
-        flag = f"--{name}/--no{dash}{name}" if one.default is True else f"--{name}"
+        both = one.default is True or (one.default is None and kind is bool)
+        flag = f"--{name}/--no{dash}{name}" if both else f"--{name}"
         info = typer.Option(flag, *filter(None, [one.metadata.get("also")]), help=words, metavar=shown)
     default = inspect.Parameter.empty if one.default is MISSING else one.default
     optional = Annotated[kind | None, info] if one.default is None else Annotated[kind, info]
@@ -82,7 +88,7 @@ def _made(kind: type, values: dict[str, Any]) -> Any:
     hints = get_type_hints(kind)
     return kind(
         **{
-            one.name: _made(hints[one.name], values) if is_dataclass(hints[one.name]) else values.pop(one.name)
+            one.name: _made(inner, values) if (inner := _inner(one, hints[one.name])) else values.pop(one.name)
             for one in fields(kind)
         }
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.own_files import is_address
@@ -49,6 +49,28 @@ def required(help: str, read: Reader | None = None, *, also: str | None = None) 
 def argument(help: str, metavar: str | None = None, read: Reader | None = None) -> Any:
     """Return the field of an option that has no default: on the command line it stands without a flag."""
     return field(metadata={"help": help, "metavar": metavar, "read": read})
+
+
+def left_open(kind: type[Options], otherwise: str) -> Any:
+    """Return options of a kind of which each is None until it is given; see `closed`.
+
+    Args:
+        kind: the options, each of which has a default.
+        otherwise: whose value stands where none is given; the help says so.
+    """
+    hints = get_type_hints(kind)
+
+    def opened(one: Any) -> Any:
+        note = f"{one.metadata['help'].rstrip('.')}; {otherwise} when left out, else {one.default}."
+        return field(default=None, metadata={**one.metadata, "help": note})
+
+    names = [(one.name, hints[one.name] | None, opened(one)) for one in fields(kind)]
+    return make_dataclass(f"Open{kind.__name__}", names, bases=(kind,), frozen=True)()
+
+
+def closed(options: Any, own: Any) -> Any:
+    """Return the options in which what `left_open` left open is as in `own`."""
+    return replace(own, **{name: value for name, value in vars(options).items() if value is not None})
 
 
 def checked(name: str, value: Any, read: Reader) -> Any:

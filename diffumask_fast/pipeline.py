@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from diffumask_fast.models.arguments import SCHEDULES, steps_and_guidance
 from diffumask_fast.models.decoding import decode, decodes_later, finished, timed_decoding
 from diffumask_fast.models.device import fitting_batch, resolve_device, resolve_dtype
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
-from diffumask_fast.models.find import ModelInfo, find_model
+from diffumask_fast.models.find import ModelInfo, find_model, with_options
 from diffumask_fast.models.generators import Generators, generators_of
 from diffumask_fast.models.loading import check_size, check_whole, load_pipe, says_force_upcast, without_bars
 from diffumask_fast.models.scheduler import try_scheduler
@@ -84,6 +83,7 @@ class DiffuMaskPipeline:
         device: str | torch.device | None = None,
         revision: str | None = None,
         attention: str = "sdpa",
+        model_options: str | Path | None = None,
     ) -> DiffuMaskPipeline:
         """Load the embedded model ("mini"), a diffusers folder or a hub id; safetensors only.
 
@@ -97,21 +97,25 @@ class DiffuMaskPipeline:
             revision: of a hub id.
             attention: what draws the UNet's attention where no maps are wanted: "sdpa", or with engine "torch" on CUDA
                 "xformers".
+            model_options: file that `diffumask-fast calibrate` wrote, in place of the model folder's own options of
+                maps and masks.
 
         Raises:
-            DiffuMaskError: no such model, half-written or pickled weights, no such device, engine, dtype or attention.
+            DiffuMaskError: no such model, half-written or pickled weights, no such device, engine, dtype, attention or
+                file of options.
         """
         if attention != "sdpa":
             check_attention(attention, engine, resolve_device(device))
         if engine not in ("torch", "compile"):
             from diffumask_fast.export.load import load_engine
 
-            return cls(*load_engine(model, engine, engine_path, dtype, device, revision))
+            pipe, info, loaded = load_engine(model, engine, engine_path, dtype, device, revision)
+            return cls(pipe, with_options(info, model_options), loaded)
         if engine_path is not None:
             raise DiffuMaskError(f"`engine={engine}` takes no `engine_path`: leave it out, or say `engine=onnx`.")
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
-        info = find_model(model, revision)
+        info = with_options(find_model(model, revision), model_options)
         pipe = load_pipe(info, dtype, device)
         if dtype == torch.float16 and says_force_upcast(info.local_folder):
             pipe.vae.to(torch.float32)
@@ -181,7 +185,7 @@ class DiffuMaskPipeline:
                 prompts. A name's phrase must occur in its prompt.
             seeds: one seed per image, for images that depend on nothing else in the batch.
             generator: as in diffusers; not together with seeds.
-            mask: how masks are made of maps.
+            mask: how masks are made of maps; None is what suits the model.
             maps: how maps are made; "auto" is what suits the model.
             token_indices: token positions of each class of each prompt, 0 the start token; needed with prompt_embeds.
             output_type: "pil", "np" or "pt".
@@ -204,8 +208,8 @@ class DiffuMaskPipeline:
             kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
         repeat = kwargs.get("num_images_per_prompt") or 1
         generator = generators_of(seeds, generator, len(names) * repeat)
-        maps, mask = self.map_options(maps), mask or MaskOptions()
-        phrases, ids = phrases_and_ids(names)
+        maps, mask = self.map_options(maps), self.info.mask_options(mask)
+        phrases, ids = phrases_and_ids(names, prompts)
         denoised = self._denoise(
             prompts or None, phrases, ids, maps, repeat=repeat, generator=generator, token_indices=token_indices,
             **kwargs,
@@ -242,7 +246,7 @@ class DiffuMaskPipeline:
         Args:
             requests: what to draw.
             batch_size: images per batch, or "auto".
-            mask: how masks are made of maps.
+            mask: how masks are made of maps; None is what suits the model.
             maps: how maps are made; "auto" is what suits the model.
             kwargs: as for a call, without prompt, classes and seeds.
 
@@ -283,7 +287,7 @@ class DiffuMaskPipeline:
         """
         if taken := kwargs.keys() & TAKEN:
             raise DiffuMaskError(f"stream takes {', '.join(sorted(taken))} from its requests: leave it out.")
-        options = self.map_options(maps), mask or MaskOptions()
+        options = self.map_options(maps), self.info.mask_options(mask)
         return self._draw_batches(batches, *options, num_phrases, use_negative_prompts, kwargs)
 
     def _draw_batches(
@@ -382,9 +386,7 @@ class DiffuMaskPipeline:
 
     def map_options(self, maps: MapOptions | None = None) -> MapOptions:
         """Return the options with "auto" resolved to what was measured best for the model."""
-        maps = maps or MapOptions()
-        best = {"aggregation": "paper", "propagate": 1, **self.info.mask}
-        return replace(maps, **{name: best[name] for name, value in vars(maps).items() if value == "auto"})
+        return self.info.map_options(maps)
 
     def batch_size(self, batch_size: int | str, height: int | None = None, width: int | None = None) -> int:
         """Return the batch size: as given, or for "auto" a function of model, size and the device's total memory."""

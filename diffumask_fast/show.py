@@ -16,14 +16,16 @@ SIDE = 256  # longest side of a picture in HTML
 _GAP = 4
 
 
-def colour(mask: np.ndarray) -> np.ndarray:
-    """Give a mask [H, W] its colours in VOC's palette: [H, W, 3] uint8."""
-    return np.array(voc_palette(), np.uint8).reshape(256, 3)[mask]
+def colour(mask: np.ndarray, palette: Sequence[int] | None = None) -> np.ndarray:
+    """Give a mask [H, W] its colours in a palette of 768 numbers, VOC's where none is given: [H, W, 3] uint8."""
+    return np.array(palette or voc_palette(), np.uint8).reshape(256, 3)[mask]
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.5) -> np.ndarray:
+def overlay(
+    image: np.ndarray, mask: np.ndarray, opacity: float = 0.5, palette: Sequence[int] | None = None
+) -> np.ndarray:
     """Lay a mask's colours over an image [H, W, 3] uint8; background stays as it is."""
-    mixed = image + opacity * (colour(mask).astype(np.float32) - image)
+    mixed = image + opacity * (colour(mask, palette).astype(np.float32) - image)
     return np.where((mask > 0)[..., None], mixed.round(), image).astype(np.uint8)
 
 

@@ -101,6 +101,20 @@ def test_rounds_until_each_class_has_its_number_are_those_of_one_process(joined,
     assert contents(tmp_path / "ray") == contents(tmp_path / "one") and summary["below_quota"] == []
 
 
+def test_a_worker_embeds_captions(joined, tiny_folder, tmp_path, monkeypatch):
+    (tmp_path / "captions.txt").write_text("\n".join(f"the {noun} {i}" for i in range(20) for noun in ("dog", "cat")))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = options(
+        tmp_path / "ray", tiny_folder, ray="local", workers=1,
+        captions=tmp_path / "captions.txt", retrieval="embedding", captions_per_class=12,
+    )  # fmt: skip
+    assert run_generate(asked, silent)["captions"] == {"cat": 12, "dog": 12}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    with patched_threads(1):
+        run_generate(replace(asked, out=tmp_path / "one", ray=None, workers=None), silent)
+    assert contents(tmp_path / "ray") == contents(tmp_path / "one")
+
+
 def test_a_worker_short_of_memory_says_the_batch_size_that_fits(tiny_folder, tmp_path):
     worker = Worker()
     asked = _for_workers(options(tmp_path / "out", tiny_folder))
@@ -220,6 +234,13 @@ def test_workers_draw_where_the_cluster_has_room(tmp_path):
     assert place({"CPU": 2.0}, device="auto", workers=5) == ("cpu", 5)
     with pytest.raises(DiffuMaskError, match="Ray sees no GPU in its cluster, but 2 CPUs: use `device=cpu`"):
         place({"CPU": 2.0}, device="cuda")
+
+
+@pytest.mark.parametrize("classes", ["coco", "dog"])
+def test_a_folder_is_no_class_list(classes, tmp_path, monkeypatch):
+    (tmp_path / classes).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert _for_workers(options(tmp_path, "mini", classes=classes)).classes == classes
 
 
 def test_options_mean_the_same_in_another_folder(tiny_folder, tmp_path, monkeypatch):

@@ -1,18 +1,25 @@
 """convert/plan.py: the split, by prompt; numbers of classes and items."""
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from foreign import dataset
+from foreign import converted, dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from samples import draw
 
 from diffumask_fast.convert.options import ConvertOptions
-from diffumask_fast.convert.plan import choose, group_of, make_plan, number_classes, picked
+from diffumask_fast.convert.plan import choose, group_of, make_plan, number_classes, palette_for, picked
 from diffumask_fast.dataset.reader import Row, read_manifest, shard_paths
+from diffumask_fast.dataset.run import open_run
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.prompts.class_entry import ClassEntry
+from diffumask_fast.prompts.planner import Plan, Recipe
+from diffumask_fast.prompts.vocabulary import Vocabulary, voc_palette
 
 
 def planned(source, **options):
@@ -90,3 +97,33 @@ def test_what_cannot_be_planned(tmp_path):
     (source / "data" / "shard-00001.parquet").unlink()
     with pytest.raises(DiffuMaskError, match="is not finished"):
         planned(source)
+
+
+COLOURED = Vocabulary((ClassEntry(40, "dog", "dog", colour=(255, 0, 0)), ClassEntry(30, "car", "car")))
+
+
+@pytest.fixture
+def coloured(tmp_path):
+    plan = Plan(Recipe(COLOURED, 8))
+    with open_run(tmp_path / "coloured", plan, {"seed": 0}, {}, 8, vocabulary=COLOURED) as run:
+        run.write(0, [dataclasses.replace(draw(request), accepted=True, reason="") for request in plan])
+    return tmp_path / "coloured"
+
+
+def test_numbers_have_their_classs_colour(coloured, tmp_path):
+    plan, _ = planned(coloured)
+    palette = palette_for(plan, {0: 0, 30: 1, 40: 2})
+    assert palette[:9] == [0, 0, 0, *voc_palette()[90:93], 255, 0, 0] and palette[9:] == voc_palette()[9:]
+    dog = ",".join(map(str, palette[6:9]))
+    voc = converted(coloured, tmp_path / "voc", "voc")
+    assert f"dog:{dog}::" in (voc / "labelmap.txt").read_text().splitlines()
+    mask = Image.open(next((voc / "SegmentationClass").iterdir()))
+    assert mask.getpalette("RGB") == palette
+    config = (converted(coloured, tmp_path / "mmseg", "mmseg") / "dataset_config.py").read_text()
+    assert f"palette=[[0, 0, 0], {palette[3:6]}, [255, 0, 0]]" in config
+    panoptic = converted(coloured, tmp_path / "pan", "coco-panoptic") / "annotations" / "panoptic_train.json"
+    colours = {one["name"]: one["color"] for one in json.loads(panoptic.read_text())["categories"]}
+    assert colours["dog"] == [255, 0, 0] and colours["car"] == voc_palette()[90:93]
+    labels = (converted(coloured, tmp_path / "studio", "label-studio") / "interface.xml").read_text()
+    assert '<Label value="dog" background="#ff0000"/>' in labels
+    assert palette_for(dataclasses.replace(plan, colours=()), {0: 0, 30: 1}) == voc_palette()

@@ -12,6 +12,7 @@ from samples import draw, requests
 from diffumask_fast.dataset.reader import Row, shard_paths
 from diffumask_fast.dataset.schema import make_row
 from diffumask_fast.dataset.writer import make_folder, write_shard
+from diffumask_fast.prompts.vocabulary import voc_palette
 from diffumask_fast.report.entries import MOST_TEXT, entry_of, rows_at, within
 from diffumask_fast.show import colour
 
@@ -19,7 +20,7 @@ from diffumask_fast.show import colour
 def entry(height=24, width=40, **changes):
     row = Row(make_row(dataclasses.replace(draw(requests(1, classes_per_image=2)[0], height, width), **changes)))
     row.values["maps"] = np.asarray(row.values["maps"])
-    return entry_of(row)
+    return entry_of(row, voc_palette())
 
 
 def picture(text):
@@ -58,14 +59,14 @@ def test_large_pictures_become_small_and_keep_their_shape():
 def test_a_damaged_row_says_so():
     values = make_row(draw(requests(1)[0]))
     values["image"]["bytes"] = b"no picture"
-    shown = entry_of(Row(values))
+    shown = entry_of(Row(values), voc_palette())
     assert "cannot be decoded" in shown["damaged"] and "image" not in shown and shown["key"] == "dog-000000"
 
 
 def test_long_texts_are_cut():
     sample = draw(requests(1)[0])
     request = dataclasses.replace(sample.request, prompt="x" * 5000)
-    shown = entry_of(Row(make_row(dataclasses.replace(sample, request=request))))
+    shown = entry_of(Row(make_row(dataclasses.replace(sample, request=request))), voc_palette())
     assert len(shown["prompt"]) == MOST_TEXT and shown["prompt"].endswith("x…")
 
 

@@ -5,8 +5,10 @@ import shutil
 import pytest
 
 from diffumask_fast import mini
+from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.models.find import check_folder, find_model
+from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.models.find import check_folder, find_model, with_options
 
 
 @pytest.fixture
@@ -70,6 +72,30 @@ def test_a_damaged_diffumask_json_is_one_sentence(copy):
     (copy / "diffumask.json").write_text(json.dumps({"classes": 3}))
     with pytest.raises(DiffuMaskError, match="diffumask.json is damaged"):
         find_model(copy)
+
+
+@pytest.mark.parametrize(
+    "mask, words",
+    [({"threshold": 2}, "`threshold` must be"), ({"sharpness": 1}, "sharpness is no option"), ({}, "'classes'")],
+)
+def test_options_that_are_none_are_refused(copy, mask, words):
+    (copy / "diffumask.json").write_text(json.dumps({"mask": mask}))
+    with pytest.raises(DiffuMaskError, match=f"diffumask.json is damaged .*{words}.*: fetch the model again"):
+        find_model(copy)
+
+
+def test_options_alone_are_those_of_a_model_that_draws_any_class(copy, tmp_path):
+    mask = {"aggregation": "1,2", "threshold": 0.4, "fill_holes": True}
+    (copy / "diffumask.json").write_text(json.dumps({"mask": mask}))
+    info = find_model(copy)
+    assert info.mask == mask and info.classes == () and info.scenes is None and info.defaults == {}
+    assert info.map_options() == MapOptions("1,2", 1) and info.map_options(MapOptions("paper", 2)).propagate == 2
+    assert info.mask_options() == MaskOptions(threshold=0.4, fill_holes=True)
+    assert info.mask_options(MaskOptions(eps=0.5)) == MaskOptions(eps=0.5)
+    (tmp_path / "other.json").write_text(json.dumps({"mask": {"propagate": "none"}}))
+    other = with_options(info, tmp_path / "other.json")
+    assert other.map_options() == MapOptions("paper", "none") and other.mask_options() == MaskOptions()
+    assert with_options(info, None) is info
 
 
 def test_a_path_that_safetensors_cannot_open_is_said(tiny_folder, tmp_path):

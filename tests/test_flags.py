@@ -13,7 +13,7 @@ from diffumask_fast.cli import app
 from diffumask_fast.export.options import ExportOptions
 from diffumask_fast.flags import with_flags
 from diffumask_fast.generation.options import GenerateOptions, RebuildOptions
-from diffumask_fast.learning.options import AugmentOptions, EvaluateOptions, TrainOptions
+from diffumask_fast.learning.options import AugmentOptions, CalibrateOptions, EvaluateOptions, TrainOptions
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import Options, argument, one_of, option, whole
 
@@ -23,16 +23,16 @@ COMMANDS = {**COMMANDS, **COMMANDS["bench"].commands}
 
 def flat(kind):
     for one in fields(kind):
-        inner = get_type_hints(kind)[one.name]
+        inner = type(one.default) if is_dataclass(one.default) else get_type_hints(kind)[one.name]
         yield from flat(inner) if is_dataclass(inner) else [one]
 
 
 KINDS = {
     "generate": GenerateOptions, "remask": MaskOptions, "evaluate": EvaluateOptions, "export": ExportOptions,
     "augment": AugmentOptions, "train": TrainOptions, "bench": BenchOptions, "compare": CompareOptions,
-    "tune": TuneOptions, "verify": RebuildOptions,
+    "tune": TuneOptions, "verify": RebuildOptions, "calibrate": CalibrateOptions,
 }  # fmt: skip
-OTHERS = {"generate": {"log", "dry_run", "as_json"}, "train": {"log", "as_json"}}
+OTHERS = {"generate": {"log", "dry_run", "as_json"}, "train": {"log", "as_json"}, "calibrate": {"log", "as_json"}}
 OTHERS |= {
     "remask": {"source", "out", "device", "max_pixels", "as_json"},
     "verify": {"source", "rebuild", "max_pixels", "as_json"},
@@ -49,7 +49,8 @@ def test_every_field_is_a_flag_with_its_default_and_help(command, kind):
         assert flag.required or flag.default == one.default
         names = [f"--{one.name.replace('_', '-')}", *filter(None, [one.metadata.get("also")])]
         assert flag.param_type_name == "argument" or flag.opts == names
-        assert bool(flag.secondary_opts) == (one.default is True)  # what is on by default has a --no-form
+        is_open = one.default is None and flag.is_flag  # such a flag can turn off what the model turns on
+        assert bool(flag.secondary_opts) == (one.default is True or is_open)  # what is on by default has a --no-form
     assert flags.keys() - {"help"} == OTHERS.get(command, {"as_json"})
 
 

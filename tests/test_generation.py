@@ -1,19 +1,27 @@
 import contextlib
+import dataclasses
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers.utils import logging as diffusers_logging
+from PIL import Image
 from samples import contents
 from transformers.utils import logging as transformers_logging
+from vocabularies import KINDS
 
 from diffumask_fast import pipeline
 from diffumask_fast.dataset.reader import read_rows
+from diffumask_fast.dataset.remask import remask
+from diffumask_fast.dataset.verify import verify
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation import generate, job
 from diffumask_fast.generation.generate import run_generate, tell_new_names
-from diffumask_fast.generation.options import GenerateOptions
+from diffumask_fast.generation.job import make_job, open_pipe
+from diffumask_fast.generation.options import GenerateOptions, RebuildOptions
+from diffumask_fast.generation.rebuild import rebuild
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.planner import plan
@@ -161,3 +169,61 @@ def test_names_that_voc_does_not_have_are_told(caplog):
     assert told(["dog", "cat"]) == []
     assert told(["dgo", "cat"]) == ["not among VOC's classes, drawn as these words: 'dgo' (id 21)"]
     assert told([f"thing {i}" for i in range(9)])[0].endswith("'thing 4' (id 25) and 4 more")
+
+
+STREET = """
+templates = ["a photo of {objects} {scene}"]
+scenes = ["on the street"]
+
+[[class]]
+name = "hound"
+id = 30
+phrases = ["dog", "puppy"]
+sub_classes = ["red dog", "small puppy"]
+colour = "#ff8000"
+
+[[class]]
+name = "cat"
+"""
+
+
+def test_a_run_of_a_class_file_needs_the_file_no_more(tiny_folder, tmp_path):
+    path = tmp_path / "street.toml"
+    path.write_text(STREET)
+    asked = options(tmp_path / "out", tiny_folder, classes=str(path), mask=MaskOptions(min_area=0.0, max_area=1.0))
+    run_generate(asked, silent)
+    rows = list(read_rows(asked.out, accepted_only=False))
+    hounds = {row.prompt for row in rows if row.classes == ["hound"]}
+    assert hounds == {"a photo of a red dog on the street", "a photo of a small puppy on the street"}
+    path.unlink()
+    assert verify(asked.out)["faults"] == []
+    told = rebuild(asked.out, "hound-000001", RebuildOptions(model=str(tiny_folder), device="cpu"))
+    assert told["equal"] and told["fault"] == ""
+    sheet = np.asarray(Image.open(tmp_path / "out" / "preview.png"))
+    covered = any((row.mask == 30).any() for row in rows)
+    assert (sheet == (255, 128, 0)).all(-1).any() == covered
+    assert remask(asked.out, tmp_path / "again", MaskOptions(threshold=0.3))["images"] == len(rows)
+    assert verify(tmp_path / "again")["faults"] == []
+
+
+def test_a_model_that_lists_its_classes_is_asked_for_them_alone(tiny_folder, tmp_path):
+    pipe = open_pipe(options(tmp_path, tiny_folder), "cpu")
+    entries = make_job(options(tmp_path, tiny_folder), pipe).recipe.vocabulary.entries
+    assert all(len(entry.sub_classes) > 50 and entry.synonyms for entry in entries)
+    pipe.info = dataclasses.replace(pipe.info, classes=("dog", "cat"), scenes={"here": ("dog", "cat")})
+    bare = make_job(options(tmp_path, tiny_folder), pipe)
+    assert {request.prompt for request in bare.plan(pipe)} == {"a photo of a dog here", "a photo of a cat here"}
+    assert bare.options == make_job(options(tmp_path, tiny_folder, sub_classes="none"), pipe).options
+    few = make_job(options(tmp_path, tiny_folder, sub_classes="3", num=12), pipe)
+    assert len({request.prompt for request in few.plan(pipe)}) == 6
+
+
+def test_a_phrase_without_tokens_is_one_sentence(tiny_folder, tmp_path):
+    asked = options(tmp_path, tiny_folder, classes="犬小屋")
+    pipe = open_pipe(asked, "cpu")
+    for tokenizer in (pipe.pipe.tokenizer, KINDS["WordPiece"]()):
+        pipe.pipe.tokenizer, tokenizer.model_max_length = tokenizer, 77
+        with pytest.raises(DiffuMaskError, match="tokenizer has no tokens for '犬小屋': name the class by other words"):
+            make_job(asked, pipe).plan(pipe)[0]
+    pipe.pipe.tokenizer = KINDS["CLIP"]()  # bytes spell any script
+    assert make_job(asked, pipe).plan(pipe)[0].phrases == ("犬小屋",)

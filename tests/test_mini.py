@@ -15,7 +15,7 @@ from diffumask_fast.learning.options import EvaluateOptions
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.mini.world import HOME, SCENES, VOC
 from diffumask_fast.pipeline import DiffuMaskPipeline
-from diffumask_fast.prompts.planner import article
+from diffumask_fast.prompts.english import article
 
 
 def generate(out, *arguments):

@@ -1,6 +1,7 @@
 """options.py, and the options of maps and masks: they check themselves and take the command line's words."""
 
 import dataclasses
+from dataclasses import fields, replace
 
 import pytest
 
@@ -8,7 +9,7 @@ from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.options import GenerateOptions
 from diffumask_fast.masks.options import MaskOptions
-from diffumask_fast.options import Options, checked, number, option, pixel_size, whole
+from diffumask_fast.options import Options, checked, closed, left_open, number, option, pixel_size, whole
 
 
 def test_takes_what_the_command_line_has():
@@ -84,3 +85,27 @@ def test_refuses(name, value):
     with pytest.raises(DiffuMaskError, match=f"^`{name}` must be") as caught:
         kind(**{name: value}, **whatever)
     assert "\n" not in str(caught.value)
+
+
+def test_options_that_are_left_open_are_somebody_elses():
+    opened = left_open(MaskOptions, "the model's own")
+    assert set(vars(opened).values()) == {None} and vars(opened).keys() == vars(MaskOptions()).keys()
+    own = MaskOptions(threshold=0.3, fill_holes=True, eps=0.5)
+    assert closed(opened, own) == own and type(closed(opened, own)) is MaskOptions
+    given = replace(opened, threshold="0.4", fill_holes=False)
+    assert closed(given, own) == replace(own, threshold=0.4, fill_holes=False)
+    assert closed(MaskOptions(), own) == MaskOptions()  # nothing is left open
+    with pytest.raises(DiffuMaskError, match="`threshold` must be"):
+        replace(opened, threshold="high")
+    assert fields(opened)[0].metadata["help"].endswith("0 and 1; the model's own when left out, else otsu.")
+
+
+@pytest.mark.parametrize("given, kept", [("1", "1"), ("2,0", "0,2"), (" 1, 1", "1"), (2, "2"), ("finest", "finest")])
+def test_levels_are_kept_in_order(given, kept):
+    assert MapOptions(given).aggregation == kept
+
+
+@pytest.mark.parametrize("value", ["", "1,", "-1", "1.5", "99", "0;1", None])
+def test_what_is_no_list_of_levels_is_refused(value):
+    with pytest.raises(DiffuMaskError, match="one of auto, paper, reference, finest, or numbers of levels such as 1,2"):
+        MapOptions(value)

@@ -1,14 +1,18 @@
 """prompts/planner.py: samples are functions of (seed, class, index)."""
 
 import json
+import resource
 import subprocess
 import sys
+from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 
 from diffumask_fast.dataset.shard_check import digest_plan
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.prompts.planner import Plan, Recipe, article, load_scenes, plan
+from diffumask_fast.prompts.class_entry import ClassEntry
+from diffumask_fast.prompts.planner import VIEWS, Plan, Recipe, load_scenes, plan
 from diffumask_fast.prompts.vocabulary import Vocabulary
 
 SMALL = Vocabulary.parse("aeroplane,dog,car")
@@ -166,14 +170,6 @@ def test_refuses(keywords, word):
         plan(SMALL, **keywords)
 
 
-@pytest.mark.parametrize(
-    "phrase, wanted",
-    [("aeroplane", "an"), ("dog", "a"), ("unicycle", "a"), ("Ewe", "an"), ("umbrella", "an"), ("European hare", "a")],
-)
-def test_article(phrase, wanted):
-    assert article(phrase) == f"{wanted} {phrase}"
-
-
 def test_rounds_take_their_classes_in_turn_and_number_them_on():
     rounds = [(2, 1, 1), (0, 3, 1), (1, 0, 0)]
     requests = Plan(Recipe(SMALL, 9, seed=3, rounds=rounds))
@@ -189,3 +185,102 @@ def test_rounds_take_their_classes_in_turn_and_number_them_on():
     assert again == requests.recipe and hash(again) == hash(requests.recipe)
     with pytest.raises(DiffuMaskError, match="`num` is 8 and the rounds have 9 images"):
         Recipe(SMALL, 8, rounds=rounds)
+
+
+DOG = ClassEntry(12, "dog", "dog", ("puppy",), ("Labrador dog", "red dog", "small puppy", "dog and cat toy", "big dog"))
+CAT = ClassEntry(8, "cat", "cat", (), ("grey cat", "cat with a puppy", "black cat"))
+KINDS = Vocabulary((DOG, CAT, ClassEntry(7, "car", "car")))
+
+
+def kind_of(request):
+    return request.prompt.removeprefix("a photo of a ").removesuffix(" here")
+
+
+def test_sub_classes_take_turns():
+    vocabulary = Vocabulary((DOG, ClassEntry(7, "car", "car")))
+    requests = plan(vocabulary, 2 * 23, seed=5, scenes=["here"])
+    kinds = [kind_of(request) for request in requests if request.classes == ("dog",)]
+    assert all(set(kinds[start : start + 5]) == set(DOG.sub_classes) for start in range(0, 20, 5))
+    assert kinds[:5] != list(DOG.sub_classes) and set(kinds[20:]) == set(kinds[:3])
+    assert {kind: request.phrases for kind, request in zip(kinds, requests[::2], strict=True)} == {
+        kind: ("puppy",) if "puppy" in kind else ("dog",) for kind in DOG.sub_classes
+    }
+    assert {request.prompt for request in requests[1::2]} == {"a photo of a car here"}
+    assert [kind_of(request) for request in plan(vocabulary, 46, seed=6, scenes=["here"])[::2]] != kinds
+
+
+@pytest.mark.parametrize("classes_per_image", [1, 2, 3])
+def test_any_order_of_work_draws_the_same_sub_classes(classes_per_image):
+    settings = dict(seed=3, classes_per_image=classes_per_image, scenes=SCENES)
+    whole = list(plan(KINDS, 90, **settings))
+    backwards = plan(KINDS, 90, **settings)
+    assert [backwards[number] for number in reversed(range(90))] == whole[::-1]
+    assert by_key(plan(KINDS, 30, **settings)).items() <= by_key(whole).items()
+    turned = Vocabulary((KINDS.entries[2], CAT, replace(DOG, sub_classes=DOG.sub_classes[::-1])))
+    assert by_key(plan(turned, 90, **settings)) == by_key(whole)
+    again = Recipe.from_json(json.loads(json.dumps(backwards.recipe.as_json())))
+    assert again == backwards.recipe and list(Plan(again)) == whole
+
+
+def test_sub_classes_that_name_another_class_of_the_prompt_are_left_out():
+    pairs = plan(KINDS, 400, classes_per_image=2, scenes=["here"])
+    of_both = [request for request in pairs if set(request.classes) == {"dog", "cat"}]
+    assert of_both and not any(" toy" in request.prompt or "with" in request.prompt for request in of_both)
+    with_car = [request.prompt for request in pairs if set(request.classes) == {"dog", "car"}]
+    assert any("dog and cat toy" in prompt for prompt in with_car)
+    for request in pairs:
+        for name, phrase in zip(request.classes, request.phrases, strict=True):
+            assert KINDS[name].phrase_in(request.prompt) == phrase
+
+
+def test_sub_classes_that_do_not_fit_are_dropped_and_counted():
+    requests = plan(KINDS, 30, scenes=["here"], fits=lambda prompt, phrases: "red" not in prompt)
+    assert requests[0] and requests.dropped == 1
+    assert {kind_of(requests[number]) for number in range(0, 30, 3)} == set(DOG.sub_classes) - {"red dog"}
+    none = plan(KINDS, 30, scenes=["here"], fits=lambda prompt, phrases: kind_of(Prompt(prompt)) not in DOG.sub_classes)
+    assert none[0].prompt == "a photo of a dog here" and none.dropped == 5
+
+
+class Prompt(NamedTuple):
+    prompt: str
+
+
+def test_a_classs_own_templates_scenes_and_views():
+    dog = replace(
+        DOG, sub_classes=(), templates=("{view}, {objects} {scene}",), scenes=("in a den",), views=("near", "far")
+    )
+    requests = plan(Vocabulary((dog, ClassEntry(7, "car", "car"))), 80, scenes=SCENES)
+    assert {request.prompt for request in requests[::2]} == {"near, a dog in a den", "far, a dog in a den"}
+    assert {request.prompt for request in requests[1::2]} == {f"a photo of a car {scene}" for scene in SCENES}
+    pairs = plan(Vocabulary((dog, ClassEntry(7, "car", "car"))), 80, classes_per_image=2, scenes=SCENES)
+    assert {request.prompt for request in pairs[::2]} == {
+        "near, a dog and a car in a den",
+        "far, a dog and a car in a den",
+    }
+    assert all(request.prompt.startswith("a photo of a car and a dog ") for request in pairs[1::2])
+    views = {request.prompt for request in plan(SMALL, 300, templates=["{objects} {view}"])}
+    assert "an aeroplane from behind" in views and len(views) == 3 * len(VIEWS)
+
+
+def test_plurals_and_scripts():
+    vocabulary = Vocabulary.parse("people,traffic lights,sheep,собака,犬")
+    prompts = [request.prompt for request in plan(vocabulary, 5, scenes=["here"])]
+    assert prompts == [
+        f"a photo of {words} here" for words in ("people", "traffic lights", "a sheep", "a собака", "a 犬")
+    ]
+
+
+def test_classes_whose_phrases_hold_each_other_share_no_prompt():
+    bears = Vocabulary.parse("bear,teddy bear,dog,hot dog")
+    pairs = {frozenset(request.classes) for request in plan(bears, 200, classes_per_image=2)}
+    assert len(pairs) == 4 and frozenset(("bear", "teddy bear")) not in pairs
+    with pytest.raises(DiffuMaskError, match="bear goes with fewer than 2 other classes"):
+        plan(bears, 1, classes_per_image=3)[0]
+
+
+def test_a_million_samples_take_no_memory():
+    for number, request in enumerate(plan(Vocabulary.shipped("voc"), 10**6)[:40_000:10]):
+        assert request.seed >= 0
+        if number == 1000:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**12  # KiB

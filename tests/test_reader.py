@@ -10,9 +10,12 @@ from samples import draw, requests
 
 from diffumask_fast.dataset import reader, writer
 from diffumask_fast.dataset.reader import read_manifest, read_rows, shard_paths
+from diffumask_fast.dataset.run import open_run
 from diffumask_fast.dataset.schema import make_row
 from diffumask_fast.dataset.writer import make_folder, write_shard
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.prompts.planner import plan
+from diffumask_fast.prompts.vocabulary import Vocabulary
 
 DRAWN = [draw(request) for request in requests(9)]
 
@@ -85,6 +88,19 @@ def test_no_dataset(tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1}', '{"schema_version": 99}'])
 def test_foreign_manifests(tmp_path, text):
     (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(DiffuMaskError, match="use another folder"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "extra", [{"synonyms": [3]}, {"synonyms": 3}, {"colour": 3}, {"colour": [1, 2, 256]}, {"colour": [1, 2], "id": 3}]
+)
+def test_classes_that_are_none(tmp_path, extra):
+    with open_run(tmp_path, plan(Vocabulary.parse("dog"), 1), {}, {}, vocabulary=Vocabulary.parse("dog")):
+        pass
+    manifest = json.loads((tmp_path / "dataset.json").read_text())
+    manifest["classes"][0] |= extra
+    (tmp_path / "dataset.json").write_text(json.dumps(manifest))
     with pytest.raises(DiffuMaskError, match="use another folder"):
         read_manifest(tmp_path)
 

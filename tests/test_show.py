@@ -40,6 +40,7 @@ def test_overlay_keeps_the_background():
 
 def test_colours_are_those_of_voc():
     assert colour(np.array([[0, 1, 255]], np.uint8)).tolist() == [[[0, 0, 0], [128, 0, 0], [224, 224, 192]]]
+    assert colour(np.array([[1]], np.uint8), [0, 0, 0, 9, 8, 7, *[0] * 762]).tolist() == [[[9, 8, 7]]]
 
 
 def test_large_pictures_are_made_smaller():

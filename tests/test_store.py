@@ -116,6 +116,28 @@ def test_finest_aggregation_takes_one_level():
     assert torch.allclose(store.class_maps(options("finest")), mean / mean.amax((2, 3), keepdim=True), atol=1e-6)
 
 
+def test_numbers_of_levels_take_these_levels():
+    store = make(propagate="none")
+    for _ in range(3):
+        store.add(call())
+    assert torch.equal(store.class_maps(options("0")), store.class_maps(options("finest")))
+    assert torch.equal(store.class_maps(options("0,1")), store.class_maps(options("reference")))
+    alone, both = store.class_maps(options("1")), store.class_maps(options("0,1"))
+    finest = store.class_maps(options("0"))
+    larger = torch.nn.functional.interpolate(alone, finest.shape[-2:], mode="bicubic", align_corners=False)
+    larger = larger.clamp_min(0)
+    larger = larger / larger.amax((-2, -1), keepdim=True).clamp_min(1e-30)
+    assert alone.shape[-2:] == store.sizes["1"] and torch.allclose(both, (finest + larger) / 2, atol=1e-6)
+    with pytest.raises(DiffuMaskError, match="there is no level 7 for `aggregation=0,7`: the UNet has 0, 1, 2"):
+        store.class_maps(options("0,7"))
+
+
+def test_levels_that_are_not_named_are_not_propagated():
+    store = make(num_calls=6, aggregation="1")
+    store.add(call())
+    assert store.propagated_levels() == {"1"}
+
+
 @pytest.mark.parametrize("aggregation", ["paper", "reference", "finest"])
 def test_class_maps_are_in_range_and_padded_phrases_stay_zero(aggregation):
     store, calls = make(num_calls=6), [call() for _ in range(6)]

@@ -10,11 +10,11 @@ from diffumask_fast.dataset.reader import Row
 from diffumask_fast.dataset.schema import make_row
 from diffumask_fast.report.survey import AREA_EDGES, ENDS, GRID, OTHER, SHOWN, Few, Survey, in_turn, look_at
 
-CLASSES = {12: ("dog", "dog"), 7: ("car", "car")}
+CLASSES = {12: "dog", 7: "car"}
 
 
 def survey_of(rows, classes=CLASSES):
-    survey = Survey(classes)
+    survey = Survey(classes, {name: [name] for name in classes.values()})
     for number, values in enumerate(rows):
         survey.add(look_at(number, Row(values)))
     return survey

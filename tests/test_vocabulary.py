@@ -3,7 +3,9 @@
 import pytest
 
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.prompts.vocabulary import ClassEntry, Vocabulary, voc_palette
+from diffumask_fast.learning.layouts import CITYSCAPES
+from diffumask_fast.prompts.class_entry import ClassEntry
+from diffumask_fast.prompts.vocabulary import Vocabulary, is_file, names_in, palette_of, phrases_and_ids, voc_palette
 
 MINI = Vocabulary.named(["aeroplane", "dog", "cat", "pottedplant"])
 
@@ -138,3 +140,112 @@ def test_unreadable_file(tmp_path):
 def test_too_many_classes():
     with pytest.raises(DiffuMaskError, match="use 1 to 254"):
         Vocabulary.named(f"noun{number}" for number in range(300))
+
+
+@pytest.mark.parametrize(
+    "name, size",
+    [("voc", 20), ("cityscapes", 19), ("human-vehicle", 2), ("coco", 80), ("ade20k", 150), ("ade20k-3", 3)],
+)
+def test_shipped_vocabularies(name, size):
+    vocabulary = Vocabulary.shipped(name)
+    assert vocabulary.ids == tuple(range(1, size + 1)) and len(set(vocabulary.palette[3 : 3 * size + 3])) > 1
+    assert Vocabulary.parse(name).entries == tuple(
+        ClassEntry(entry.id, entry.name, entry.phrase) for entry in vocabulary.entries
+    )
+    assert Vocabulary.parse(name, sub_classes="auto") == vocabulary
+    for entry in vocabulary.entries:
+        assert entry.templates and ("{scene}" not in "".join(entry.templates) or entry.scenes)
+        assert len(set(map(str.casefold, entry.sub_classes))) == len(entry.sub_classes) <= 100
+        assert all(vocabulary.find(kind) == [entry.name] for kind in entry.sub_classes), entry.name
+
+
+def test_shipped_names_are_those_of_the_data_sets():
+    assert Vocabulary.shipped("voc").names == Vocabulary.voc().names == Vocabulary.parse("voc").names
+    assert Vocabulary.shipped("cityscapes").names == tuple(name for name, _ in CITYSCAPES)
+    coco, ade20k = Vocabulary.shipped("coco"), Vocabulary.shipped("ade20k")
+    assert (coco.names[0], coco.names[-1], coco["teddy bear"].id, coco["stop sign"].id) == (
+        "person",
+        "toothbrush",
+        78,
+        12,
+    )
+    assert [ade20k[name].id for name in ("wall", "person", "car", "bus", "flag")] == [1, 13, 21, 81, 150]
+    assert set(Vocabulary.shipped("ade20k-3").names) == {"bus", "car", "person"}
+    human, vehicle = Vocabulary.shipped("human-vehicle").entries
+    assert {"person", "rider"} <= set(human.phrases) and {"car", "truck", "bus", "train"} <= set(vehicle.phrases)
+
+
+def test_every_class_of_voc_has_sub_classes():
+    counts = {entry.name: len(entry.sub_classes) for entry in Vocabulary.shipped("voc").entries}
+    assert min(counts.values()) >= 30 and all(counts[name] >= 99 for name in ("dog", "bird", "aeroplane", "person"))
+    sofas, couches = Vocabulary.shipped("voc")["sofa"].sub_classes, Vocabulary.shipped("coco")["couch"].sub_classes
+    assert set(sofas) - set(couches) == {"sofa bed"}  # a bed is a class of COCO
+    assert all("bus" in name or "coach" in name for name in Vocabulary.shipped("ade20k-3")["bus"].sub_classes)
+
+
+def test_a_model_that_lists_its_classes_gets_their_phrases_alone():
+    for text in ("dog,cat", None):
+        assert Vocabulary.parse(text, MINI, sub_classes="auto") == Vocabulary.parse(text, MINI)
+        assert Vocabulary.parse(text, MINI, sub_classes="none") == Vocabulary.parse(text, MINI)
+    asked = Vocabulary.parse("dog", MINI, sub_classes=5)["dog"]
+    assert len(asked.sub_classes) == 5 and asked.synonyms and not asked.scenes and not asked.templates
+
+
+def test_a_model_that_may_know_any_word_gets_all():
+    dog, zebra = Vocabulary.parse("dog,zebra", sub_classes="auto").entries
+    assert len(dog.sub_classes) >= 99 and dog.synonyms == ("puppy",) and dog.scenes and dog.templates
+    assert zebra == ClassEntry(21, "zebra", "zebra")
+    few, none = (Vocabulary.parse("dog", sub_classes=how)["dog"] for how in (10, "none"))
+    assert few.sub_classes == dog.sub_classes[:10] and none.sub_classes == () and none.synonyms == dog.synonyms
+
+
+def test_a_word_that_is_a_class_itself_is_no_synonym():
+    person, woman = Vocabulary.parse("person,woman", sub_classes="auto").entries
+    assert "woman" in Vocabulary.shipped("voc")["person"].synonyms and "woman" not in person.synonyms
+    assert not [kind for kind in person.sub_classes if kind.endswith(" woman")] and len(person.sub_classes) > 50
+    assert woman.phrases == ("woman",)
+
+
+def test_a_class_files_own_sub_classes(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('[[class]]\nname = "dog"\nsub_classes = ["red dog", "blue dog"]\n\n[[class]]\nname = "cat"\n')
+    for how, counts in (("auto", (2, 0)), (None, (2, 0)), ("none", (0, 0)), (1, (1, 1))):
+        entries = Vocabulary.parse(str(path), MINI, sub_classes=how).entries
+        assert tuple(len(entry.sub_classes) for entry in entries) == counts
+    assert len(Vocabulary.parse(str(path), sub_classes="auto")["cat"].sub_classes) > 50  # as if it were typed
+
+
+def test_what_classes_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "coco").write_text("cat\n")
+    (tmp_path / "mine").write_text("cat\n")
+    assert Vocabulary.parse("coco").names[0] == "person" and Vocabulary.parse("./coco").names == ("cat",)
+    given = ["coco", "./coco", "mine", "dog", "dog,cat", "x.toml"]
+    assert [is_file(text) for text in given] == [False, True, True, False, False, True]
+
+
+def test_classes_are_found_by_any_phrase():
+    assert names_in("Two puppies on a couch beside an airplane, people watch") == ["dog", "sofa", "aeroplane", "person"]
+    coco = Vocabulary.shipped("coco")
+    assert coco.find("a hot dog, a teddy bear, a Wine Glass and mobile phones") == [
+        "hot dog", "teddy bear", "wine glass", "cell phone",
+    ]  # fmt: skip
+
+
+def test_the_words_of_named_classes():
+    words = phrases_and_ids([["dog"], ["dog"], ["dog"], ["person", "zebra"]], [
+        "a puppy and a dog", "two puppies", "two dogs", "an old woman with zebras"
+    ])  # fmt: skip
+    assert words == ([["dog"], ["puppies"], ["dogs"], ["woman", "zebras"]], [[12], [12], [12], [15, 21]])
+    assert phrases_and_ids([["dog", "zebra"]]) == ([["dog", "zebra"]], [[12, 21]])
+
+
+def test_colours():
+    red = ClassEntry(3, "gnu", "gnu", colour=(255, 0, 0))
+    palette = Vocabulary((red, ClassEntry(4, "yak", "yak"))).palette
+    assert palette[9:15] == [255, 0, 0, 0, 0, 128] and palette[:9] == voc_palette()[:9]
+    assert palette_of([red.as_json()])[9:12] == [255, 0, 0]
+    with pytest.raises(DiffuMaskError, match="gnu and yak have the same colour"):
+        Vocabulary((red, ClassEntry(4, "yak", "yak", colour=(255, 0, 0))))
+    with pytest.raises(DiffuMaskError, match="gnu and yak have the same colour"):
+        Vocabulary((ClassEntry(3, "gnu", "gnu", colour=(0, 0, 128)), ClassEntry(4, "yak", "yak")))

@@ -6,21 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffumask_fast.attention.spelling import UNKNOWN, Speller
+from diffumask_fast.attention.spelling import APART, UNKNOWN, Speller
 from diffumask_fast.errors import DiffuMaskError
 
 
 class PhraseNotFound(DiffuMaskError):
     """Name the phrase that is not among the tokens that the text encoder sees.
 
-    Attributes are `phrase`, `prompt`, and `truncated`: the phrase is in the prompt, but past its last token.
+    Attributes are `phrase`, `prompt`, `truncated`: the phrase is in the prompt, but past its last token, and `unknown`:
+    the tokenizer has no tokens for it.
     """
 
     def __init__(self, phrase: str, prompt: str, length: int, truncated: bool, unknown: bool = False) -> None:
         why = f"only past token {length}, where the prompt is cut off" if truncated else "not there as whole words"
         why = "not known to the tokenizer" if unknown else why
         super().__init__(f"the phrase {phrase!r} is {why}, in the prompt {prompt!r}: reword or shorten the prompt")
-        self.phrase, self.prompt, self.truncated = phrase, prompt, truncated
+        self.phrase, self.prompt, self.truncated, self.unknown = phrase, prompt, truncated, unknown
 
 
 def per_prompt(phrases: str | Sequence[str] | Sequence[Sequence[str]], num: int) -> list[list[str]]:
@@ -103,8 +104,8 @@ def phrase_positions(
             found = spelt.occurrences(wanted[phrase])
             if not found:
                 whole = speller.spelt(speller.ids(prompt))
-                truncated, unknown = bool(whole.occurrences(wanted[phrase])), UNKNOWN in wanted[phrase]
-                raise PhraseNotFound(phrase, prompt, len(ids), truncated, unknown)
+                unknown = not wanted[phrase] or not {UNKNOWN, APART}.isdisjoint(wanted[phrase])
+                raise PhraseNotFound(phrase, prompt, len(ids), bool(whole.occurrences(wanted[phrase])), unknown)
             indices[-1].append(found)
     return indices
 

@@ -203,6 +203,13 @@ class MapStore:
     def _read(self, aggregation: str) -> list[str]:
         """Return the levels that an aggregation reads, the finest first."""
         keys = sorted(self._maps, key=int)
+        if aggregation[0].isdecimal():
+            wanted = aggregation.split(",")
+            if missing := [key for key in wanted if key not in keys]:
+                raise DiffuMaskError(
+                    f"there is no level {missing[0]} for `aggregation={aggregation}`: the UNet has {', '.join(keys)}"
+                )
+            return wanted
         return {"reference": keys[:-1] or keys, "finest": keys[:1]}.get(aggregation, keys)
 
     def _mean(self) -> Mean:

@@ -18,7 +18,6 @@ from diffumask_fast.convert.item import IGNORE, Item
 from diffumask_fast.convert.plan import Shard
 from diffumask_fast.convert.target import folder, put_file, write_list
 from diffumask_fast.dataset.schema import encode_png
-from diffumask_fast.prompts.vocabulary import voc_palette
 
 NUMBERING = "own"
 
@@ -38,8 +37,7 @@ def write_items(job: Job, shard: Shard, items: Iterable[Item]) -> Iterator[dict[
 
 def write_lists(job: Job, records: Records) -> None:
     """Write the annotations of each split."""
-    palette = voc_palette()
-    names = {number or _background(job): name for number, name in job.classes.items()}
+    names, palette = {number or _background(job): name for number, name in job.classes.items()}, job.palette
     categories = [
         {"id": number, "name": name, "supercategory": name, "isthing": 0, "color": palette[3 * number : 3 * number + 3]}
         for number, name in sorted(names.items())

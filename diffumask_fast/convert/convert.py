@@ -20,7 +20,7 @@ from rich.progress import Progress
 from diffumask_fast.convert.formats import WITH_MAPS, Format, Job, format_named
 from diffumask_fast.convert.item import Item, make_item
 from diffumask_fast.convert.options import ConvertOptions
-from diffumask_fast.convert.plan import SPLITS, Plan, Shard, Split, make_plan, number_classes, picked
+from diffumask_fast.convert.plan import SPLITS, Plan, Shard, Split, make_plan, number_classes, palette_for, picked
 from diffumask_fast.convert.target import Target, digest, join, write_part
 from diffumask_fast.dataset.derive import check_apart
 from diffumask_fast.dataset.reader import read_manifest
@@ -83,6 +83,7 @@ def _fill(
         splits=tuple(split for split in SPLITS if plan.counts[split]),
         image_format=options.image_format,
         images=sum(plan.counts.values()),
+        palette=palette_for(plan, numbers),
     )
     tasks = [_Task(job, options, plan.split, shard, numbers) for shard in plan.shards if not target.done(shard.index)]
     with progress(len(plan.shards)) as bar:

@@ -24,6 +24,7 @@ class Job:
         splits: those that have items.
         image_format: jpg, png or webp.
         images: their number, over all splits.
+        palette: 768 numbers, the colour of each number in the files.
     """
 
     out: Path
@@ -31,6 +32,7 @@ class Job:
     splits: tuple[str, ...]
     image_format: str
     images: int
+    palette: list[int]
 
 
 class Format(Protocol):

@@ -17,8 +17,10 @@ from diffumask_fast.dataset.derive import check_apart
 from diffumask_fast.dataset.finish import finish
 from diffumask_fast.dataset.run import open_run
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.prompts.class_entry import ClassEntry
+from diffumask_fast.prompts.matching import phrase_in
 from diffumask_fast.prompts.request import Request
-from diffumask_fast.prompts.vocabulary import ClassEntry, Vocabulary
+from diffumask_fast.prompts.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ def _request(head: Head, index: int, source: Source, keys: set[str]) -> Request:
     keys.add(key.casefold())
     names = tuple(source.classes[class_id] for class_id in head.class_ids)
     seed = index if head.seed is None else head.seed
-    return Request(key, head.prompt, "", names, head.class_ids, seed, names)
+    phrases = tuple(phrase_in(head.prompt, (name,)) for name in names)
+    return Request(key, head.prompt, "", phrases, head.class_ids, seed, names)
 
 
 def _sample(request: Request, pixels: Pixels) -> Imported:

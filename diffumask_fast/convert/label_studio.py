@@ -20,7 +20,6 @@ from diffumask_fast.convert.names import IGNORED
 from diffumask_fast.convert.plan import Shard
 from diffumask_fast.convert.target import folder, put_file, write_lines
 from diffumask_fast.dataset.writer import new_file
-from diffumask_fast.prompts.vocabulary import voc_palette
 
 NUMBERING = "compact"
 LOCAL_FILES = "/data/local-files/?d="
@@ -50,12 +49,11 @@ def write_lists(job: Job, records: Records) -> None:
 
 
 def _interface(job: Job) -> Iterator[str]:
-    palette = voc_palette()
     yield "<View>"
     yield f'  <Image name="{IMAGE}" value="${IMAGE}" zoom="true"/>'
     yield f'  <BrushLabels name="{BRUSH}" toName="{IMAGE}">'
     for number, name in [*list(job.classes.items())[1:], (IGNORE, IGNORED)]:
-        colour = "#" + bytes(palette[3 * number : 3 * number + 3]).hex()
+        colour = "#" + bytes(job.palette[3 * number : 3 * number + 3]).hex()
         yield f'    <Label value={quoteattr(name)} background="{colour}"/>'
     yield "  </BrushLabels>"
     yield "</View>"

@@ -12,7 +12,6 @@ from diffumask_fast.convert.formats import Job, Records
 from diffumask_fast.convert.item import Item, mask_png
 from diffumask_fast.convert.plan import Shard
 from diffumask_fast.convert.target import folder, put_file, write_lines
-from diffumask_fast.prompts.vocabulary import voc_palette
 
 NUMBERING = "compact"
 
@@ -33,8 +32,7 @@ def write_lists(job: Job, records: Records) -> None:
 
 
 def _config(job: Job) -> Iterator[str]:
-    palette = voc_palette()
-    colours = [palette[3 * number : 3 * number + 3] for number in job.classes]
+    colours = [job.palette[3 * number : 3 * number + 3] for number in job.classes]
     yield "# Give `pipeline` and loaders in your own config; data_root is where this folder lies."
     yield f"metainfo = dict(classes={tuple(job.classes.values())!r}, palette={colours!r})"
     for split in job.splits:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.own_files import unlinked
+from diffumask_fast.prompts.class_entry import ClassEntry
 from diffumask_fast.prompts.request import check_text, is_file_stem
-from diffumask_fast.prompts.vocabulary import ClassEntry
 
 IGNORED = "ignored"  # pixels that are, in formats that want a name for them
 LONGEST = 200  # bytes of a name, so that folders, endings and temporary names find room

@@ -16,7 +16,7 @@ from diffumask_fast.dataset.reader import Row, read_shard
 from diffumask_fast.dataset.shard_check import finished_shards
 from diffumask_fast.dataset.storage import Place
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.prompts.vocabulary import Vocabulary
+from diffumask_fast.prompts.vocabulary import Vocabulary, palette_of, voc_palette
 
 TRAIN, VAL = "train", "val"
 SPLITS = (TRAIN, VAL)
@@ -62,12 +62,14 @@ class Plan:
         shards: of the dataset.
         counts: items of each split.
         split: which is which.
+        colours: of the dataset's classes, those that have one of their own, as `dataset.json` records them.
     """
 
     classes: Mapping[int, str]
     shards: tuple[Shard, ...]
     counts: Mapping[str, int]
     split: Split
+    colours: tuple[Mapping[str, Any], ...] = ()
 
 
 def make_plan(manifest: dict[str, Any], options: ConvertOptions) -> Plan:
@@ -108,6 +110,7 @@ def make_plan(manifest: dict[str, Any], options: ConvertOptions) -> Plan:
         shards=tuple(_shards(paths, counts)),
         counts={split: sum(count[split] for count in counts) for split in SPLITS},
         split=Split(options.seed, validation),
+        colours=tuple(entry for entry in manifest["classes"] if "colour" in entry),
     )
 
 
@@ -178,6 +181,19 @@ def number_classes(classes: Mapping[int, str], how: str) -> dict[int, int]:
     if how == "own" or (how.startswith("voc") and not strange):
         return {class_id: class_id for class_id in classes}
     return {class_id: number for number, class_id in enumerate(sorted(classes))}
+
+
+def palette_for(plan: Plan, numbers: Mapping[int, int]) -> list[int]:
+    """Return the colours of the numbers in the files: VOC's; where a class has its own, each has that of its class id.
+
+    Args:
+        plan: of the conversion.
+        numbers: class id -> number in the files.
+    """
+    palette, of_ids = voc_palette(), palette_of(plan.colours)
+    for class_id, number in numbers.items() if plan.colours else ():
+        palette[3 * number : 3 * number + 3] = of_ids[3 * class_id : 3 * class_id + 3]
+    return palette
 
 
 def _hash(text: str) -> int:

@@ -13,7 +13,7 @@ from diffumask_fast.convert.item import Item, mask_png
 from diffumask_fast.convert.names import IGNORED
 from diffumask_fast.convert.plan import Shard
 from diffumask_fast.convert.target import folder, put_file, write_lines
-from diffumask_fast.prompts.vocabulary import Vocabulary, voc_palette
+from diffumask_fast.prompts.vocabulary import Vocabulary
 
 NUMBERING = "voc"
 IGNORED_COLOUR = "224,224,192"  # the palette's last colour: who reads colours must find each in the list
@@ -22,10 +22,9 @@ IGNORED_COLOUR = "224,224,192"  # the palette's last colour: who reads colours m
 def write_items(job: Job, shard: Shard, items: Iterable[Item]) -> Iterator[dict[str, Any]]:
     """Write images and masks; see `formats.Format`."""
     images, masks = folder(job.out, "JPEGImages"), folder(job.out, "SegmentationClass")
-    palette = voc_palette()
     for item in items:
         put_file(images / item.file_name, item.image)
-        put_file(masks / f"{item.name}.png", mask_png(item.mask, palette))
+        put_file(masks / f"{item.name}.png", mask_png(item.mask, job.palette))
         yield {"split": item.split, "name": item.name}
 
 
@@ -43,8 +42,7 @@ def _labelmap(job: Job) -> Iterator[str]:
     names = dict(job.classes)
     if list(names) != list(range(len(names))):  # VOC's own numbers: all of VOC's classes, so that a line is a number
         names = {0: "background"} | {entry.id: entry.name for entry in Vocabulary.voc().entries}
-    palette = voc_palette()
     yield "# label:color_rgb:parts:actions"
     for number, name in names.items():
-        yield f"{name}:{','.join(map(str, palette[3 * number : 3 * number + 3]))}::"
+        yield f"{name}:{','.join(map(str, job.palette[3 * number : 3 * number + 3]))}::"
     yield f"{IGNORED}:{IGNORED_COLOUR}::"

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from diffumask_fast.dataset.reader import Row, open_shard, read_manifest, read_r
 from diffumask_fast.dataset.schema import datasets_features
 from diffumask_fast.dataset.storage import Place
 from diffumask_fast.dataset.writer import write_file
+from diffumask_fast.prompts.class_entry import words_of
 
 logger = logging.getLogger("diffumask_fast")
 
@@ -51,12 +52,12 @@ class Figures:
 
     Args:
         columns: of its shards.
-        phrases: name of a class -> the words that stand for it.
+        words: name of a class -> all words that stand for it.
         drawn: whether its images are marked as drawn by a model.
     """
 
     columns: list[tuple[str, pa.DataType]]
-    phrases: dict[str, str]
+    words: Mapping[str, Sequence[str]]
     drawn: bool
     rows: int = 0
     accepted: int = 0
@@ -77,7 +78,7 @@ class Figures:
         for name, quality in zip(row.classes, row.quality, strict=False):
             self.quality[name] = self.quality.get(name, 0.0) + quality
         if not row.accepted:
-            names = [*row.classes, *(self.phrases.get(name, name) for name in row.classes)]
+            names = [*row.classes, *(word for name in row.classes for word in self.words.get(name, ()))]
             self.reasons[kind_of(row.reason, names)] += 1
 
 
@@ -149,8 +150,7 @@ def _figures(folder: Place, manifest: dict[str, Any]) -> Figures:
     with open_shard(shard_paths(folder)[0]) as file:
         columns = list(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
     first = next(read_rows(folder, accepted_only=False, columns=["image"]))
-    phrases = {entry["name"]: entry["phrase"] for entry in manifest["classes"]}
-    figures = Figures(columns, phrases, is_drawn(first.values["image"]["bytes"] or b""))
+    figures = Figures(columns, words_of(manifest["classes"]), is_drawn(first.values["image"]["bytes"] or b""))
     wanted = ["classes", "class_ids", "quality", "accepted", "reason"]
     for row in read_rows(folder, accepted_only=False, columns=wanted):
         figures.add(row)

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from diffumask_fast.dataset.finish import finish
 from diffumask_fast.dataset.folder import DatasetPlace, differences, open_folder
 from diffumask_fast.dataset.reader import Row, read_manifest, read_rows, read_shard
+from diffumask_fast.dataset.schema import CAPTIONS
 from diffumask_fast.dataset.shard_check import (
     Names,
     done_shards,
@@ -106,6 +107,8 @@ def write_derived(
     shards = manifest["plan"]["shards"]
     with open_folder(out) as folder, progress(shards) as bar:
         done = _begin(folder, manifest, names_of)
+        if "retrieved" in manifest["options"] and (source / CAPTIONS).exists():
+            folder.keep_captions((source / CAPTIONS).read_bytes())
         task = bar.add_task("shards", total=shards)
         for index in range(shards):
             if index not in done:

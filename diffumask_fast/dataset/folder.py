@@ -14,13 +14,13 @@ from diffumask_fast.dataset.licence import CARD
 from diffumask_fast.dataset.locks import Lock, Taken, is_taken
 from diffumask_fast.dataset.parts import Part
 from diffumask_fast.dataset.reader import read_manifest, shard_paths
-from diffumask_fast.dataset.schema import MANIFEST, PREVIEW
+from diffumask_fast.dataset.schema import CAPTIONS, MANIFEST, PREVIEW
 from diffumask_fast.dataset.storage import Place, check_own_place, place
 from diffumask_fast.dataset.writer import dump_manifest, explain, make_folder, temporary_path, write_file
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.own_files import check_no_link
 
-WRITTEN = (MANIFEST, CARD, "*.png", "data/shard-*.parquet")
+WRITTEN = (MANIFEST, CAPTIONS, CARD, "*.png", "data/shard-*.parquet")
 
 
 class DatasetPlace:
@@ -81,6 +81,12 @@ class DatasetPlace:
         """Write `dataset.json`."""
         write_file(self.path / MANIFEST, dump_manifest(manifest), self.tag)
 
+    def keep_captions(self, data: bytes) -> None:
+        """Write the captions that a run is drawn from, unless they are there."""
+        path = self.path / CAPTIONS
+        if not path.exists() or path.read_bytes() != data:
+            write_file(path, data, self.tag)
+
     def write_first(self, manifest: dict[str, Any]) -> dict[str, Any] | None:
         """Write `dataset.json` where `begun` found none; return it if another part has just been faster."""
         path = self.path / MANIFEST
@@ -117,7 +123,7 @@ class DatasetFolder(DatasetPlace):
     path: Path
 
     def __init__(self, path: Path, part: Part | None = None) -> None:
-        for name in ("data", MANIFEST):
+        for name in ("data", MANIFEST, CAPTIONS):
             check_no_link(path / name)
         super().__init__(path, part)
         make_folder(path / "data")

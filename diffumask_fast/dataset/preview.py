@@ -8,13 +8,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from diffumask_fast.dataset.reader import Row, read_rows
-from diffumask_fast.dataset.schema import PNG_LEVEL, PREVIEW
+from diffumask_fast.dataset.reader import Row, read_manifest, read_rows
+from diffumask_fast.dataset.schema import MANIFEST, PNG_LEVEL, PREVIEW
 from diffumask_fast.dataset.storage import Place, check_own_place, place
 from diffumask_fast.dataset.writer import write_file
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.options import MAX_PIXELS, checked, whole
 from diffumask_fast.own_files import SIGN
+from diffumask_fast.prompts.vocabulary import palette_of
 from diffumask_fast.show import colour, overlay
 
 RED = "#b00020"
@@ -50,9 +51,11 @@ def write_preview(
     """
     for name, value in (("limit", limit), ("side", side), ("columns", columns)):
         checked(name, value, whole(1))
+    there = (place(folder) / MANIFEST).exists()
+    palette = palette_of(read_manifest(folder)["classes"] if there else ())
     wanted = ["key", "image", "mask", "reason"]
     rows = read_rows(folder, accepted_only=False, columns=wanted, max_pixels=max_pixels)
-    tiles = [_tile(row, side) for row in islice(rows, limit)]
+    tiles = [_tile(row, side, palette) for row in islice(rows, limit)]
     if not tiles:
         raise DiffuMaskError(f"{folder} holds no sample to show: draw some first")
     path = place(folder) / PREVIEW
@@ -99,7 +102,7 @@ def tile(arrays: Sequence[np.ndarray], text: str, ink: str = "black", side: int 
     return page
 
 
-def _tile(row: Row, side: int) -> Image.Image:
+def _tile(row: Row, side: int, palette: Sequence[int]) -> Image.Image:
     text, ink = (row.key, "black") if row.accepted else (f"{row.key}: {row.reason}", RED)
     try:
         shapes = row.image.shape[:2], row.mask.shape
@@ -107,4 +110,4 @@ def _tile(row: Row, side: int) -> Image.Image:
         return tile([np.full((side, side, 3), (176, 0, 32), np.uint8)], f"{row.key}: {error}", RED, side)
     if shapes[0] != shapes[1]:
         return tile((row.image,), f"{row.key}: its mask has {shapes[1]} pixels, its image {shapes[0]}", RED, side)
-    return tile((row.image, overlay(row.image, row.mask), colour(row.mask)), text, ink, side)
+    return tile((row.image, overlay(row.image, row.mask, palette=palette), colour(row.mask, palette)), text, ink, side)

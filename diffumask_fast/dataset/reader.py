@@ -255,6 +255,11 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         raise TypeError("no objects")
     if not all(isinstance(entry[name], str) for entry in manifest["classes"] for name in ("name", "phrase")):
         raise TypeError("classes without a name")
+    if not all(isinstance(word, str) for entry in manifest["classes"] for word in [*entry.get("synonyms", [])]):
+        raise TypeError("synonyms that are none")
+    for entry in manifest["classes"]:
+        if "colour" in entry and not (entry["id"] in range(256) and len(bytes([*entry["colour"]])) == 3):
+            raise ValueError("a colour that is none")
     drifts = manifest.get("drift", [])
     if not all(isinstance(one["environment"], dict) and isinstance(one["shards"], list) for one in drifts):
         raise TypeError("a drift without its environment or shards")

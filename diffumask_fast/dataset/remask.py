@@ -21,6 +21,8 @@ from diffumask_fast.masks.make import make_masks
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.masks.rejection import NOT_FINITE, advice, rejections
 from diffumask_fast.options import MAX_PIXELS
+from diffumask_fast.prompts.class_entry import phrases_by_name
+from diffumask_fast.prompts.matching import phrase_in
 
 BATCH = 8
 BATCH_PIXELS = 8 * 1024 * 1024  # larger images come fewer at a time
@@ -54,7 +56,7 @@ def remask(
         DiffuMaskError: as `derive`; or the source holds no maps.
     """
     options, device = options or MaskOptions(), torch.device(device)
-    phrases = {entry["name"]: entry["phrase"] for entry in read_manifest(source).get("classes", [])}
+    phrases = phrases_by_name(read_manifest(source).get("classes", []))
     workers = torch.get_num_threads() if device.type == "cpu" else 1
 
     with patched_threads(1), ThreadPoolExecutor(workers) as pool:
@@ -82,14 +84,14 @@ def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
 
 @torch.inference_mode()
 def _remade(
-    rows: Sequence[Row], options: MaskOptions, phrases: dict[str, str], device: torch.device
+    rows: Sequence[Row], options: MaskOptions, phrases: dict[str, tuple[str, ...]], device: torch.device
 ) -> list[dict[str, Any]]:
     """Return the values of rows with new masks."""
     maps = torch.from_numpy(np.stack([row.maps for row in rows if row.maps is not None])).to(device)
     images = torch.from_numpy(np.stack([row.image for row in rows])).to(device)
     ids = torch.tensor([row.class_ids for row in rows], device=device)
     mask, quality = make_masks(maps, images, options, ids)
-    names = [[phrases.get(name, name) for name in row.classes] for row in rows]
+    names = [[phrase_in(row.prompt, phrases.get(name, (name,))) for name in row.classes] for row in rows]
     reasons = rejections(images, mask, ids, names, options, quality)
     values = []
     for row, pixels, numbers, reason in zip(rows, mask.cpu().numpy(), quality.tolist(), reasons, strict=True):

@@ -33,6 +33,7 @@ def open_run(
     vocabulary: Vocabulary | None = None,
     rounds: Rounds = (),
     part: Part | None = None,
+    captions: bytes | None = None,
 ) -> "Run":
     """Begin a run in a folder, or go on with the one that is there.
 
@@ -53,6 +54,7 @@ def open_run(
         vocabulary: recorded under `classes`.
         rounds: how many requests of each class each round has, where the run grows by rounds; see `Run.extend`.
         part: whose shards alone are looked at and written; None is all. It is not recorded.
+        captions: what the prompts were taken from; kept in the folder, whose options record their hash.
 
     Returns:
         The run, to be used in a `with` statement.
@@ -69,10 +71,7 @@ def open_run(
         "schema_version": SCHEMA_VERSION,
         "model": model or {},
         "options": {**options, "shard_size": shard_size},
-        "classes": [
-            {"id": entry.id, "name": entry.name, "phrase": entry.phrase}
-            for entry in (vocabulary.entries if vocabulary else ())
-        ],
+        "classes": [entry.as_json() for entry in (vocabulary.entries if vocabulary else ())],
         "plan": planned,
         "environment": environment,
     }
@@ -80,7 +79,8 @@ def open_run(
     manifest = json.loads(dump_manifest(manifest))
     place = open_folder(folder, part)
     try:
-        return Run(place, requests, shard_size, manifest["environment"], *_begin(place, manifest, allow_drift, plan))
+        begun = _begin(place, manifest, allow_drift, plan, captions)
+        return Run(place, requests, shard_size, manifest["environment"], *begun)
     except BaseException:
         place.close()
         raise
@@ -221,16 +221,19 @@ def _planned(requests: Sequence[Request], shard_size: int, rounds: Rounds) -> tu
 
 
 def _begin(
-    place: DatasetPlace, manifest: dict[str, Any], allow_drift: bool, plan: PlanDigest
+    place: DatasetPlace, manifest: dict[str, Any], allow_drift: bool, plan: PlanDigest, captions: bytes | None
 ) -> tuple[dict[str, Any], set[int]]:
     """Write the manifest, or compare it with the one that is there; return the one that holds, and the shards done."""
     with place.beginning() as free:
         there = place.begun(free)
         if there is None:  # no shard was drawn yet, so other options may begin anew
             there = place.write_first(manifest)
+        if there is not None:
+            _compare(there, manifest, place.path)
+        if captions is not None:
+            place.keep_captions(captions)
         if there is None:
             return manifest, set()
-        _compare(there, manifest, place.path)
     changes = _named(there["environment"], manifest["environment"])
     if changes and not allow_drift:
         raise DiffuMaskError(
@@ -272,8 +275,8 @@ def _compare(there: dict[str, Any], now: dict[str, Any], folder: Place) -> None:
         )
     if there["plan"] != now["plan"] or there["classes"] != now["classes"]:
         raise DiffuMaskError(
-            f"{folder} was begun with other prompts: the class list, the scenes or the tokenizer changed; bring the "
-            "old ones back to finish it, or use another folder"
+            f"{folder} was begun with other prompts: the class list, `sub_classes`, the scenes or the tokenizer "
+            "changed; bring the old ones back to finish it, or use another folder"
         )
 
 

@@ -18,6 +18,7 @@ from diffumask_fast.prompts.request import Request
 SCHEMA_VERSION = 1
 MANIFEST = "dataset.json"
 PREVIEW = "preview.png"
+CAPTIONS = "captions.jsonl"  # that were found for a run in a file
 PNG_LEVEL = 6
 
 _PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

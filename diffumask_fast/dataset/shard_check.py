@@ -22,6 +22,8 @@ from diffumask_fast.dataset.storage import Address, Place, place, size_of
 from diffumask_fast.dataset.writer import MARK, MOST_BYTES, shard_name, shard_path
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.own_files import check_no_link
+from diffumask_fast.prompts.class_entry import phrases_by_name
+from diffumask_fast.prompts.matching import phrase_in
 from diffumask_fast.prompts.request import Request
 
 logger = logging.getLogger("diffumask_fast")
@@ -151,10 +153,10 @@ def finished_shards(folder: str | Place, manifest: dict[str, Any]) -> list[Place
 
 def _check_plan(folder: str | Place, paths: Sequence[Place], manifest: dict[str, Any]) -> None:
     """Raise unless all rows together are those of the plan: what shards of older versions, without a mark, allow."""
-    phrases = {entry["name"]: entry["phrase"] for entry in manifest["classes"]}
+    phrases = phrases_by_name(manifest["classes"])
     columns = [part.name for part in fields(Request) if part.name != "phrases"]
     requests = (
-        Request(**row.values, phrases=tuple(phrases.get(name, name) for name in row.classes))
+        Request(**row.values, phrases=tuple(phrase_in(row.prompt, phrases.get(name, (name,))) for name in row.classes))
         for path in paths
         for row in read_shard(path, columns)
     )

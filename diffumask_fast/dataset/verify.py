@@ -14,13 +14,15 @@ import numpy as np
 from rich.progress import Progress
 
 from diffumask_fast.dataset.reader import BATCH, Row, open_shard, read_manifest, rows_of
-from diffumask_fast.dataset.schema import MANIFEST
+from diffumask_fast.dataset.schema import CAPTIONS, MANIFEST
 from diffumask_fast.dataset.shard_check import Content, check_content, planned_line
 from diffumask_fast.dataset.storage import Place, place
 from diffumask_fast.dataset.writer import MARK, shard_path
 from diffumask_fast.errors import DiffuMaskError, as_flags
 from diffumask_fast.masks.make import IGNORE
 from diffumask_fast.options import MAX_PIXELS
+from diffumask_fast.prompts.class_entry import phrases_by_name
+from diffumask_fast.prompts.matching import phrase_in
 from diffumask_fast.prompts.request import Request
 
 MOST_THREADS = 8
@@ -115,6 +117,7 @@ class _Reading:
         self.images = self.accepted = 0
         self._max_pixels = max_pixels
         self._classes = {entry["name"]: entry for entry in manifest["classes"]}
+        self._phrases = phrases_by_name(manifest["classes"])
         self._size = manifest["options"].get("size")  # HxW; imported images have sizes of their own
         self._digest = hashlib.sha256()
 
@@ -122,6 +125,7 @@ class _Reading:
         """Yield all faults, and tell how many rows are read."""
         clean = True
         yield from self._strange_files()
+        yield from self._caption_faults()
         with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "decode") as pool:
             for index in range(self.manifest["plan"]["shards"]):
                 for fault in self._shard_faults(index, pool, on_rows):
@@ -142,6 +146,14 @@ class _Reading:
                 half = name.endswith(".tmp")
                 what = "half-written" if half else f"none of the {shards} shards of this dataset"
                 yield Fault(f"data/{name}", "", what, AGAIN if half else "move it away")
+
+    def _caption_faults(self) -> Iterator[Fault]:
+        """Yield what is wrong with the captions that the prompts were taken from."""
+        recorded, path = self.manifest["options"].get("retrieved"), self.folder / CAPTIONS
+        if recorded is not None and not path.exists():
+            yield Fault(CAPTIONS, "", "missing", AGAIN)
+        elif recorded is not None and hashlib.sha256(path.read_bytes()).hexdigest() != recorded:
+            yield Fault(CAPTIONS, "", "not what the dataset was drawn from", AGAIN)
 
     def _shard_faults(self, index: int, pool: ThreadPoolExecutor, on_rows: Callable[[int], object]) -> Iterator[Fault]:
         path = shard_path(self.folder, index)
@@ -181,8 +193,8 @@ class _Reading:
             return b"", (what, remedy if "max_pixels" in remedy else ANEW)
 
     def _request(self, row: Row) -> Request:
-        phrases = (self._classes[name]["phrase"] if name in self._classes else name for name in row.classes)
-        return Request(**{name: row.values[name] for name in REQUESTED}, phrases=tuple(phrases))
+        phrases = tuple(phrase_in(row.prompt, self._phrases.get(name, (name,))) for name in row.classes)
+        return Request(**{name: row.values[name] for name in REQUESTED}, phrases=phrases)
 
     def _wrong(self, row: Row, request: Request) -> Iterator[str]:
         """Yield what is wrong with a row that decodes."""

@@ -15,8 +15,9 @@ from diffumask_fast.dropin.class_maps import SIDE, class_levels, fuse, word_toke
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.models.decoding import timed_decoding
 from diffumask_fast.pipeline import DiffuMaskPipeline
+from diffumask_fast.prompts.class_entry import ClassEntry
 from diffumask_fast.prompts.planner import plan
-from diffumask_fast.prompts.vocabulary import ClassEntry, Vocabulary
+from diffumask_fast.prompts.vocabulary import Vocabulary
 
 FIRST_SEED = 200_000
 

@@ -6,13 +6,14 @@ import json
 import logging
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 from diffumask_fast.attention.options import MapOptions
@@ -20,17 +21,18 @@ from diffumask_fast.borrow import patched, patched_environment
 from diffumask_fast.dataset.folder import differences
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.draw import Row, draw_shards
+from diffumask_fast.generation.embedding import compares_texts, embed
 from diffumask_fast.generation.generate import environment
 from diffumask_fast.generation.job import Job, make_job, open_pipe
-from diffumask_fast.generation.options import GenerateOptions
-from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.generation.options import CAPTION_OPTIONS, GenerateOptions
 from diffumask_fast.models.loading import quietly
+from diffumask_fast.prompts.vocabulary import is_file
 from diffumask_fast.results import Seconds
 
 logger = logging.getLogger("diffumask_fast")
 
 AHEAD = 2  # shards that a worker has been handed: the one at hand and the next
-DRIVERS = ("out", "ray", "workers", "allow_drift")  # options that make no difference to a worker
+DRIVERS = ("out", "ray", "workers", "allow_drift", *CAPTION_OPTIONS)  # options that make no difference to a worker
 MOST_LOSSES = 3  # of workers with the same shard
 PATIENCE = 60.0  # seconds after which somebody should know that no worker has begun
 STATISTICS = "RAY_USAGE_STATS_ENABLED"
@@ -48,8 +50,8 @@ class Worker:
             threads: of torch.
 
         Returns:
-            What the driver plans and records: job (JSON types), environment, classes and folder of the model, and its
-            tokenizer.
+            What the driver plans and records: job (JSON types), environment, classes and folder of the model, its
+            tokenizer, and whether its encoder's vectors of texts can be compared.
 
         Raises:
             DiffuMaskError: it cannot be loaded, or cannot draw what is asked for.
@@ -62,8 +64,12 @@ class Worker:
         return {
             "job": job.as_json(), "environment": environment(self._pipe), "classes": self._pipe.info.classes,
             "folder": self._pipe.info.folder and str(self._pipe.info.folder),
-            "tokenizer": self._pipe.pipe.tokenizer,
+            "tokenizer": self._pipe.pipe.tokenizer, "compares_texts": compares_texts(self._pipe),
         }  # fmt: skip
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the vectors of texts, as `embedding.embed`."""
+        return embed(self._pipe, texts)
 
     _batch_size: int | None = None  # that fits the memory, once it was short
 
@@ -126,10 +132,22 @@ class Cluster:
         folder = self._first["folder"]  # read for its licence, where it is on this machine too
         self.info = SimpleNamespace(classes=self._first["classes"], folder=folder and Path(folder))
         self.pipe = SimpleNamespace(tokenizer=self._first["tokenizer"])
+        self.compares_texts: bool = self._first["compares_texts"]
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._held.close()
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the vectors of texts, as `embedding.embed`, made by a worker.
+
+        Raises:
+            DiffuMaskError: it was lost.
+        """
+        try:
+            return self._get(self._ready[0].embed.remote(list(texts)))
+        except self._ray.exceptions.RayError as error:
+            raise DiffuMaskError("a worker of Ray was lost with captions: run the same command again") from error
 
     def wait_for_all(self) -> None:
         """Wait until every worker has begun; drawing itself begins with the first."""
@@ -154,7 +172,7 @@ class Cluster:
         Raises:
             DiffuMaskError: as there; or workers were lost time and again.
         """
-        waiting, calls, text = deque(indices), dict[Any, tuple[Any, int]](), json.dumps(job.as_json())
+        waiting, calls, text = deque(indices), dict[Any, tuple[Any, int]](), self._ray.put(json.dumps(job.as_json()))
         while waiting or calls:
             self._hand_out(waiting, calls, text)
             [done], _ = self._ray.wait([*calls, *self._beginning])
@@ -180,7 +198,7 @@ class Cluster:
                 on_result(SimpleNamespace(reason=row["reason"]))
             yield index, rows
 
-    def _hand_out(self, waiting: deque[int], calls: dict[Any, tuple[Any, int]], job: str) -> None:
+    def _hand_out(self, waiting: deque[int], calls: dict[Any, tuple[Any, int]], job: Any) -> None:
         """Give each worker its shard and the next one; the last shards go to whoever has none."""
         busy = Counter(worker for worker, _ in calls.values())
         for ahead in range(1, AHEAD + 1):
@@ -262,7 +280,9 @@ def _import_ray() -> Any:
 
 def _for_workers(options: GenerateOptions) -> GenerateOptions:
     """Return options that mean the same in another working directory."""
-    given = {name: getattr(options, name) for name in ("model", "classes", "engine_path")}
+    given = {name: getattr(options, name) for name in ("model", "classes", "engine_path", "model_options")}
+    if options.classes is not None and not is_file(options.classes):
+        del given["classes"]
     paths = {name: Path(value).expanduser() for name, value in given.items() if value is not None}
     absolute: dict[str, Any] = {
         name: str(path.resolve() if path.exists() else given[name]) for name, path in paths.items()
@@ -272,7 +292,8 @@ def _for_workers(options: GenerateOptions) -> GenerateOptions:
 
 def _options_of(text: str) -> GenerateOptions:
     values = {"out": ".", **json.loads(text)}
-    return GenerateOptions(**{**values, "maps": MapOptions(**values["maps"]), "mask": MaskOptions(**values["mask"])})
+    made = {"maps": MapOptions(**values["maps"]), "mask": replace(GenerateOptions.mask, **values["mask"])}
+    return GenerateOptions(**{**values, **made})
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from importlib import metadata
@@ -23,6 +23,7 @@ from diffumask_fast.dataset.schema import MANIFEST
 from diffumask_fast.dataset.shard_writer import ShardWriter
 from diffumask_fast.dataset.storage import Place
 from diffumask_fast.errors import DiffuMaskError, is_out_of_memory
+from diffumask_fast.generation.captions import with_captions
 from diffumask_fast.generation.draw import Row, draw_shards
 from diffumask_fast.generation.job import Job, make_job, open_pipe
 from diffumask_fast.generation.options import GenerateOptions
@@ -34,7 +35,7 @@ from diffumask_fast.masks.rejection import BROKEN, advice
 from diffumask_fast.models.loading import quietly
 from diffumask_fast.options import MAX_PIXELS
 from diffumask_fast.pipeline import DiffuMaskPipeline
-from diffumask_fast.prompts.vocabulary import Vocabulary
+from diffumask_fast.prompts.vocabulary import SHIPPED, Vocabulary, is_file
 from diffumask_fast.results import Result
 
 if TYPE_CHECKING:
@@ -45,31 +46,32 @@ MAX_TOLD = 5  # names in one line
 FEWEST = 8  # images by which a run is judged
 
 
-def run_generate(options: GenerateOptions, progress: Callable[[int], Progress]) -> dict[str, Any]:
+def run_generate(options: GenerateOptions, progress: Callable[[int | None], Progress]) -> dict[str, Any]:
     """Draw a dataset, or finish one that was begun with the same options.
 
     Args:
         options: the flags.
-        progress: gets the number of images and gives a rich Progress.
+        progress: gets the number of images, None where that is unknown, and gives a rich Progress.
 
     Returns:
         images and accepted (of the run, or of its part), drawn (in this call), part, missing_shards (of the whole
-        run), images_per_s, seconds by stage ("encode" and "write": for how long they held up the drawing),
-        dropped_captions, folder, advice (what to change when no image is accepted), below_quota (the classes that lack
-        accepted images), why_below_quota (a sentence).
+        run), images_per_s, seconds by stage ("encode" and "write": for how long they held up the drawing), captions
+        (how many were found in the file, of classes or of combinations of them), dropped_captions, folder, advice (what
+        to change when no image is accepted), below_quota (the classes that lack accepted images), why_below_quota (a
+        sentence).
 
     Raises:
         DiffuMaskError: anything that keeps the run from starting or from going on, in one sentence.
     """
     with quietly(), _opened(options) as (pipe, job, surroundings):
-        job = _resumed(job, options.out)
+        job = with_captions(_resumed(job, options.out), options, pipe, progress)
         plan = job.plan(pipe)
         with stop_on_sigterm() as stop, open_run(
             options.out, plan, job.options, surroundings, job.shard_size, options.allow_drift,
             model={"id": job.identity, "weights": job.weights}, vocabulary=job.recipe.vocabulary, rounds=job.rounds,
-            part=options.part,
+            part=options.part, captions=_captions(job),
         ) as run:  # fmt: skip
-            if not pipe.info.classes:
+            if not pipe.info.classes and options.classes not in (None, *SHIPPED) and not is_file(options.classes):
                 tell_new_names(job.recipe.vocabulary)
             start = time.perf_counter()
             with _enough_memory(job):
@@ -81,6 +83,7 @@ def run_generate(options: GenerateOptions, progress: Callable[[int], Progress]) 
     return {
         "folder": str(options.out), "images": sum(map(job.num_rows, run.shards)), "accepted": accepted, "drawn": drawn,
         "part": str(run.part) if run.part else None, "missing_shards": missing,
+        "captions": {"+".join(names): len(found) for names, found in _retrieved(job)},
         "dropped_captions": plan.dropped, "images_per_s": drawn / seconds if drawn else 0.0,
         "seconds": {**pipe.seconds.as_dict(), "write": writing, "all": seconds},
         "advice": advice(reasons, job.mask), "below_quota": [one.name for one in lacking],
@@ -286,3 +289,11 @@ def environment(pipe: DiffuMaskPipeline) -> dict[str, Any]:
         "device": name, "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability(),
         "diffumask_fast": __version__, **versions,
     }  # fmt: skip
+
+
+def _retrieved(job: Job) -> Sequence[tuple[tuple[str, ...], tuple[str, ...]]]:
+    return job.recipe.retrieved.captions if job.recipe.retrieved else ()
+
+
+def _captions(job: Job) -> bytes | None:
+    return job.recipe.retrieved.as_bytes() if job.recipe.retrieved else None

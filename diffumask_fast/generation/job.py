@@ -83,10 +83,11 @@ class Job:
     def options(self) -> dict[str, Any]:
         """What decides the data beside the model, named as the flags are: the `options` of `dataset.json`."""
         engine = {"engine_sha256": self.engine_sha256} if self.engine_sha256 else {}
+        retrieved = self.recipe.retrieved.options if self.recipe.retrieved else {}
         quota = {"accept_per_class": self.accept_per_class} if self.accept_per_class else {"num": self.recipe.num}
         return {
             "revision": self.revision, "classes": ",".join(self.recipe.vocabulary.names),
-            "classes_per_image": self.recipe.classes_per_image, **quota, "seed": self.recipe.seed,
+            **retrieved, "classes_per_image": self.recipe.classes_per_image, **quota, "seed": self.recipe.seed,
             "batch_size": self.batch_size, "steps": self.steps, "guidance_scale": self.guidance_scale,
             "scheduler": self.scheduler, "size": f"{self.height}x{self.width}",
             "dtype": str(DTYPES[self.dtype]).removeprefix("torch."), "engine": self.engine, **engine,
@@ -116,7 +117,11 @@ class Job:
         def fits(prompt: str, phrases: tuple[str, ...]) -> bool:
             try:
                 phrase_columns(tokenizer, [prompt], [list(phrases)], length=tokenizer.model_max_length)
-            except PhraseNotFound:
+            except PhraseNotFound as error:
+                if error.unknown:
+                    raise DiffuMaskError(
+                        f"the model's tokenizer has no tokens for {error.phrase!r}: name the class by other words"
+                    ) from error
                 return False
             return True
 
@@ -168,6 +173,7 @@ def open_pipe(options: GenerateOptions | Job, device: str) -> DiffuMaskPipeline:
     pipe = DiffuMaskPipeline.from_pretrained(
         options.model, engine=options.engine, engine_path=options.engine_path, dtype=options.dtype, device=device,
         revision=options.revision, attention=options.attention,
+        model_options=options.model_options if isinstance(options, GenerateOptions) else None,
     )  # fmt: skip
     if options.scheduler not in (None, type(pipe.pipe.scheduler).__name__):
         set_scheduler(pipe.pipe, options.scheduler)
@@ -193,7 +199,7 @@ def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
         DiffuMaskError: classes or a size that the model cannot draw, or that its engine was not exported for.
     """
     known = Vocabulary.named(pipe.info.classes) if pipe.info.classes else None
-    vocabulary = Vocabulary.parse(options.classes, known, options.model)
+    vocabulary = Vocabulary.parse(options.classes, known, options.model, options.sub_classes)
     asked = options.size or (None, None)
     check_size(pipe.pipe, *asked)
     height, width = pipe.size(*asked)
@@ -228,7 +234,7 @@ def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
         height=height,
         width=width,
         maps=maps,
-        mask=options.mask,
+        mask=pipe.info.mask_options(options.mask),
         shard_size=shard_size,
         accept_per_class=quota,
     )

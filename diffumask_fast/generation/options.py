@@ -1,6 +1,6 @@
 """The options of `diffumask-fast generate`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from diffumask_fast.attention.options import MapOptions
@@ -8,9 +8,12 @@ from diffumask_fast.dataset.parts import Part, part_of
 from diffumask_fast.dataset.storage import Place, place
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.options import MaskOptions
-from diffumask_fast.options import Options, argument, number, option, pixel_size, whole
+from diffumask_fast.options import Options, argument, left_open, number, one_of, option, pixel_size, whole
+from diffumask_fast.prompts.retrieval import FILTERS
+from diffumask_fast.prompts.vocabulary import SHIPPED
 
 NUM = 24
+CAPTION_OPTIONS = ("captions", "retrieval", "captions_per_class", "caption_filter")
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,20 @@ class GenerateOptions(Options):
     out: Place = argument("Folder or address (s3://bucket/name) of the dataset; run again to finish it.", read=place)
     model: str = option("mini", "mini, a diffusers folder, or a hub id.")
     revision: str | None = option(None, "Revision of a hub id.")
-    classes: str | None = option(None, "dog,cat | voc | FILE; all that the model lists, else VOC.")
+    model_options: Path | None = option(None, "File that calibrate wrote, whose options are the model's own.")
+    classes: str | None = option(None, f"dog,cat | {' | '.join(SHIPPED)} | FILE; all that the model lists, else voc.")
+    sub_classes: str | int = option(
+        "auto",
+        "Such as Labrador dog, in turn: at most N for a class, none, or auto: all, if the model knows any word.",
+        whole(1, None, "auto", "none"),
+    )
     classes_per_image: int = option(1, "Distinct classes joined in one prompt.", whole(1))
+    captions: Path | None = option(None, "File of captions to draw in place of templates: .txt, .jsonl or .parquet.")
+    retrieval: str = option(
+        "auto", "What tells the best captions: auto, embedding or words.", one_of("auto", "embedding", "words")
+    )
+    captions_per_class: int = option(3000, "The best captions of each class, at most.", whole(1, 10**6))
+    caption_filter: str = option("reference", "Which captions may be taken: reference or none.", one_of(*FILTERS))
     num: int | None = option(None, f"Images drawn in all, classes taken in turn; {NUM} when left out.", whole(1, 10**8))
     accept_per_class: int | None = option(
         None, "In place of --num: accepted images of each class, at least.", whole(1, 10**7)
@@ -39,7 +54,7 @@ class GenerateOptions(Options):
     size: tuple[int, int] | None = option(None, "HxW in pixels; the model's own when left out.", pixel_size())
     dtype: str = option("auto", "auto, fp32, fp16 or bf16.")
     maps: MapOptions = MapOptions()
-    mask: MaskOptions = MaskOptions()
+    mask: MaskOptions = left_open(MaskOptions, "the model's own")
     engine: str = option("torch", "torch, compile, onnx or tensorrt.")
     engine_path: Path | None = option(None, "Folder that export wrote.")
     attention: str = option("sdpa", "Where no maps are wanted: sdpa, or on CUDA xformers.")
@@ -53,6 +68,7 @@ class GenerateOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_captions()
         if self.accept_per_class is not None and self.num is not None:
             raise DiffuMaskError("`num` counts drawn images and `accept_per_class` accepted ones: give one of the two")
         if self.accept_per_class is not None and self.classes_per_image > 1:
@@ -63,6 +79,12 @@ class GenerateOptions(Options):
             raise DiffuMaskError(
                 "one process decides the rounds of `accept_per_class`: leave out `part`, say `ray`, or give `num`"
             )
+
+    def _check_captions(self) -> None:
+        options = [one for one in fields(self) if one.name in CAPTION_OPTIONS]
+        given = [one.name for one in options if getattr(self, one.name) != one.default]
+        if given and self.captions is None:
+            raise DiffuMaskError(f"`{given[0]}` is of no use without a file of captions: give `captions` as well")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from diffumask_fast.dataset.reader import shard_paths
 from diffumask_fast.dataset.writer import shard_name
+from diffumask_fast.generation.captions import with_captions
 from diffumask_fast.generation.draw import draw_shards
 from diffumask_fast.generation.generate import environment
 from diffumask_fast.generation.job import Job, make_job, open_pipe
@@ -38,7 +39,7 @@ def run_probe(options: GenerateOptions) -> dict[str, Any]:
     """
     with quietly():
         pipe = open_pipe(options, options.device)
-        job = make_job(options, pipe)
+        job = with_captions(make_job(options, pipe), options, pipe)
         rows, seconds = _draw(pipe, job)
     num = job.accept_per_class * len(job.recipe.vocabulary) if job.accept_per_class else job.recipe.num
     shards = range(-(-num // job.shard_size))

@@ -14,9 +14,10 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.models.loading import quietly
 from diffumask_fast.pipeline import DiffuMaskPipeline
+from diffumask_fast.prompts.class_entry import ClassEntry
 from diffumask_fast.prompts.planner import Plan, Recipe
 from diffumask_fast.prompts.request import Request
-from diffumask_fast.prompts.vocabulary import ClassEntry, Vocabulary
+from diffumask_fast.prompts.vocabulary import Vocabulary
 
 
 class Drawer:
@@ -62,7 +63,7 @@ class Drawer:
         info = self._pipe.info
         known = Vocabulary.named(info.classes) if info.classes else None
         entries = Vocabulary.parse(classes, known, str(model)).entries
-        self._entries = {name: entry for entry in entries for name in (entry.phrase, entry.name)}
+        self._entries = {name: entry for entry in entries for name in (*entry.phrases, entry.name)}
         self._options = {"batch_size": batch_size, "maps": maps, "mask": mask, **kwargs}
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> pa.Table:
@@ -88,11 +89,12 @@ class Drawer:
             given = row["class"] if by_class else row["phrases"]
             words = [given] if isinstance(given, str) else [str(word) for word in given]
             entries = self._named(words)
+            made = self._planned(entries, seed) if by_class else None
             yield Request(
                 key=str(row.get("key", f"{'+'.join(entry.stem for entry in entries)}-{seed:06d}")),
-                prompt=self._caption(entries, seed) if by_class else str(row["prompt"]),
+                prompt=made.prompt if made else str(row["prompt"]),
                 negative_prompt=str(row.get("negative_prompt", "")),
-                phrases=tuple(entry.phrase for entry in entries) if by_class else tuple(words),
+                phrases=made.phrases if made else tuple(words),
                 class_ids=tuple(entry.id for entry in entries),
                 seed=seed,
                 classes=tuple(entry.name for entry in entries),
@@ -108,6 +110,6 @@ class Drawer:
             )
         return [self._entries[word] for word in words]
 
-    def _caption(self, entries: Sequence[ClassEntry], seed: int) -> str:
-        """Return a caption, a function of classes and seed."""
-        return Plan(Recipe(Vocabulary(tuple(entries)), 1, seed, len(entries), scenes=self._pipe.info.scenes))[0].prompt
+    def _planned(self, entries: Sequence[ClassEntry], seed: int) -> Request:
+        """Return a request whose caption is a function of classes and seed."""
+        return Plan(Recipe(Vocabulary(tuple(entries)), 1, seed, len(entries), scenes=self._pipe.info.scenes))[0]

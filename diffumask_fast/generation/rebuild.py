@@ -18,6 +18,7 @@ from diffumask_fast.dataset.schema import decode_maps, decode_png, make_row
 from diffumask_fast.dataset.storage import Place, place
 from diffumask_fast.dataset.writer import shard_path
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.generation.captions import kept_captions
 from diffumask_fast.generation.draw import draw_batches
 from diffumask_fast.generation.generate import environment
 from diffumask_fast.generation.job import Job, open_pipe
@@ -27,9 +28,10 @@ from diffumask_fast.models.device import DTYPES
 from diffumask_fast.models.loading import quietly
 from diffumask_fast.options import MAX_PIXELS
 from diffumask_fast.pipeline import DiffuMaskPipeline
+from diffumask_fast.prompts.class_entry import ClassEntry
 from diffumask_fast.prompts.planner import Recipe
 from diffumask_fast.prompts.request import Request
-from diffumask_fast.prompts.vocabulary import ClassEntry, Vocabulary
+from diffumask_fast.prompts.vocabulary import Vocabulary
 
 NEEDED = ("classes_per_image", "seed", "batch_size", "steps", "guidance_scale", "scheduler", "size", "dtype", "engine")
 JUDGED_AGAIN = ("accepted", "reason")  # by `filter`, whose pixels are those that were drawn
@@ -113,7 +115,7 @@ def job_of(folder: Place, manifest: Mapping[str, Any], options: RebuildOptions) 
         options: where the model and its engine are.
 
     Raises:
-        DiffuMaskError: it is not one that `generate` drew.
+        DiffuMaskError: it is not one that `generate` drew, or the captions that it was drawn from are gone.
     """
     recorded, plan, model = manifest["options"], manifest["plan"], manifest["model"].get("id")
     if "augment" in recorded:
@@ -124,6 +126,7 @@ def job_of(folder: Place, manifest: Mapping[str, Any], options: RebuildOptions) 
     rounds = [tuple(part["classes"].get(name, 0) for name in vocabulary.names) for part in plan.get("rounds", ())]
     recipe: dict[str, Any] = {name: recorded[name] for name in ("seed", "classes_per_image")}
     recipe |= {"num": plan["rows"], **({"rounds": tuple(rounds)} if rounds else {})}
+    recipe["retrieved"] = kept_captions(folder, manifest)
     height, width = map(int, recorded["size"].split("x"))
     return Job(
         model=options.model or model,

@@ -253,3 +253,29 @@ class FilterOptions(Options):
     )
     device: str = option("auto", "auto, cpu or cuda.")
     reading: ReadOptions = ReadOptions()
+
+
+@dataclass(frozen=True)
+class CalibrateOptions(Options):
+    """Whose options of maps and masks to find, by whose judgement, and on which images."""
+
+    model: str = argument("mini, a diffusers folder, or a hub id.")
+    judge: str = required("mini-oracle; a segmenter's folder; or data with right masks of images of --run.")
+    run: Place | None = option(None, "The dataset whose images the judge's masks are of, by key.", place)
+    split: str | None = option(None, "Of the judge's data in a layout: the part to judge by.")
+    redraw: bool = option(True, "Draw the images of --run again, so that options of maps are tried too.")
+    out: Path | None = option(None, "File of the options; diffumask.json beside the model when left out.")
+    work: Path | None = option(None, "Folder that keeps what is drawn, so that a killed calibration goes on.")
+    revision: str | None = option(None, "Revision of a hub id.")
+    classes: str | None = option(None, "dog,cat | voc | FILE; all that the model lists, else VOC.")
+    classes_per_image: int = option(1, "Distinct classes joined in one prompt.", whole(1))
+    num: int = option(48, "Images drawn, classes taken in turn.", whole(16, 10**5))
+    seed: int = option(52000, "Of these images; not one that datasets are drawn with.", whole(0, 2**63 - 1))
+    batch_size: str | int = option("auto", "Images per batch, or auto.", whole(1, None, "auto"))
+    steps: int | None = option(None, "Denoising steps; the model's best when left out.", whole(1, 1000))
+    guidance_scale: float | None = option(None, "Guidance; the model's best when left out.", number())
+    scheduler: str | None = option(None, "For example ddim; the model's own when left out.")
+    size: tuple[int, int] | None = option(None, "HxW in pixels; the model's own when left out.", pixel_size())
+    dtype: str = option("auto", "auto, fp32, fp16 or bf16.")
+    device: str = option("auto", "auto, cpu or cuda.")
+    reading: ReadOptions = ReadOptions()

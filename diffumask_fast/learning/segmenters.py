@@ -205,6 +205,26 @@ def load_segmenter(folder: str | Path, device: torch.device | str = "cpu") -> Tr
     return segmenter
 
 
+def load_pretrained(folder: str | Path, device: torch.device | str = "cpu") -> TransformersSegmenter:
+    """Return somebody else's segmenter, a folder of transformers, with the classes that its config.json names.
+
+    Where the first of them is no background, ids are its labels' numbers plus 1, and no pixel is background.
+
+    Raises:
+        DiffuMaskError: the folder holds none, its weights are incomplete, or it has more classes than a mask can hold.
+    """
+    model = _pretrained(str(folder))
+    labels = {int(number): str(name).strip() for number, name in model.config.id2label.items()}
+    shift = int(labels.get(0, "").casefold() != "background")
+    if len(labels) + shift > IGNORE:
+        raise DiffuMaskError(
+            f"{folder} has {len(labels)} classes, and a mask holds {IGNORE - 1}: use another segmenter"
+        )
+    segmenter = TransformersSegmenter(model, {number + shift: name for number, name in labels.items()})
+    segmenter.model.to(device).eval().requires_grad_(False)
+    return segmenter
+
+
 def read_record(folder: str | Path) -> dict[str, Any]:
     """Return what `train` has written about a segmenter.
 
@@ -240,9 +260,15 @@ def _pretrained(name: str, labels: Mapping[int, str] | None = None) -> Any:
             raise DiffuMaskError(f"{name} is a {family} model: give tiny, or a model of {', '.join(FAMILIES)}")
         words: dict[str, Any] = {} if labels is None else _words(labels, family)
         with quietly(), _needing_scipy(family):
-            model = _family(family).from_pretrained(
-                name, ignore_mismatched_sizes=labels is not None, use_safetensors=True, **words
+            model, report = _family(family).from_pretrained(
+                name,
+                ignore_mismatched_sizes=labels is not None,
+                use_safetensors=True,
+                output_loading_info=True,
+                **words,
             )
+        if labels is None and (missing := sorted(report["missing_keys"])):
+            raise DiffuMaskError(f"{name} is no trained segmenter, for it lacks {missing[0]}: give another one")
         if labels is not None and config.id2label != labels:
             for part, layer in model.named_modules():
                 if part.split(".")[-1] in HEADS:

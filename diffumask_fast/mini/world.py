@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.mini.grounds import BACKGROUNDS
 from diffumask_fast.pictures import decode_picture
-from diffumask_fast.prompts.planner import article
+from diffumask_fast.prompts.english import article
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import Vocabulary
 

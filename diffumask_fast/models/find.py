@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.models.hashing import weight_hash
+from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.models.hashing import OWN_OPTIONS, weight_hash
+from diffumask_fast.options import Options, closed
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 WEIGHTLESS = ("scheduler", "tokenizer", "feature_extractor")
@@ -30,7 +34,7 @@ class ModelInfo:
         scenes: phrase of a place -> the classes that belong there; None means the general list.
         num_inference_steps: recommended number of steps.
         guidance_scale: recommended guidance.
-        mask: mask and map options that were measured best for it.
+        mask: options of masks and of maps that were measured best for it, by name.
         scheduler: class name of the recommended scheduler; None means the folder's own.
     """
 
@@ -49,6 +53,17 @@ class ModelInfo:
         if self.scenes is None:
             return {}
         return {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+
+    def map_options(self, maps: MapOptions | None = None) -> MapOptions:
+        """Return the options with "auto" resolved to what was measured best for the model."""
+        maps = maps or MapOptions()
+        best = {"aggregation": "paper", "propagate": 1, **self.mask}
+        return replace(maps, **{name: best[name] for name, value in vars(maps).items() if value == "auto"})
+
+    def mask_options(self, mask: MaskOptions | None = None) -> MaskOptions:
+        """Return the options; those that are None, all where none are given, are what was measured best."""
+        own = MaskOptions(**{name: value for name, value in self.mask.items() if name in _names(MaskOptions)})
+        return own if mask is None else closed(mask, own)
 
     @cached_property
     def weights(self) -> str | None:
@@ -154,16 +169,59 @@ def _check_weights(part: Path) -> None:
             raise DiffuMaskError(f"{path} is cut off or damaged ({error}): fetch the model again.") from error
 
 
+def with_options(info: ModelInfo, path: str | Path | None) -> ModelInfo:
+    """Return a model's settings with the options of maps and masks that are in a file, where one is given.
+
+    Raises:
+        DiffuMaskError: there is no such file, or it holds none or others.
+    """
+    if path is None:
+        return info
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise DiffuMaskError(f"there is no file {path}: give `model_options` what calibrate wrote")
+    with _reading(path, "give `model_options` what calibrate wrote"):
+        return replace(info, mask=own_options(json.loads(path.read_text("utf-8"))["mask"]))
+
+
+def own_options(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of maps and masks by name, each checked.
+
+    Raises:
+        ValueError: there is no such option.
+        DiffuMaskError: a value is not allowed.
+    """
+    kept: dict[str, Any] = {}
+    for kind in (MapOptions, MaskOptions):
+        given = {name: value for name, value in named.items() if name in _names(kind)}
+        kept |= {name: getattr(kind(**given), name) for name in given}
+    if unknown := named.keys() - kept.keys():
+        raise ValueError(f"{min(unknown)} is no option of maps or masks here")
+    return kept
+
+
 def _read_info(name: str, folder: Path) -> ModelInfo:
-    path = folder / "diffumask.json"
+    path = folder / OWN_OPTIONS
     if not path.exists():
         return ModelInfo(name, folder)
-    try:
+    with _reading(path, "fetch the model again or delete that file"):
         known = json.loads(path.read_text("utf-8"))
+        mask = own_options(known.get("mask", {}))
+        if "classes" not in known and mask:  # calibrate wrote it beside a model that has no such file
+            return ModelInfo(name, folder, mask=mask)
         return ModelInfo(
             name, folder, tuple(known["classes"]), {k: tuple(v) for k, v in known["scenes"].items()},
-            int(known["num_inference_steps"]), float(known["guidance_scale"]), dict(known.get("mask", {})),
-            known.get("scheduler"),
+            int(known["num_inference_steps"]), float(known["guidance_scale"]), mask, known.get("scheduler"),
         )  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DiffuMaskError(f"{path} is damaged ({error}): fetch the model again or delete that file.") from error
+
+
+@contextmanager
+def _reading(path: Path, advice: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, DiffuMaskError) as error:
+        raise DiffuMaskError(f"{path} is damaged ({error}): {advice}.") from error
+
+
+def _names(kind: type[Options]) -> set[str]:
+    return {one.name for one in fields(kind)}

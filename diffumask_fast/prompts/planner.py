@@ -6,16 +6,23 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from importlib import resources
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.prompts.class_entry import ClassEntry
+from diffumask_fast.prompts.matching import matcher
 from diffumask_fast.prompts.request import Request
-from diffumask_fast.prompts.vocabulary import ClassEntry, Vocabulary
+from diffumask_fast.prompts.retrieval import Retrieved
+from diffumask_fast.prompts.templates import SCENE, VIEW, Frame, check_template, filled, make_frame
+from diffumask_fast.prompts.vocabulary import Vocabulary
 
 TEMPLATE = "a photo of {objects} {scene}"
-_AN = tuple("aeiou")
-_A = ("eu", "one", "uni", "use", "usu", "ute")  # begin with a vowel in writing, with a consonant in speech
+VIEWS = (
+    "from the side", "from the front", "from behind", "from above", "from a low angle", "at a distance", "up close",
+    "at an angle",
+)  # fmt: skip
 _SEED_BITS = 53  # exact in JSON
 
 Fits = Callable[[str, tuple[str, ...]], bool]
@@ -27,15 +34,16 @@ class Recipe:
     """What a plan is made from: with the same recipe every process plans the same requests.
 
     Args:
-        vocabulary: the classes.
+        vocabulary: the classes; what they say of templates, scenes and views holds for prompts that begin with them.
         num: number of samples, at least 1.
         seed: of the run.
         classes_per_image: how many different classes one prompt names.
-        templates: captions with `{objects}` and, if wanted, `{scene}`.
+        templates: captions with `{objects}` and, if wanted, `{scene}` and `{view}`.
         scenes: such as "on the grass", each with the names of the classes that it suits, none for all of them; also a
             mapping, or scenes alone. None is the list that comes with the package.
         negative_prompt: the same for all samples.
         rounds: how many samples of each class, round after round, `num` in all; none takes the classes in turn.
+        retrieved: captions of a file, which stand in the place of templates where there are some of the classes.
 
     Raises:
         DiffuMaskError: a number is out of range, or a template cannot be filled.
@@ -49,6 +57,7 @@ class Recipe:
     scenes: Scenes | Mapping[str, Sequence[str]] | Sequence[str] | None = None
     negative_prompt: str = ""
     rounds: tuple[tuple[int, ...], ...] = ()
+    retrieved: Retrieved | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "templates", tuple(self.templates))
@@ -60,8 +69,7 @@ class Recipe:
             num = f"`classes_per_image` is {self.classes_per_image} and the number of classes {len(self.vocabulary)}"
             raise DiffuMaskError(f"{num}: give 1 to {len(self.vocabulary)}, or name more classes")
         for template in self.templates:
-            if "{objects}" not in template:
-                raise DiffuMaskError(f"template {template!r} must hold {{objects}}, where the classes go")
+            check_template(template)
         if not self.templates or not self.scenes:
             raise DiffuMaskError("the list of templates or scenes is empty: give at least one")
         if self.rounds and sum(map(sum, self.rounds)) != self.num:
@@ -71,13 +79,14 @@ class Recipe:
 
     def as_json(self) -> dict[str, Any]:
         """Return the recipe as JSON types."""
-        return {**asdict(self), "vocabulary": [asdict(entry) for entry in self.vocabulary.entries]}
+        return {**asdict(self), "vocabulary": [entry.as_json() for entry in self.vocabulary.entries]}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Recipe:
         """Return the recipe that `as_json` wrote."""
         entries = [ClassEntry(**entry) for entry in values["vocabulary"]]
-        return cls(**{**values, "vocabulary": Vocabulary(tuple(entries))})
+        retrieved = Retrieved(**values["retrieved"]) if values.get("retrieved") else None
+        return cls(**{**values, "vocabulary": Vocabulary(tuple(entries)), "retrieved": retrieved})
 
 
 class Plan(Sequence[Request]):
@@ -85,8 +94,9 @@ class Plan(Sequence[Request]):
 
     Classes are taken in turn, in each round those that have samples left in it. A sample's caption, further classes and
     image seed are hashes of (seed, class name, its number in the class), so a larger `num` or another round adds
-    samples and changes none. A key is the class and the number, `dog-000042`, unique in the plan; with more classes the
-    first one is the one whose turn it is: `car+dog-000003`.
+    samples and changes none. The sub-classes of a class take turns, in an order drawn from the seed. A key is the class
+    and the number, `dog-000042`, unique in the plan; with more classes the first one is the one whose turn it is:
+    `car+dog-000003`.
 
     Args:
         recipe: what they are made from.
@@ -130,15 +140,24 @@ class Plan(Sequence[Request]):
         first, index = vocabulary.entries[span.turns[place]], span.begun[place] + step
         entries = (first, *_others(vocabulary, first, index, seed, self.recipe.classes_per_image - 1))
         theme = self._captions.of(entries)
+        caption = theme.captions[_hash(seed, "caption", first.name, index) % len(theme.captions)]
+        if theme.kinds:
+            caption = caption.about(theme, self._kinds(theme, index))
         return Request(
             key=f"{theme.stem}-{index:06d}",
-            prompt=theme.captions[_hash(seed, "caption", first.name, index) % len(theme.captions)],
+            prompt=caption.text,
             negative_prompt=self.recipe.negative_prompt,
-            phrases=theme.phrases,
+            phrases=caption.phrases,
             class_ids=theme.class_ids,
             seed=_hash(seed, "image", first.name, index) >> (64 - _SEED_BITS),
             classes=theme.classes,
         )
+
+    def _kinds(self, theme: _Theme, index: int) -> list[str]:
+        """Return what stands for each class in a prompt: of the first, sub-classes in turn, of the others any."""
+        seed, first = self.recipe.seed, theme.classes[0]
+        places = [index, *(_hash(seed, "sub-class", first, index, name) for name in theme.classes[1:])]
+        return [names[place % len(names)] for names, place in zip(theme.kinds, places, strict=True)]
 
 
 def plan(
@@ -177,12 +196,6 @@ def load_scenes() -> dict[str, tuple[str, ...]]:
     return {scene.strip(): () if names.strip() == "*" else tuple(names.split()) for scene, names in lines}
 
 
-def article(phrase: str) -> str:
-    """Put "a" or "an" before a phrase."""
-    word = phrase.lower()
-    return f"{'an' if word.startswith(_AN) and not word.startswith(_A) else 'a'} {phrase}"
-
-
 @dataclass(frozen=True, slots=True)
 class _Span:
     """Samples in which the same classes are taken in turn."""
@@ -207,61 +220,116 @@ def _spans(recipe: Recipe) -> Iterator[_Span]:
                 begun[turn] += steps
 
 
+class _Caption(NamedTuple):
+    """A prompt, and the words in it that stand for the classes."""
+
+    text: str
+    phrases: tuple[str, ...]
+    frame: Frame | None = None  # what stands before and after the classes, where others may take their place
+
+    def about(self, theme: _Theme, kinds: Sequence[str]) -> _Caption:
+        """Return the caption with sub-classes in the place of the classes."""
+        if self.frame is None:
+            return self
+        text = filled(self.frame, kinds)
+        return _Caption(text, tuple([entry.phrase_in(text) for entry in theme.entries]))
+
+
 @dataclass(frozen=True, slots=True)
 class _Theme:
     """What all requests of the same classes share."""
 
+    entries: tuple[ClassEntry, ...]
     stem: str  # of their keys
-    phrases: tuple[str, ...]
     class_ids: tuple[int, ...]
     classes: tuple[str, ...]
-    captions: list[str]
+    captions: list[_Caption]
+    kinds: tuple[tuple[str, ...], ...]  # of each class what may stand for it; empty where that is its phrase alone
 
 
 class _Captions:
     """The captions of each combination of classes, made once."""
 
     def __init__(self, recipe: Recipe, fits: Fits | None) -> None:
-        self.templates, self.fits = recipe.templates, fits
+        self.templates, self.fits, self.seed = recipe.templates, fits, recipe.seed
         self.scenes = _suited(_with_classes(recipe.scenes or ()), recipe.vocabulary)
+        self.retrieved = dict(recipe.retrieved.captions) if recipe.retrieved else {}
         self.dropped = 0
         self._known: dict[tuple[str, ...], _Theme] = {}
+        self._sub_classes: dict[str, tuple[str, ...]] = {}
 
     def of(self, entries: tuple[ClassEntry, ...]) -> _Theme:
         names = tuple([entry.name for entry in entries])
         if names not in self._known:
             self._known[names] = _Theme(
+                entries=entries,
                 stem="+".join(entry.stem for entry in entries),
-                phrases=tuple(entry.phrase for entry in entries),
                 class_ids=tuple(entry.id for entry in entries),
                 classes=names,
                 captions=self._make(entries),
+                kinds=self._kinds(entries),
             )
         return self._known[names]
 
-    def _make(self, entries: tuple[ClassEntry, ...]) -> list[str]:
-        names = {entry.name for entry in entries}
-        nouns = [article(entry.phrase) for entry in entries]
-        objects = " and ".join(filter(None, [", ".join(nouns[:-1]), nouns[-1]]))
-        # Where no scene suits every class, take those that suit the first.
-        scenes = [scene for scene, suits in self.scenes.items() if names <= suits]
-        scenes = scenes or [scene for scene, suits in self.scenes.items() if entries[0].name in suits]
-        drawn = [_fill(template, objects, scene) for template in self.templates for scene in scenes]
-        drawn = list(dict.fromkeys(drawn))
-        phrases = tuple(entry.phrase for entry in entries)
-        kept = [caption for caption in drawn if self.fits is None or self.fits(caption, phrases)]
-        self.dropped += len(drawn) - len(kept)
+    def _make(self, entries: tuple[ClassEntry, ...]) -> list[_Caption]:
+        if found := self.retrieved.get(tuple(sorted(entry.name for entry in entries))):
+            return [_Caption(text, tuple(entry.phrase_in(text) for entry in entries)) for text in found]
+        frames = self._frames(entries)
+        words = [entry.phrase for entry in entries]
+        drawn = list(dict.fromkeys((filled(frame, words), frame) for frame in frames))
+        captions = [_Caption(text, tuple(entry.phrase_in(text) for entry in entries), frame) for text, frame in drawn]
+        kept = [caption for caption in captions if self._fit(caption)]
         if not kept:
             raise DiffuMaskError(
-                f"no caption fits {' and '.join(phrases)}: the text encoder reads 77 tokens and must find each phrase "
-                f"among them; shorten the phrase or the template (one caption was: {drawn[0]!r})"
+                f"no caption fits {' and '.join(words)}: the text encoder reads 77 tokens and must find each phrase "
+                f"among them; shorten the phrase or the template (one caption was: {captions[0].text!r})"
             )
         return kept
 
+    def _frames(self, entries: tuple[ClassEntry, ...]) -> dict[Frame, None]:
+        """Return what may stand before and after the classes, each once."""
+        first = entries[0]
+        places, views = self._scenes_of(entries), first.views or VIEWS
+        return dict.fromkeys(
+            make_frame(template, scene, view)
+            for template in first.templates or self.templates
+            for scene in (places if SCENE in template else places[:1])
+            for view in (views if VIEW in template else views[:1])
+        )
 
-def _fill(template: str, objects: str, scene: str) -> str:
-    before, after = template.split("{objects}", 1)
-    return " ".join((before.replace("{scene}", scene) + objects + after.replace("{scene}", scene)).split())
+    def _scenes_of(self, entries: tuple[ClassEntry, ...]) -> list[str]:
+        """Return the scenes that suit every class; where none does, those that suit the first."""
+        suited = [
+            entry.scenes or [scene for scene, suits in self.scenes.items() if entry.name in suits] for entry in entries
+        ]
+        return [scene for scene in suited[0] if all(scene in some for some in suited[1:])] or list(suited[0])
+
+    def _kinds(self, entries: tuple[ClassEntry, ...]) -> tuple[tuple[str, ...], ...]:
+        """Return the sub-classes of each class that name none of the other classes, in the order of drawing."""
+        if not any(entry.sub_classes for entry in entries):
+            return ()
+        kinds = []
+        for entry in entries:
+            others = tuple(phrase for other in entries if other is not entry for phrase in other.phrases)
+            names = self._sub_classes_of(entry)
+            kinds.append(tuple(n for n in names if not others or not any(matcher(others).find(n))) or (entry.phrase,))
+        return tuple(kinds)
+
+    def _sub_classes_of(self, entry: ClassEntry) -> tuple[str, ...]:
+        """Return the sub-classes of a class that fit, in an order drawn from the seed, whatever order they have."""
+        if entry.name not in self._sub_classes:
+            names = sorted(entry.sub_classes, key=lambda name: _hash(self.seed, "sub-class", entry.name, name))
+            longest = max(self._frames((entry,)), key=lambda frame: (len(frame[0]), len(frame[1])))
+            texts = [filled(longest, [name]) for name in names]
+            kept = [self._fit(_Caption(text, (entry.phrase_in(text),))) for text in texts]
+            self._sub_classes[entry.name] = tuple(name for name, fit in zip(names, kept, strict=True) if fit)
+        return self._sub_classes[entry.name]
+
+    def _fit(self, caption: _Caption) -> bool:
+        """Tell whether a caption's phrases are found in it, and count those that are dropped."""
+        fit = self.fits is None or self.fits(caption.text, caption.phrases)
+        self.dropped += not fit
+        return fit
 
 
 def _with_classes(
@@ -281,7 +349,26 @@ def _suited(scenes: Scenes, vocabulary: Vocabulary) -> dict[str, frozenset[str]]
 def _others(vocabulary: Vocabulary, first: ClassEntry, index: int, seed: int, count: int) -> list[ClassEntry]:
     """Draw further classes by the smallest hashes, whatever the order of the vocabulary."""
     rest = [entry for entry in vocabulary.entries if entry.name != first.name] if count else []
-    return sorted(rest, key=lambda entry: _hash(seed, "class", first.name, index, entry.name))[:count]
+    chosen: list[ClassEntry] = []
+    for entry in sorted(rest, key=lambda entry: _hash(seed, "class", first.name, index, entry.name)):
+        if len(chosen) < count and not any(_clash(entry.phrases, one.phrases) for one in (first, *chosen)):
+            chosen.append(entry)
+    if len(chosen) < count:
+        raise DiffuMaskError(
+            f"{first.name} goes with fewer than {count} other classes in one prompt, for a phrase of one is within "
+            "one of another: ask for fewer `classes_per_image`, or name more classes"
+        )
+    return chosen
+
+
+@lru_cache(2**16)
+def _clash(phrases: tuple[str, ...], others: tuple[str, ...]) -> bool:
+    """Tell whether a phrase of one class is within one of the other, so that a prompt cannot tell them apart."""
+    return any(
+        next(matcher(some).find(one), None) is not None
+        for some, many in ((phrases, others), (others, phrases))
+        for one in many
+    )
 
 
 def _hash(*parts: str | int) -> int:

@@ -1,46 +1,20 @@
-"""The classes: names, ids, the phrases that prompts use, and the colours that pictures use."""
+"""The classes of a run: what `--classes` takes, and the vocabularies that come with the package."""
 
-import csv
-import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.prompts.request import check_class, check_text, is_file_stem
+from diffumask_fast.prompts.class_entry import ClassEntry
+from diffumask_fast.prompts.class_file import ClassLine, read_class_file, read_toml
+from diffumask_fast.prompts.matching import matcher
 
-LINE_FORMS = "as name (dog) or as id,name,phrase (30,dgs,guide dog)"
-
-
-@dataclass(frozen=True, slots=True)
-class ClassEntry:
-    """One class: its value in masks (1 to 254), its name, and the words that stand for it in a prompt."""
-
-    id: int
-    name: str
-    phrase: str
-
-    def __post_init__(self) -> None:
-        check_text(self.name, "the class name")
-        check_text(self.phrase, "the class phrase")
-        for text in (self.name, self.phrase):
-            check_class(text)
-        if not is_file_stem(self.stem, limit=80) or "  " in self.name:
-            raise DiffuMaskError(
-                f"class name {self.name!r} cannot stand in file names: use letters, digits, single spaces, - and _ "
-                "(at most 80 bytes)"
-            )
-        if not self.phrase.strip():
-            raise DiffuMaskError(f"class {self.name} has an empty phrase: give the words that stand for it in a prompt")
-        if not 1 <= self.id <= 254:
-            raise DiffuMaskError(f"class {self.name} has id {self.id}: use 1 to 254 (0 is background, 255 is ignored)")
-
-    @property
-    def stem(self) -> str:
-        """The name as keys have it: spaces become dashes."""
-        return self.name.replace(" ", "-")
+SHIPPED = ("voc", "cityscapes", "human-vehicle", "coco", "ade20k", "ade20k-3")
+SubClasses = str | int | None
 
 
 @dataclass(frozen=True)
@@ -63,68 +37,102 @@ class Vocabulary:
     def __post_init__(self) -> None:
         object.__setattr__(self, "entries", tuple(self.entries))
         if not self.entries:
-            raise DiffuMaskError(
-                "no class is named: give names such as dog,cat, or voc, or a file with one class a line"
-            )
+            raise DiffuMaskError("no class is named: give names such as dog,cat, or voc, or a class file")
         seen: dict[object, str] = {}
         for entry in self.entries:
             for mark in (entry.id, _fold(entry.stem)):
                 if mark in seen:
                     raise DiffuMaskError(f"classes {seen[mark]!r} and {entry.name!r} clash: name and id must be unique")
                 seen[mark] = entry.name
+        self._check_phrases()
+        self._check_colours()
+
+    def _check_phrases(self) -> None:
+        owners: dict[str, str] = {}
+        for entry in self.entries:
+            for phrase in map(_fold, entry.phrases):
+                if owners.setdefault(phrase, entry.name) != entry.name:
+                    raise DiffuMaskError(
+                        f"the phrase {phrase!r} stands for {owners[phrase]} and for {entry.name}: leave it to one"
+                    )
+
+    def _check_colours(self) -> None:
+        if any(entry.colour for entry in self.entries):
+            shown: dict[tuple[int, ...], str] = {}
+            for entry in self.entries:
+                colour = tuple(self.palette[3 * entry.id : 3 * entry.id + 3])
+                if colour in shown:
+                    raise DiffuMaskError(
+                        f"{shown[colour]} and {entry.name} have the same colour {colour}: give one of them another"
+                    )
+                shown[colour] = entry.name
 
     @classmethod
     def voc(cls) -> "Vocabulary":
-        """Return the 20 classes of PASCAL VOC, named as in its devkit."""
-        return cls(_VOC)
+        """Return the 20 classes of PASCAL VOC, named as in its devkit, each with one phrase alone."""
+        return cls(_voc())
+
+    @classmethod
+    def shipped(cls, name: str) -> "Vocabulary":
+        """Return a vocabulary that comes with the package, with synonyms, sub-classes, templates, scenes and views.
+
+        Args:
+            name: one of `SHIPPED`; docs/prompts.md lists them.
+        """
+        return cls(_shipped(name))
 
     @classmethod
     def named(cls, names: Iterable[str]) -> "Vocabulary":
         """Make a vocabulary of nouns; VOC's keep their ids, others are numbered from 21 in the order given."""
-        return cls(_resolve([(None, name, "") for name in names]))
+        return cls(_resolve([ClassLine("", name) for name in names]))
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Vocabulary":
-        """Read one class a line, `name` or `id,name,phrase`; empty lines and lines that start with # are skipped.
+        """Read a class file: TOML where its name ends in .toml, else one class a line; docs/prompts.md has both forms.
 
         Raises:
-            DiffuMaskError: the file cannot be read, or a line is something else.
+            DiffuMaskError: the file cannot be read, or a line is something else; file and line are named.
         """
+        lines = read_class_file(path)
         try:
-            text = Path(path).read_text("utf-8-sig")
-        except FileNotFoundError as error:
-            raise DiffuMaskError(
-                f"cannot read {path}, which is neither a class nor a file: give names such as dog,cat, or voc, or a "
-                f"text file with one class a line, {LINE_FORMS}"
-            ) from error
-        except (OSError, ValueError) as error:
-            raise DiffuMaskError(
-                f"cannot read the class list {path} ({_first_line(error)}): give a text file in UTF-8 with one class a "
-                f"line, {LINE_FORMS}"
-            ) from error
-        return cls(_resolve(list(_rows(text, path))))
+            return cls(_resolve(lines))
+        except DiffuMaskError:
+            for number, line in enumerate(lines, 1):  # the first line that does not go with those before it
+                try:
+                    cls(_resolve(lines[:number]))
+                except DiffuMaskError as error:
+                    raise DiffuMaskError(f"{line.where}: {error}") from error
+            raise
 
     @classmethod
-    def parse(cls, text: str | None, known: "Vocabulary | None" = None, model: str = "the model") -> "Vocabulary":
-        """Read what `--classes` takes: names joined by commas, `voc`, or a file.
+    def parse(
+        cls,
+        text: str | None,
+        known: "Vocabulary | None" = None,
+        model: str = "the model",
+        sub_classes: SubClasses = None,
+    ) -> "Vocabulary":
+        """Read what `--classes` takes: names joined by commas, one of `SHIPPED`, or a file.
 
         Args:
             text: the option's value; None means all known classes, or VOC's where none are known.
             known: the classes that the model lists, if it does.
             model: its name, for the message.
+            sub_classes: what comes with the package beside each class's phrase. None: nothing of it. "auto": all of it
+                where the model lists no classes, for those that do know no other words. "none": as "auto", without
+                sub-classes, those of a class file among them. A number: at most so many sub-classes for each class.
 
         Raises:
             DiffuMaskError: a class is unknown to the model (the message lists the known ones), or as in `from_file`.
         """
-        if text is None:
-            return known or cls.voc()
-        names = [name.strip() for name in text.split(",") if name.strip()]
-        if text == "voc":
-            wanted = cls.voc()
+        if text is None and known is not None:
+            wanted = known
+        elif text is None or text in SHIPPED:
+            wanted = cls(tuple(map(_bare, _shipped(text or "voc"))))
         elif _names_a_file(text):
             wanted = cls.from_file(text)
         else:
-            wanted = cls(_resolve([(None, name, "") for name in names], known))
+            wanted = cls(_resolve([ClassLine("", name.strip()) for name in text.split(",") if name.strip()], known))
         if known is not None:
             listed = {_fold(entry.name) for entry in known.entries}
             strange = [entry.name for entry in wanted.entries if _fold(entry.name) not in listed]
@@ -133,7 +141,9 @@ class Vocabulary:
                 raise DiffuMaskError(
                     f"{model} does not know the {word} {', '.join(strange)}: it knows {', '.join(known.names)}"
                 )
-        return wanted
+        if sub_classes is None:
+            return wanted
+        return _with_shipped(wanted, text if text in SHIPPED else "voc", known is not None, sub_classes)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -149,8 +159,20 @@ class Vocabulary:
 
     @property
     def palette(self) -> list[int]:
-        """VOC's colour map as Pillow takes it: 768 numbers, three for each value of a mask."""
-        return voc_palette()
+        """The colours as Pillow takes them: 768 numbers, three for each value of a mask; VOC's where none are given."""
+        return palette_of([entry.as_json() for entry in self.entries])
+
+    def find(self, text: str) -> list[str]:
+        """Return the names of the classes of which a phrase stands in a text, in the text's order.
+
+        Where phrases overlap the longest counts: a hot dog is no dog where both are classes.
+
+        Example:
+            >>> Vocabulary.parse("dog,hot dog").find("a child with a hot dog")
+            ['hot dog']
+        """
+        owners = {phrase: entry.name for entry in self.entries for phrase in entry.phrases}
+        return list(dict.fromkeys(owners[phrase] for _, phrase in matcher(tuple(owners)).find(text)))
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -164,11 +186,8 @@ class Vocabulary:
 
 
 def names_in(prompt: str) -> list[str]:
-    """Return the VOC classes whose phrase stands in a prompt as whole words, in the prompt's order."""
-    text = " ".join(prompt.lower().split())
-    matches = {entry.name: re.search(rf"(?<![\w-]){entry.phrase}(?![\w-])", text) for entry in _VOC}
-    starts = {name: match.start() for name, match in matches.items() if match}
-    return sorted(starts, key=lambda name: starts[name])
+    """Return the VOC classes of which a phrase stands in a prompt as whole words, in the prompt's order."""
+    return Vocabulary(_shipped("voc")).find(prompt)
 
 
 def names_of(
@@ -206,12 +225,30 @@ def names_of(
     return rows
 
 
-def phrases_and_ids(names: Sequence[Sequence[str]]) -> tuple[list[list[str]], list[list[int]]]:
-    """Return the phrases and mask values of class names; names outside VOC are numbered from 21 in their order."""
+def phrases_and_ids(
+    names: Sequence[Sequence[str]], prompts: Sequence[str] = ()
+) -> tuple[list[list[str]], list[list[int]]]:
+    """Return the phrases and mask values of class names; names outside VOC are numbered from 21 in their order.
+
+    Args:
+        names: of each prompt's classes.
+        prompts: in which synonyms and plurals are looked for, where they are known.
+    """
     distinct = list(dict.fromkeys(name for row in names for name in row))
-    by_name = dict(zip(distinct, Vocabulary.named(distinct).entries, strict=True))
-    phrases = [[by_name[name].phrase for name in row] for row in names]
+    known = {entry.name: entry for entry in _shipped("voc")}
+    by_name = {
+        name: known.get(entry.name, entry)
+        for name, entry in zip(distinct, Vocabulary.named(distinct).entries, strict=True)
+    }
+    texts = prompts or [""] * len(names)
+    phrases = [[_asked_for(by_name[name], text) for name in row] for text, row in zip(texts, names, strict=True)]
     return phrases, [[by_name[name].id for name in row] for row in names]
+
+
+def _asked_for(entry: ClassEntry, prompt: str) -> str:
+    """Return the words for a class that somebody named: its own phrase if that is there, before any other of it."""
+    found = [form for form, _ in matcher(entry.phrases).find(prompt)]
+    return entry.phrase if entry.phrase in found else next(iter(found), entry.phrase)
 
 
 def voc_palette() -> list[int]:
@@ -223,59 +260,107 @@ def voc_palette() -> list[int]:
     ]
 
 
+def palette_of(classes: Iterable[Mapping[str, Any]]) -> list[int]:
+    """Return VOC's colour map with the colours that classes have of their own, as a dataset records them."""
+    palette = voc_palette()
+    for entry in classes:
+        if "colour" in entry:
+            palette[3 * entry["id"] : 3 * entry["id"] + 3] = entry["colour"]
+    return palette
+
+
+def is_file(text: str) -> bool:
+    """Tell whether what `--classes` was given is a file, and neither names nor a vocabulary of the package."""
+    return text not in SHIPPED and _names_a_file(text)
+
+
 def _fold(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold().replace(" ", "-")
 
 
-def _first_line(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
-
-
 def _names_a_file(text: str) -> bool:
     """Tell a path from a noun: a path exists, or has a separator, or ends like a text file."""
-    known = any(_fold(text) in (_fold(entry.name), _fold(entry.phrase)) for entry in _VOC)
-    looks = "/" in text or "\\" in text or text.lower().endswith((".txt", ".csv"))
+    known = any(_fold(text) in (_fold(entry.name), _fold(entry.phrase)) for entry in _voc())
+    looks = "/" in text or "\\" in text or text.lower().endswith((".txt", ".csv", ".toml"))
     return not known and "," not in text and (looks or Path(text).is_file())
 
 
-Line = tuple[int | None, str, str]  # id, if it has one, name, phrase
-
-
-def _rows(text: str, path: str | Path) -> Iterator[Line]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        fields = [field.strip() for field in next(csv.reader([line], skipinitialspace=True))]
-        if len(fields) == 1:
-            yield None, fields[0], ""
-        elif len(fields) == 3 and fields[0].isdecimal():
-            yield int(fields[0]), fields[1], fields[2]
-        else:
-            raise DiffuMaskError(f"{path}, line {number}: {line!r} is no class: write {LINE_FORMS}")
-
-
-def _resolve(rows: list[Line], known: "Vocabulary | None" = None) -> tuple[ClassEntry, ...]:
-    """Give each row without an id that of the known or VOC class of that name or phrase, else the next free one."""
+def _resolve(lines: Sequence[ClassLine], known: "Vocabulary | None" = None) -> tuple[ClassEntry, ...]:
+    """Give each line what it leaves out: id and phrase of the known or VOC class of its name, else the next free id."""
     table: dict[str, ClassEntry] = {}
-    for entry in (*_VOC, *(known.entries if known else ())):
+    for entry in (*_voc(), *(known.entries if known else ())):
         table |= {_fold(entry.phrase): entry, _fold(entry.name): entry}
-    taken = {row[0] for row in rows} | {entry.id for entry in table.values()}
+    taken = {line.id for line in lines} | {entry.id for entry in table.values()}
     free = (number for number in range(21, 100_000) if number not in taken)
-    entries = []
-    for class_id, name, phrase in rows:
-        name = unicodedata.normalize("NFC", name)
-        if class_id is not None:
-            entries.append(ClassEntry(class_id, name, " ".join(phrase.split())))
-        elif _fold(name) in table:
-            entries.append(table[_fold(name)])
-        else:
-            entries.append(ClassEntry(next(free), name, name.replace("_", " ")))
-    return tuple(entries)
+    return tuple(_entry(line, table.get(_fold(line.name)), free) for line in lines)
 
 
-def _load_voc() -> tuple[ClassEntry, ...]:
-    text = resources.files(__package__).joinpath("voc.txt").read_text("utf-8")
-    return tuple(ClassEntry(number, name, phrase) for number, name, phrase in _rows(text, "voc.txt") if number)
+def _entry(line: ClassLine, like: ClassEntry | None, free: Iterator[int]) -> ClassEntry:
+    if like is not None and line.id is None and not line.phrases and not line.extras:
+        return like
+    name = unicodedata.normalize("NFC", line.name)
+    phrases = line.phrases or ((like.phrase if like else name.replace("_", " ")),)
+    number = line.id if line.id is not None else like.id if like else next(free)
+    return ClassEntry(number, name, phrases[0], phrases[1:], **line.extras)
 
 
-_VOC = _load_voc()
+def _with_shipped(wanted: Vocabulary, source: str, of_model: bool, sub_classes: str | int) -> Vocabulary:
+    """Give classes what the package knows of them, as `Vocabulary.parse` says."""
+    entries = wanted.entries
+    if isinstance(sub_classes, int) or not of_model:
+        full, asked = {_bare(entry): entry for entry in _shipped(source)}, {_fold(entry.phrase) for entry in entries}
+        entries = tuple(_without(full.get(entry, entry), asked) for entry in entries)
+        if of_model:  # which has its own scenes
+            entries = tuple(
+                replace(entry, templates=(), scenes=(), views=()) if entry not in wanted.entries else entry
+                for entry in entries
+            )
+    if sub_classes == "none" or isinstance(sub_classes, int):
+        most = 0 if isinstance(sub_classes, str) else sub_classes
+        entries = tuple(replace(entry, sub_classes=entry.sub_classes[:most]) for entry in entries)
+    return Vocabulary(entries)
+
+
+def _without(entry: ClassEntry, asked: Collection[str]) -> ClassEntry:
+    """Return a class without the synonyms that are classes themselves, and without what holds no other phrase."""
+    synonyms = tuple(phrase for phrase in entry.synonyms if _fold(phrase) not in asked)
+    if synonyms == entry.synonyms:
+        return entry
+    finds = matcher((entry.phrase, *synonyms)).find
+    return replace(entry, synonyms=synonyms, sub_classes=tuple(name for name in entry.sub_classes if any(finds(name))))
+
+
+def _bare(entry: ClassEntry) -> ClassEntry:
+    return ClassEntry(entry.id, entry.name, entry.phrase)
+
+
+@cache
+def _voc() -> tuple[ClassEntry, ...]:
+    return tuple(map(_bare, _shipped("voc")))
+
+
+@cache
+def _shipped(name: str) -> tuple[ClassEntry, ...]:
+    file = f"{name}.toml"
+    text = resources.files(__package__).joinpath("vocabularies", file).read_text("utf-8")
+    entries = [
+        ClassEntry(line.id or 0, line.name, line.phrases[0], line.phrases[1:], **line.extras)
+        for line in read_toml(text, file)
+    ]
+    if name == "voc":
+        return tuple(entries)
+    among = Vocabulary(tuple(entries))
+    return tuple(_like_vocs(entry, among) for entry in entries)
+
+
+def _like_vocs(entry: ClassEntry, among: Vocabulary) -> ClassEntry:
+    """Give a class what it does not say of the VOC class of its phrase: sub-classes that are no other class, scenes."""
+    like = next((one for one in _shipped("voc") if entry.phrase in one.phrases), None)
+    if like is None:
+        return entry
+    if not entry.sub_classes:
+        names = tuple(name for name in like.sub_classes if among.find(name) == [entry.name])
+        entry = replace(entry, sub_classes=names)
+    if not entry.scenes:
+        entry = replace(entry, templates=like.templates, scenes=like.scenes, views=like.views)
+    return entry

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from base64 import b64encode
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from PIL import Image
 from diffumask_fast.dataset.reader import Row, open_shard, read_shard
 from diffumask_fast.dataset.storage import Place
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.prompts.vocabulary import voc_palette
 from diffumask_fast.show import SIDE, webp
 
 MAP_SIDE = 32
@@ -35,8 +34,13 @@ def rows_at(paths: Iterable[Place], numbers: set[int], max_pixels: int) -> Itera
         first += count
 
 
-def entry_of(row: Row) -> dict[str, Any]:
-    """Return what the page shows of a row, as JSON types; what it does not have is left out."""
+def entry_of(row: Row, palette: Sequence[int]) -> dict[str, Any]:
+    """Return what the page shows of a row, as JSON types; what it does not have is left out.
+
+    Args:
+        row: of the dataset.
+        palette: 768 numbers, the colours of its masks.
+    """
     entry = {
         "key": row.key,
         "accepted": row.accepted,
@@ -48,7 +52,7 @@ def entry_of(row: Row) -> dict[str, Any]:
         "reason": _short(row.reason),
         "made": _short(row.values.get("augmentation")),
         "sources": [_short(key) for key in row.values.get("sources") or ()],
-    } | _pictures(row)
+    } | _pictures(row, palette)
     return {name: value for name, value in entry.items() if value not in ("", [], None)}
 
 
@@ -64,7 +68,7 @@ def within(entries: dict[int, dict[str, Any]], order: list[int], most: int = MOS
     return kept
 
 
-def _pictures(row: Row) -> dict[str, Any]:
+def _pictures(row: Row, palette: Sequence[int]) -> dict[str, Any]:
     try:
         image, mask = row.image, row.mask
         if image.shape[:2] != mask.shape:
@@ -75,17 +79,16 @@ def _pictures(row: Row) -> dict[str, Any]:
     return {
         "size": [image.shape[1], image.shape[0]],
         "image": b64encode(webp(image)).decode(),
-        "mask": b64encode(_mask_png(mask)).decode(),
+        "mask": b64encode(_mask_png(mask, palette)).decode(),
         "maps": [b64encode(_map_png(one)).decode() for one in maps] if maps is not None else [],
     }
 
 
-def _mask_png(mask: np.ndarray) -> bytes:
+def _mask_png(mask: np.ndarray, palette: Sequence[int]) -> bytes:
     """Encode a mask [H, W] in its colours, the background transparent."""
     values, places = np.unique(np.append(0, mask), return_inverse=True)
     picture = Image.fromarray(places[1:].reshape(mask.shape).astype(np.uint8), "P")
-    palette = np.array(voc_palette(), np.uint8).reshape(256, 3)[values]
-    picture.putpalette(palette.tobytes())
+    picture.putpalette(np.array(palette, np.uint8).reshape(256, 3)[values].tobytes())
     picture.thumbnail((SIDE, SIDE), Image.Resampling.NEAREST)
     stream = io.BytesIO()
     picture.save(stream, "PNG", compress_level=9, transparency=0)

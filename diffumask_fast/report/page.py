@@ -22,6 +22,8 @@ from diffumask_fast.dataset.storage import Place
 from diffumask_fast.dataset.writer import write_file
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.own_files import check_place
+from diffumask_fast.prompts.class_entry import words_of
+from diffumask_fast.prompts.vocabulary import palette_of
 from diffumask_fast.report.entries import entry_of, rows_at, within
 from diffumask_fast.report.options import ReportOptions
 from diffumask_fast.report.page_data import page_data
@@ -59,7 +61,8 @@ def write_report(
     manifest = read_manifest(folder)
     paths = _shards(folder, manifest)
     check_place(out, SIGN)
-    survey = Survey({entry["id"]: (entry["name"], entry["phrase"]) for entry in manifest["classes"] if "id" in entry})
+    classes, palette = manifest["classes"], palette_of(manifest["classes"])
+    survey = Survey({entry["id"]: entry["name"] for entry in classes if "id" in entry}, words_of(classes))
     total = sum(map(_num_rows, paths))
     with progress(total) as bar:
         task = bar.add_task("looking", total=total)
@@ -72,7 +75,7 @@ def write_report(
         wanted = _by_turns([group for some in groups.values() for group in some])
         task, entries = bar.add_task("pictures", total=len(wanted)), {}
         for number, row in rows_at(paths, set(wanted), max_pixels):
-            entries[number] = entry_of(row)
+            entries[number] = entry_of(row, palette)
             bar.advance(task)
     entries = within(entries, wanted)
     missing = manifest["plan"]["shards"] - len(paths)

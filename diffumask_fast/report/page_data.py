@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
+from collections.abc import Sequence
 from typing import Any
 
 from diffumask_fast.dataset.card import flat
-from diffumask_fast.prompts.vocabulary import voc_palette
+from diffumask_fast.prompts.vocabulary import palette_of
 from diffumask_fast.report.survey import AREA_EDGES, ClassFigures, Survey
 
 
@@ -30,6 +31,7 @@ def page_data(
         entries: number of a row -> what is shown of it.
     """
     place = {number: index for index, number in enumerate(entries)}
+    palette = palette_of(manifest["classes"])
     shown = {name: [[place[one] for one in group if one in place] for group in some] for name, some in groups.items()}
     return {
         "run": _run(manifest),
@@ -40,7 +42,7 @@ def page_data(
         "background": _share(survey.rows - survey.damaged - survey.covered - survey.ignored, survey),
         "ignored": _share(survey.ignored, survey),
         "sizes": [[width, height, count] for (height, width), count in survey.sizes.most_common(6)],
-        "classes": [_class(number, figures) for number, figures in sorted(survey.classes.items())],
+        "classes": [_class(number, figures, palette) for number, figures in sorted(survey.classes.items())],
         "quality": [survey.quality[True], survey.quality[False]],
         "edges": AREA_EDGES,
         "reasons": sorted(survey.reasons.items(), key=lambda pair: (-pair[1], pair[0])),
@@ -51,8 +53,8 @@ def page_data(
     }
 
 
-def _class(number: int, figures: ClassFigures) -> dict[str, Any]:
-    red, green, blue = voc_palette()[3 * number : 3 * number + 3]
+def _class(number: int, figures: ClassFigures, palette: Sequence[int]) -> dict[str, Any]:
+    red, green, blue = palette[3 * number : 3 * number + 3]
     heat = (figures.place / max(figures.place.max(), 1e-9) * 255).round().astype("uint8")
     rated = sum(figures.qualities)
     return {

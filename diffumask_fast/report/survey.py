@@ -7,7 +7,7 @@ import math
 from array import array
 from bisect import bisect_right, insort
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -122,14 +122,15 @@ class Survey:
     """Figures of the rows that were seen.
 
     Args:
-        classes: id -> (name, phrase), as the dataset's manifest has them.
+        classes: id -> name, as the dataset's manifest has them.
+        words: name -> all words that stand for the class.
     """
 
-    def __init__(self, classes: dict[int, tuple[str, str]]) -> None:
+    def __init__(self, classes: Mapping[int, str], words: Mapping[str, Sequence[str]]) -> None:
         self.rows = self.accepted = self.damaged = 0
         self.ignored = self.covered = 0.0
-        self.phrases = {name: phrase for name, phrase in classes.values()}
-        self.classes = {number: ClassFigures(name) for number, (name, _) in classes.items()}
+        self.words = words
+        self.classes = {number: ClassFigures(name) for number, name in classes.items()}
         self.sizes: Counter[tuple[int, int]] = Counter()
         self.reasons: Counter[str] = Counter()
         self.quality = {True: [0] * QUALITY_BINS, False: [0] * QUALITY_BINS}
@@ -158,7 +159,7 @@ class Survey:
         self._count_quality(look)
         if not look.accepted:
             names = [name for _, name in look.classes]
-            kind = kind_of(look.reason, [*names, *(self.phrases.get(name, name) for name in names)])
+            kind = kind_of(look.reason, [*names, *(word for name in names for word in self.words.get(name, ()))])
             kind = kind if kind in self.rejected or len(self.rejected) < MOST_KINDS else OTHER
             self.reasons[kind] += 1
             self.rejected.setdefault(kind, Few(ENDS)).add(order, look.number)
