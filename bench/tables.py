@@ -102,6 +102,14 @@ def all_tables(rows: Sequence[dict]) -> str:
     return "\n\n".join(filter(None, [table(rows), engines_table(rows)]))
 
 
+def protocol_page(rows: Sequence[dict]) -> str:
+    """Return the tables and the plot of the paper's protocol."""
+    from diffumask_fast.bench import protocol_tables
+
+    text = "mIoU of each training set, and what each ablation changes; a dot for each seed"
+    return protocol_tables.all_tables(rows) + (f"\n\n![{text}]({Path(PROTOCOL_PLOT).name})" if rows else "")
+
+
 PAGES = {"README.md": summary, "docs/costs.md": all_tables}
 
 
@@ -129,16 +137,16 @@ def _line(one: dict) -> str:
 
 def main(root: Path) -> None:
     """Rewrite the pages and the plots of a checkout."""
-    from diffumask_fast.bench import protocol_tables
     from diffumask_fast.bench.plots import overview
+    from diffumask_fast.bench.protocol_tables import plot
 
     rows = latest_rows(root / "bench" / "results")
     made = {name: tables(rows) for name, tables in PAGES.items()}
     overview(rows, root / PLOT, digest(rows))
     rows = read_rows(root / PROTOCOL) if (root / PROTOCOL).exists() else []
-    made[PROTOCOL_PAGE] = protocol_tables.all_tables(rows)
+    made[PROTOCOL_PAGE] = protocol_page(rows)
     if rows:
-        protocol_tables.plot(rows, root / PROTOCOL_PLOT, digest(rows))
+        plot(rows, root / PROTOCOL_PLOT, digest(rows))
     for name, tables in made.items():
         page = root / name
         page.write_text(between_markers(page.read_text(encoding="utf-8"), tables), encoding="utf-8")

@@ -7,7 +7,7 @@ from PIL import Image
 from test_protocol_tables import ROWS
 
 from diffumask_fast import DiffuMaskError
-from diffumask_fast.bench import protocol_tables, tables
+from diffumask_fast.bench import tables
 from diffumask_fast.bench.regressions import read_rows
 from diffumask_fast.bench.rows import append_rows, row
 from diffumask_fast.bench.tables import BEGIN, END, PAGES, PLOT, all_tables, between_markers, digest, latest_rows, table
@@ -31,10 +31,10 @@ def test_the_readmes_plot_is_made_of_the_committed_rows():
 def test_the_protocols_page_and_plot_are_made_of_the_committed_rows():
     text = (ROOT / tables.PROTOCOL_PAGE).read_text(encoding="utf-8")
     if not (ROOT / tables.PROTOCOL).exists():
-        assert between_markers(text, protocol_tables.NONE_YET) == text
+        assert between_markers(text, tables.protocol_page([])) == text
         return
     rows = read_rows(ROOT / tables.PROTOCOL)
-    assert between_markers(text, protocol_tables.all_tables(rows)) == text, "run `make tables`"
+    assert between_markers(text, tables.protocol_page(rows)) == text, "run `make tables`"
     with Image.open(ROOT / tables.PROTOCOL_PLOT) as image:
         assert image.text["rows"] == digest(rows), "run `make tables`"
 
@@ -82,9 +82,10 @@ def test_a_checkout_is_rewritten(tmp_path):
         assert "speed-up over DAAM" in (tmp_path / page).read_text()
     with Image.open(tmp_path / PLOT) as image:
         assert image.text["rows"] == digest(rows) and min(image.size) > 200
-    assert protocol_tables.all_tables(ROWS) in (tmp_path / tables.PROTOCOL_PAGE).read_text(encoding="utf-8")
+    assert tables.protocol_page(ROWS) in (tmp_path / tables.PROTOCOL_PAGE).read_text(encoding="utf-8")
     with Image.open(tmp_path / tables.PROTOCOL_PLOT) as image:
         assert image.text["rows"] == digest(ROWS)
+    assert tables.protocol_page(ROWS).endswith("(reproduce.png)") and "(reproduce" not in tables.protocol_page([])
 
 
 def test_engines_have_a_line_for_each_engine_and_number_of_threads():
