@@ -18,7 +18,8 @@ from PIL import Image
 
 from diffumask_fast.attention.call import Denoiser
 from diffumask_fast.attention.choice import check_attention, set_attention
-from diffumask_fast.attention.collect import checked_unet, collect_maps
+from diffumask_fast.attention.collect import collect_maps
+from diffumask_fast.attention.families import check_runs, denoising_model, family_of
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.engines.compiled import CompiledEngine, compile_pipe
 from diffumask_fast.engines.worker import IN_FLIGHT, StreamWorker, Turn, to_host
@@ -26,7 +27,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.make import make_masks, quantise_maps
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.masks.rejection import NOT_FINITE, rejections
-from diffumask_fast.models.arguments import SCHEDULES, steps_and_guidance
+from diffumask_fast.models.arguments import SCHEDULES, steps_and_guidance, suited
 from diffumask_fast.models.decoding import decode, decodes_later, finished, timed_decoding
 from diffumask_fast.models.device import fitting_batch, resolve_device, resolve_dtype
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
@@ -46,7 +47,7 @@ class DiffuMaskPipeline:
     """Compose a diffusers pipeline; draw with it, and make a mask of each word of interest on the way.
 
     Args:
-        pipe: any diffusers pipeline whose denoiser is a `UNet2DConditionModel`.
+        pipe: any diffusers pipeline whose denoiser is a `UNet2DConditionModel`, or SD3's or FLUX's transformer.
         info: what its model folder says; the general defaults when None.
         engine: the export.load.Engine that runs it in torch's place.
         compiled: what `compile_pipe` made of it.
@@ -119,17 +120,18 @@ class DiffuMaskPipeline:
         pipe = load_pipe(info, dtype, device)
         if dtype == torch.float16 and says_force_upcast(info.local_folder):
             pipe.vae.to(torch.float32)
-        set_attention(pipe.unet, attention)
-        return cls(pipe, info, compiled=compile_pipe(pipe) if engine == "compile" else None)
+        check_runs(pipe, engine, attention)
+        set_attention(denoising_model(pipe), attention)
+        return cls(pipe, suited(info, pipe), compiled=compile_pipe(pipe) if engine == "compile" else None)
 
     @classmethod
     def from_pipe(cls, pipe: DiffusersPipeline) -> DiffuMaskPipeline:
         """Compose a pipeline that is already loaded; it is used as it is and stays usable by itself.
 
         Raises:
-            DiffuMaskError: its denoiser is no UNet2DConditionModel.
+            DiffuMaskError: its denoiser is of a kind that gives no maps.
         """
-        checked_unet(pipe)
+        family_of(pipe)
         return cls(pipe)
 
     def to(self, *args: Any, **kwargs: Any) -> DiffuMaskPipeline:
@@ -160,8 +162,13 @@ class DiffuMaskPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the UNet is."""
-        return self.pipe.unet.device
+        """Where the denoiser is."""
+        return denoising_model(self.pipe).device
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer among whose tokens a phrase must be."""
+        return getattr(self.pipe, family_of(self.pipe).tokenizer)
 
     def __call__(
         self,
@@ -397,10 +404,9 @@ class DiffuMaskPipeline:
         if self.device.type != "cuda":
             return min(8, most)
         pixels = math.prod(self.size(height, width))
-        return min(most, fitting_batch(self.pipe.unet, pixels, self.device))
+        return min(most, fitting_batch(denoising_model(self.pipe), pixels, self.device))
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Return height and width, the model's own where they are None."""
-        own = self.pipe.unet.config.sample_size
-        own = own if isinstance(own, (list, tuple)) else (own, own)
-        return height or own[0] * self.pipe.vae_scale_factor, width or own[1] * self.pipe.vae_scale_factor
+        own = family_of(self.pipe).default_size(self.pipe)
+        return height or own[0], width or own[1]

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from diffumask_fast import __version__
+from diffumask_fast.attention.families import denoising_model
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.attention.store import MapStore
 from diffumask_fast.attention.tap import Levels
@@ -83,7 +84,7 @@ class Provenance:
             "scheduler": type(pipe.pipe.scheduler).__name__,
             "maps": dict(vars(maps)),
             "mask": dict(vars(mask)),
-            "dtype": str(pipe.pipe.unet.dtype).removeprefix("torch."),
+            "dtype": str(denoising_model(pipe.pipe).dtype).removeprefix("torch."),
             "device": pipe.device.type,
             "engine": {"name": pipe.engine_name, **({"sha256": pipe.engine.sha256} if pipe.engine else {})},
             "versions": {"diffumask_fast": __version__, **{name: version(name) for name in LIBRARIES}},

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffumask_fast.attention.families import check_runs
 from diffumask_fast.attention.store import MAX_PROPAGATED_PIXELS
 from diffumask_fast.attention.unet import UNetWithMaps, attention_places
 from diffumask_fast.errors import DiffuMaskError
@@ -75,6 +76,7 @@ def export_onnx(
     check_out(out)
     info = find_model(model, revision)
     pipe = load_pipe(info, torch.float32, torch.device("cpu"))
+    check_runs(pipe, "onnx")
     if getattr(pipe.unet.config, "time_cond_proj_dim", None):
         raise DiffuMaskError(
             f"The UNet of {model} takes the guidance scale as an input (LCM), which no graph does: use `engine=torch`."

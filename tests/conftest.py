@@ -27,7 +27,7 @@ from diffusers.models import attention_processor  # noqa: E402
 from diffusers.models.attention_processor import AttnProcessor2_0  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: E402
 
-pytest_plugins = ["not_run", "exported"]
+pytest_plugins = ["not_run", "exported", "tiny_mmdit"]
 WORDS = "a photo of the dog cat car bus horse sofa and on grass street table plant dining potted red".split()
 NOISE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1)
 SPLIT_WORDS = {"potted": ("pot", "ted"), "dining": ("din", "ing")}

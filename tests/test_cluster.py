@@ -25,8 +25,10 @@ from diffumask_fast.dataset.schema import SCHEMA
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.cluster import DRIVERS, Cluster, Worker, _for_workers, _options_of, _place
 from diffumask_fast.generation.generate import run_generate
+from diffumask_fast.generation.options import GenerateOptions
 from diffumask_fast.generation.ray import Drawer
 from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.options import closed
 
 
 @pytest.fixture(scope="module")
@@ -246,12 +248,18 @@ def test_a_folder_is_no_class_list(classes, tmp_path, monkeypatch):
 def test_options_mean_the_same_in_another_folder(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_folder.parent)
     Path("names.txt").write_text("dog\n")
-    asked = _for_workers(options(tmp_path, tiny_folder.name, classes="names.txt", mask=MaskOptions(threshold=0.3)))
+    Path("own.json").write_text("{}")
+    mask = replace(GenerateOptions.mask, threshold=0.3)  # what is left out stays the model's own
+    given = options(tmp_path, tiny_folder.name, classes="names.txt", mask=mask, model_options=Path("own.json"))
+    asked = _for_workers(given)
     assert asked.model == str(tiny_folder) and asked.classes == str(tiny_folder.parent / "names.txt")
+    assert asked.model_options == str(tiny_folder.parent / "own.json")
     assert _for_workers(options(tmp_path, "mini")) == options(tmp_path, "mini")
     assert _for_workers(options(tmp_path, "mini", engine_path=Path("nowhere"))).engine_path == "nowhere"
     values = {name: value for name, value in asdict(asked).items() if name not in DRIVERS}
     assert _options_of(json.dumps(values)) == replace(asked, out=".")
+    values["mask"] = asdict(MaskOptions(eps=0.5))
+    assert closed(_options_of(json.dumps(values)).mask, MaskOptions()) == MaskOptions(eps=0.5)
 
 
 def test_what_ray_is_missing_for_is_one_sentence(tiny_folder, tmp_path, monkeypatch):

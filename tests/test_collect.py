@@ -253,7 +253,7 @@ def test_nothing_captured_says_what_was_seen(tiny_sd):
     with collect_maps(tiny_sd, ["dog"]) as maps:
         draw(tiny_sd, "a dog", **changing)
     assert maps.store.calls == 1 and not maps.store.is_complete
-    with pytest.raises(DiffuMaskError, match="has no UNet"):
+    with pytest.raises(DiffuMaskError, match="the transformer of SimpleNamespace is a int"):
         collect_maps(SimpleNamespace(transformer=1), ["dog"])
 
 

@@ -27,6 +27,7 @@ class UNetCall:
         first_conditional: the rows first_conditional : first_conditional + Bc are the conditional ones; None: the last
             ones, or all of them where nothing is selected.
         unet_kwargs: what else the UNet is to get, by name.
+        map_size: height and width of the maps in tokens, for a transformer with joint attention.
     """
 
     latents: Tensor
@@ -37,6 +38,7 @@ class UNetCall:
     added: Mapping[str, Any] | None = None
     first_conditional: int | None = None
     unet_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    map_size: tuple[int, int] | None = None
 
     @property
     def first(self) -> int:

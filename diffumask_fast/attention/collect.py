@@ -1,17 +1,18 @@
-"""Collect maps from any diffusers pipeline with a UNet2DConditionModel while it runs its own loop."""
+"""Collect maps from any diffusers pipeline whose denoiser has them while it runs its own loop."""
 
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from diffumask_fast.attention.call import Denoiser, UNetCall
 from diffumask_fast.attention.encoded import Encoded, as_list, encoded_positions
+from diffumask_fast.attention.families import family_of
 from diffumask_fast.attention.intercept import encoding_method, intercepted
 from diffumask_fast.attention.options import Aggregation, MapOptions, Propagate
 from diffumask_fast.attention.phrases import per_prompt, token_columns
@@ -20,7 +21,6 @@ from diffumask_fast.attention.prompt_rows import prompt_rows
 from diffumask_fast.attention.running import is_called_back, running_call
 from diffumask_fast.attention.store import MapStore, PhraseMaps
 from diffumask_fast.attention.tap import Levels
-from diffumask_fast.attention.unet import UNetWithMaps
 from diffumask_fast.errors import DiffuMaskError
 
 Phrases = str | Sequence[str] | Sequence[Sequence[str]]
@@ -42,11 +42,12 @@ def collect_maps(
     """Collect the maps of phrases while a diffusers pipeline draws; its images stay the same.
 
     Args:
-        pipe: a pipeline whose denoiser is a UNet2DConditionModel; unchanged after the context, also after an exception.
+        pipe: a pipeline whose denoiser is a UNet2DConditionModel, an SD3Transformer2DModel or a FluxTransformer2DModel;
+            unchanged after the context, also after an exception.
         phrases: one list for all prompts, or one list for each prompt.
-        denoiser: what runs the UNet's calls; None is the UNet itself.
+        denoiser: what runs the calls of the UNet or transformer; None is that itself.
         token_indices: token positions of each phrase, in the form of phrases; needed where prompt_embeds are given
-            instead of prompts. The start token is 0.
+            instead of prompts. The start token is 0; SD3 has T5's tokens after CLIP's.
         propagate: "auto" (once, at coarse levels, in the last third of the calls), "none", or 1 to 4 times.
         aggregation: what `class_maps` is to be able to make, see MapOptions; "auto" is all of it.
         pad_to: K of the maps, for a run whose batches differ in their number of phrases; None is the most of this call.
@@ -55,8 +56,8 @@ def collect_maps(
         a context manager that gives the Collector; its maps are those of the last call of the pipeline.
 
     Raises:
-        DiffuMaskError: on entering the context, if this UNet's maps are being collected already; on leaving it, if no
-            UNet call was captured.
+        DiffuMaskError: on entering the context, if this model's maps are being collected already; on leaving it, if no
+            call of it was captured.
 
     Example:
         with collect_maps(pipe, phrases=["dog"]) as maps:
@@ -79,16 +80,16 @@ class Collector:
         token_indices: TokenIndices | None,
         pad_to: int | None,
     ) -> None:
-        unet = checked_unet(pipe)
+        self._family = family_of(pipe)
+        self._model = getattr(pipe, self._family.component)
         encoding_method(pipe)
         self.pipe = pipe
         self.phrases = phrases
         self.options = options
         self.pad_to = pad_to
         # compared with None, for a compiled module has no truth value
-        self.denoiser = denoiser if denoiser is not None else UNetWithMaps(unet)
+        self.denoiser = denoiser if denoiser is not None else self._family.with_maps(self._model)
         self.token_indices = token_indices
-        self._unet = unet
         self._borrowed = ExitStack()
         self._call: PipelineCall | None = None
         self._prompts: list[str] = []
@@ -96,7 +97,7 @@ class Collector:
         self._seen = NOT_CALLED
 
     def __enter__(self) -> Self:
-        self._borrowed.enter_context(intercepted(self.pipe, self._unet, self))
+        self._borrowed.enter_context(intercepted(self.pipe, self._family, self._model, self))
         self._store, self._seen = None, NOT_CALLED
         return self
 
@@ -165,52 +166,55 @@ class Collector:
             raise DiffuMaskError(
                 "with prompt_embeds the words are unknown: give token_indices=, the token positions of each phrase"
             )
-        rows = prompt_rows(self.pipe, encoded)
+        rows = prompt_rows(self.pipe, encoded, partial(self._family.segments, encoded))
         phrases, length = per_prompt(self.phrases, encoded.num), rows.embeds.shape[1]
         if self.token_indices is not None:
             indices = _indices_per_prompt(self.token_indices, phrases)
         else:
-            indices = encoded_positions(self.pipe, encoded, phrases, length)
+            indices = encoded_positions(self.pipe, encoded, phrases, self._family.segments(encoded, length))
         select = token_columns(indices, length=length, pad_to=self.pad_to)
         select = select.repeat_interleave(encoded.copies, 0).to(rows.embeds.device)
         phrases = [row for row in phrases for _ in range(encoded.copies)]
-        return PipelineCall(frame, phrases, select, rows.embeds, rows.is_doubled)
+        return PipelineCall(frame, phrases, select, rows.embeds, rows.is_doubled, self._family.word)
 
     def belongs(self, arguments: dict[str, Any]) -> bool:
-        """Tell whether a UNet call makes a step of the prompts that the pipeline's call encoded.
+        """Tell whether a call of the denoiser makes a step of the prompts that the pipeline's call encoded.
 
         Args:
-            arguments: the UNet's, by name.
+            arguments: the denoiser's, by name.
         """
         call, states = self._call, arguments.get("encoder_hidden_states")
         if call is None or states is None or running_call(self.pipe) is not call.frame:
             return False
         if torch.is_grad_enabled():
-            call.seen = "the UNet was called with gradients on: draw under torch.no_grad()"
+            call.seen = f"the {call.word} was called with gradients on: draw under torch.no_grad()"
             return False
-        return bool(call.blocks(states))
+        return self._family.draws(arguments, call.frame) and bool(call.blocks(states))
 
     def denoise(self, arguments: dict[str, Any]) -> Tensor:
-        """Run one UNet call with maps, and add them to the store.
+        """Run one call of the denoiser with maps, and add them to the store.
 
         Args:
-            arguments: the UNet's, by name.
+            arguments: the denoiser's, by name.
 
         Returns:
             noise_pred.
         """
         rest = {key: value for key, value in arguments.items() if value is not None}
-        latents, timestep = rest.pop("sample"), rest.pop("timestep")
-        states, added = rest.pop("encoder_hidden_states"), rest.pop("added_cond_kwargs", None)
+        latents, states = rest.pop(self._family.latents), rest.pop("encoder_hidden_states")
+        timestep, added = rest.pop("timestep"), rest.pop("added_cond_kwargs", None)
         call = self._call
         assert call is not None
+        at = self._family.timestep(arguments, call.frame)
         store = call.store or call.begin(
-            self.pipe, latents, states, timestep, propagate=self.options.propagate, aggregation=self.options.aggregation
-        )
-        call.step(latents, timestep)
+            self.pipe, latents, states, at, self._family.map_size(self._model, arguments),
+            propagate=self.options.propagate, aggregation=self.options.aggregation,
+            max_propagated_pixels=self._family.max_propagated_pixels,
+        )  # fmt: skip
+        call.step(latents, at)
         prior, first = store.prior(), call.first_row(states)
         noise_pred, maps, propagated = self.denoiser(
-            UNetCall(latents, timestep, states, call.select, prior, added, first, rest)
+            UNetCall(latents, timestep, states, call.select, prior, added, first, rest, store.latent_size)
         )
         store.add(maps, propagated)
         if store.calls == 1 and (missing := store.propagated_levels() & getattr(self.denoiser, "unpropagated", set())):
@@ -227,26 +231,9 @@ class Collector:
         self._store, self._seen, self._call = self._call.store, self._call.seen, None
         if self._store is not None and self._store.calls and not self._store.is_complete:
             logger.warning(
-                "the maps are of %d of %d UNet calls: the pipeline was stopped, or drew other prompts in the rest",
-                self._store.calls, self._store.num_calls,
+                "the maps are of %d of %d %s calls: the pipeline was stopped, or drew other prompts in the rest",
+                self._store.calls, self._store.num_calls, self._family.word,
             )  # fmt: skip
-
-
-def checked_unet(pipe: Any) -> torch.nn.Module:
-    """Return the UNet of a pipeline.
-
-    Raises:
-        DiffuMaskError: the pipeline has none, or one of another kind.
-    """
-    unet = getattr(pipe, "unet", None)
-    if unet is None:
-        raise DiffuMaskError(f"{type(pipe).__name__} has no UNet: maps come from pipelines with a UNet2DConditionModel")
-    if not isinstance(getattr(unet, "_orig_mod", unet), UNet2DConditionModel):
-        raise DiffuMaskError(
-            f"the UNet of {type(pipe).__name__} is a {type(unet).__name__}: maps come from a UNet2DConditionModel, "
-            "which draws one image for each prompt, and not from a wrapper around one"
-        )
-    return unet
 
 
 def _indices_per_prompt(indices: TokenIndices, rows: list[list[str]]) -> list[list[list[int]]]:

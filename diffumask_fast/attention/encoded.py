@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffumask_fast.attention.phrases import phrase_positions
+from diffumask_fast.attention.phrases import PhraseNotFound, found_positions
 from diffumask_fast.attention.spelling import Speller
 from diffumask_fast.errors import DiffuMaskError
 
@@ -30,6 +30,20 @@ class TextCall(NamedTuple):
         for start in range(0, self.ids.shape[0], rows):
             of = slice(start, start + rows)
             yield TextCall(self.ids[of], [states[of] for states in self.states])
+
+
+class Segment(NamedTuple):
+    """A part of the sequence that the denoiser sees.
+
+    Args:
+        start: its first position.
+        length: the number of its positions.
+        tokenizers: whose tokens stand there side by side, by name.
+    """
+
+    start: int
+    length: int
+    tokenizers: tuple[str, ...]
 
 
 class Encoded(NamedTuple):
@@ -64,50 +78,72 @@ class Encoded(NamedTuple):
 
     def texts(self, tokenizer: str) -> list[str]:
         """Return the prompts that a tokenizer was given."""
-        second = as_list(self.arguments.get("prompt_2"))
-        return second if second and tokenizer == "tokenizer_2" else as_list(self.arguments["prompt"])
+        own = as_list(self.arguments.get(tokenizer.replace("tokenizer", "prompt")))
+        return own or as_list(self.arguments["prompt"])
 
 
 def encoded_positions(
-    pipe: Any, encoded: Encoded, phrases: Sequence[Sequence[str]], length: int
+    pipe: Any, encoded: Encoded, phrases: Sequence[Sequence[str]], segments: Sequence[Segment]
 ) -> list[list[list[int]]]:
-    """Find the positions of each phrase in what was encoded.
+    """Find the positions of each phrase in what was encoded, in all segments that have it.
 
     Args:
         pipe: whose tokenizers made the ids.
         encoded: by the pipeline.
         phrases: of each prompt.
-        length: T, the number of token positions that the UNet sees.
+        segments: of the sequence that the denoiser sees.
 
     Raises:
-        PhraseNotFound: a phrase is not among the tokens.
-        DiffuMaskError: it is not known at which positions the UNet sees the tokens, or two text encoders have a phrase
-            at different ones.
+        PhraseNotFound: a phrase is in no segment.
+        DiffuMaskError: it is not known at which positions the denoiser sees the tokens, or two text encoders of a
+            segment have a phrase at different ones.
     """
-    found = []
-    for name in encoded.calls:
-        tokenizer = getattr(pipe, name)
-        calls = calls_of_prompts(pipe, name, encoded, length)
-        if not calls:
-            shapes = ", ".join(str(tuple(call.ids.shape)) for call in encoded.calls[name]) or "nothing"
-            raise DiffuMaskError(
-                f"the text encoder was given {shapes} for prompts that the UNet sees as {length} tokens, so the "
-                "positions of words are unknown: give token_indices="
-            )
-        ids = torch.cat([call.ids.cpu() for call in calls], 1).tolist()
-        rows = [_converted(pipe, list(row), tokenizer) for row in phrases]
-        found.append(phrase_positions(tokenizer, ids, encoded.texts(name), rows))
+    found = [_positions_in(pipe, encoded, phrases, segment) for segment in segments if segment.tokenizers]
     if not found:
         raise DiffuMaskError(
             f"{type(pipe).__name__} has no text encoder that could be watched, so the positions of words are unknown: "
             "give token_indices="
         )
-    if any(one != found[0] for one in found):
+    return [[_joined(parts) for parts in zip(*rows, strict=True)] for rows in zip(*found, strict=True)]
+
+
+def _positions_in(
+    pipe: Any, encoded: Encoded, phrases: Sequence[Sequence[str]], segment: Segment
+) -> list[list[list[int] | PhraseNotFound]]:
+    """Find the positions of each phrase that one segment has; an error in the place of the others."""
+    found = []
+    for name in segment.tokenizers:
+        tokenizer = getattr(pipe, name)
+        calls = calls_of_prompts(pipe, name, encoded, segment.length)
+        if not calls:
+            shapes = ", ".join(str(tuple(call.ids.shape)) for call in encoded.calls[name]) or "nothing"
+            raise DiffuMaskError(
+                f"the text encoder was given {shapes} for prompts that the model sees as {segment.length} tokens, so "
+                "the positions of words are unknown: give token_indices="
+            )
+        ids = torch.cat([call.ids.cpu() for call in calls], 1).tolist()
+        rows = [_converted(pipe, list(row), tokenizer) for row in phrases]
+        found.append(found_positions(tokenizer, ids, encoded.texts(name), rows, segment.start))
+    return [[_same(parts) for parts in zip(*rows, strict=True)] for rows in zip(*found, strict=True)]
+
+
+def _same(parts: Sequence[list[int] | PhraseNotFound]) -> list[int] | PhraseNotFound:
+    """Return what all encoders of a segment have; an error where one of them does not have the phrase."""
+    missing = next((part for part in parts if isinstance(part, PhraseNotFound)), None)
+    if missing is None and any(part != parts[0] for part in parts):
         raise DiffuMaskError(
             "the two text encoders have the phrases at different positions: give both the same prompt, or give "
             "token_indices="
         )
-    return found[0]
+    return missing or parts[0]
+
+
+def _joined(parts: Sequence[list[int] | PhraseNotFound]) -> list[int]:
+    """Join the positions of a phrase in all segments; raise an error where none has it."""
+    positions = [part for part in parts if not isinstance(part, PhraseNotFound)]
+    if positions:
+        return [one for part in positions for one in part]
+    raise max((part for part in parts if isinstance(part, PhraseNotFound)), key=lambda error: error.truncated)
 
 
 def calls_of_prompts(pipe: Any, name: str, encoded: Encoded, length: int) -> list[TextCall]:

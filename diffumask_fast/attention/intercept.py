@@ -6,17 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from diffusers import UNet2DConditionModel
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from diffumask_fast.attention.encoded import Encoded, TextCall
+from diffumask_fast.attention.families import Family
 from diffumask_fast.borrow import MODULE_CALL, patched, patched_but_in_copies
 from diffumask_fast.errors import DiffuMaskError
 
-UNET_ARGUMENTS = tuple(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]
-TEXT_ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+TEXT_ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"}
 
 
 class Listener(Protocol):
@@ -26,28 +24,34 @@ class Listener(Protocol):
         """Learn what was encoded, and to what."""
 
     def belongs(self, arguments: dict[str, Any]) -> bool:
-        """Tell whether a UNet call draws what was encoded."""
+        """Tell whether a call of the denoiser draws what was encoded."""
 
     def denoise(self, arguments: dict[str, Any]) -> Tensor:
         """Predict the noise of such a call, and keep the maps."""
 
 
 @contextmanager
-def intercepted(pipe: Any, unet: nn.Module, listener: Listener) -> Iterator[None]:
-    """Let a listener learn what a pipeline encodes, and answer the UNet's calls that belong to it.
+def intercepted(pipe: Any, family: Family, model: nn.Module, listener: Listener) -> Iterator[None]:
+    """Let a listener learn what a pipeline encodes, and answer the calls of its denoiser that belong to it.
+
+    Args:
+        pipe: the pipeline.
+        family: that the denoiser is of.
+        model: the denoiser.
+        listener: who learns and answers.
 
     Raises:
-        DiffuMaskError: the pipeline has no encode_prompt, or somebody listens to this UNet already.
+        DiffuMaskError: the pipeline has no encode_prompt, or somebody listens to this model already.
     """
-    if isinstance(vars(unet).get(MODULE_CALL), _UNetCalls):
+    if isinstance(vars(model).get(MODULE_CALL), _ModelCalls):
         raise DiffuMaskError(
-            "the maps of this UNet are being collected already: leave the other collect_maps first, or give the second "
-            "pipeline a UNet of its own"
+            f"the maps of this {family.word} are being collected already: leave the other collect_maps first, or give "
+            f"the second pipeline a {family.word} of its own"
         )
     name = encoding_method(pipe)
     with (
         patched_but_in_copies(name, pipe, _Telling(pipe, name, listener)),
-        patched(MODULE_CALL, {unet: _UNetCalls(unet, listener)}),
+        patched(MODULE_CALL, {model: _ModelCalls(family, model, listener)}),
     ):
         yield
 
@@ -139,16 +143,17 @@ def _observed(pipe: Any) -> Iterator[dict[str, list[TextCall]]]:
         yield seen_by
 
 
-class _UNetCalls:
-    """Stands as a UNet's call; what is not the listener's, or comes from its denoiser, passes through."""
+class _ModelCalls:
+    """Stands as a denoiser's call; what is not the listener's, or comes from what gives the maps, passes through."""
 
-    def __init__(self, unet: nn.Module, listener: Listener) -> None:
-        self.plain: Callable[..., Any] = vars(unet).get(MODULE_CALL) or unet._call_impl
+    def __init__(self, family: Family, model: nn.Module, listener: Listener) -> None:
+        self.plain: Callable[..., Any] = vars(model).get(MODULE_CALL) or model._call_impl
+        self.family = family
         self.listener = listener
         self.inside = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = {**dict(zip(UNET_ARGUMENTS, args, strict=False)), **kwargs}
+        arguments = {**dict(zip(self.family.arguments, args, strict=False)), **kwargs}
         if self.inside or not self.listener.belongs(arguments):
             return self.plain(*args, **kwargs)
         return_dict = arguments.pop("return_dict", True)
@@ -157,4 +162,4 @@ class _UNetCalls:
             noise_pred = self.listener.denoise(arguments)
         finally:
             self.inside = False
-        return UNet2DConditionOutput(sample=noise_pred) if return_dict else (noise_pred,)
+        return self.family.output(sample=noise_pred) if return_dict else (noise_pred,)

@@ -34,9 +34,9 @@ class OwnProduct(TorchFunctionMode):
     `Attention.get_attention_scores`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, found: "Products | None" = None) -> None:
         super().__init__()
-        self.found = Products()
+        self.found = found or Products()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Let a function run, an attention product with the columns."""
@@ -52,21 +52,20 @@ class Products:
     first: int
     queries: tuple[int, int]  # rows and pixels
     heads: int
-    fewer_rows: bool
+    fewer_rows = False
     maps: list[Tensor]  # of products over all heads: [Bc, K, N]
     parts: list[Tensor]  # of products over some rows of batch and heads: [n, N, K]
 
-    def begin(self, attn: Attention, hidden_states: Tensor, columns: Tensor | None, first: int) -> None:
+    def begin(self, heads: int, queries: tuple[int, int], columns: Tensor | None, first: int) -> None:
         """Forget the last call.
 
         Args:
-            attn: the layer.
-            hidden_states: [B, N, C], its input.
+            heads: H of the layer.
+            queries: B and N of its input.
             columns: [Bc, T, K]; None only counts the products.
             first: the first conditional row.
         """
-        self.columns, self.first, self.heads = columns, first, attn.heads
-        self.queries = (hidden_states.shape[0], hidden_states.shape[1])
+        self.columns, self.first, self.heads, self.queries = columns, first, heads, queries
         self.maps, self.parts = [], []
 
     def attend(
@@ -94,8 +93,12 @@ class Products:
         query, key = (F.pad(x, (0, width - size)) for x in (query, key))
         out = product(query, key, values, scale=size**-0.5 if scale is None else scale, **rest)
         read = out[self.first : self.first + columns.shape[0], :, :, own : own + num]
-        self.maps.append(read.mean(1, dtype=torch.float32).transpose(1, 2))
+        self.maps.append(self.over_heads(read).transpose(1, 2))
         return out[..., :own]
+
+    def over_heads(self, read: Tensor) -> Tensor:
+        """Return the mean [Bc, N, K] of what the columns of all heads [Bc, H, N, K] gave."""
+        return read.mean(1, dtype=torch.float32)
 
     def read(self, probs: Tensor) -> None:
         """Read the columns from probabilities [n, N, T], of some or all rows of batch and heads."""
@@ -157,7 +160,7 @@ class _WithMaps:
             _second_product(attn, hidden_states, context, mask, tap, columns, self.place, self.impl)
             return own()
         found, scores = self.product.found, attn.get_attention_scores
-        found.begin(attn, hidden_states, columns, tap.first)
+        found.begin(attn.heads, (hidden_states.shape[0], hidden_states.shape[1]), columns, tap.first)
 
         def get_attention_scores(*args: Any, **kwargs: Any) -> Tensor:
             probs = scores(*args, **kwargs)
@@ -212,11 +215,22 @@ def _class_with_maps(kind: Any) -> type:
     ) -> Any:
         return self.draw(attn, hidden_states, tap, encoder_hidden_states, attention_mask, kwargs)
 
+    return taking_a_tap(kind, _WithMaps, call)
+
+
+def taking_a_tap(kind: Any, base: type, call: Any) -> type:
+    """Make a class that is called as one of processors is, and takes `tap` by name: diffusers filters by names.
+
+    Args:
+        kind: of processors.
+        base: of the class.
+        call: what it is called by.
+    """
     taken = list(inspect.signature(kind.__call__).parameters.values())
     at = len(taken) - (taken[-1].kind is inspect.Parameter.VAR_KEYWORD)
     taken.insert(at, inspect.Parameter("tap", inspect.Parameter.KEYWORD_ONLY))
-    call.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
-    return type(f"{kind.__name__}WithMaps", (_WithMaps,), {"__call__": call})
+    call.__signature__ = inspect.Signature(taken)
+    return type(f"{kind.__name__}WithMaps", (base,), {"__call__": call})
 
 
 def _second_product(

@@ -1,7 +1,7 @@
 """From a phrase to its token columns: whole words among the token ids that were encoded."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -94,19 +94,44 @@ def phrase_positions(
     Raises:
         PhraseNotFound: a phrase is not among the ids.
     """
+    found = found_positions(tokenizer, encoded, prompts, phrases)
+    missing = next((one for row in found for one in row if isinstance(one, PhraseNotFound)), None)
+    if missing is not None:
+        raise missing
+    return cast(list[list[list[int]]], found)
+
+
+def found_positions(
+    tokenizer: Any,
+    encoded: Sequence[Sequence[int]],
+    prompts: Sequence[str],
+    phrases: Sequence[Sequence[str]],
+    start: int = 0,
+) -> list[list[list[int] | PhraseNotFound]]:
+    """Find positions as phrase_positions does, with an error in the place of what is not among the ids.
+
+    Args:
+        tokenizer: as there.
+        encoded: as there.
+        prompts: as there.
+        phrases: as there.
+        start: the position of the first id.
+    """
     speller = Speller(tokenizer)
     wanted = {phrase: speller.words(phrase) for row in phrases for phrase in row}
-    indices: list[list[list[int]]] = []
+    indices: list[list[list[int] | PhraseNotFound]] = []
     for prompt, ids, row in zip(prompts, encoded, phrases, strict=True):
         spelt = speller.spelt(ids)
         indices.append([])
         for phrase in row:
             found = spelt.occurrences(wanted[phrase])
-            if not found:
-                whole = speller.spelt(speller.ids(prompt))
-                unknown = not wanted[phrase] or not {UNKNOWN, APART}.isdisjoint(wanted[phrase])
-                raise PhraseNotFound(phrase, prompt, len(ids), bool(whole.occurrences(wanted[phrase])), unknown)
-            indices[-1].append(found)
+            if found:
+                indices[-1].append([start + position for position in found])
+                continue
+            whole = speller.spelt(speller.ids(prompt))
+            unknown = not wanted[phrase] or not {UNKNOWN, APART}.isdisjoint(wanted[phrase])
+            truncated = bool(whole.occurrences(wanted[phrase]))
+            indices[-1].append(PhraseNotFound(phrase, prompt, len(ids), truncated, unknown))
     return indices
 
 

@@ -19,6 +19,7 @@ class PipelineCall:
         select: [Bc, T, K], their columns.
         embeds: [Bc, T, E], what the prompts were encoded to.
         is_doubled: other rows were encoded to the same.
+        word: for what denoises.
     """
 
     def __init__(
@@ -28,15 +29,18 @@ class PipelineCall:
         select: Tensor,
         embeds: Tensor,
         is_doubled: bool = False,
+        word: str = "UNet",
     ) -> None:
         self.frame = frame
         self.phrases = phrases
         self.select = select
         self.embeds = embeds
         self.is_doubled = is_doubled
+        self.word = word
         self.store: MapStore | None = None
         self.steps = Steps(None)
-        self.seen = f"prompts were encoded to {tuple(embeds.shape)}, but the UNet was not called"
+        self.seen = f"prompts were encoded to {tuple(embeds.shape)}, but the {word} was not called"
+        self._extent: tuple[int, ...] = ()
         self._last: tuple[Tensor | None, int | None, list[int]] = (None, None, [])
 
     def first_row(self, encoder_hidden_states: Tensor) -> int | None:
@@ -58,17 +62,33 @@ class PipelineCall:
             self._last = (encoder_hidden_states, now, found)
         return found
 
-    def begin(self, pipe: Any, latents: Tensor, states: Tensor, timestep: Tensor | float, **options: Any) -> MapStore:
+    def begin(
+        self,
+        pipe: Any,
+        latents: Tensor,
+        states: Tensor,
+        timestep: Tensor | float,
+        size: tuple[int, int],
+        **options: Any,
+    ) -> MapStore:
         """Begin to collect with the first UNet call.
+
+        Args:
+            pipe: that calls it.
+            latents: of all rows.
+            states: encoder_hidden_states.
+            timestep: of the step.
+            size: h, w of the finest maps.
+            options: of MapStore.
 
         Raises:
             DiffuMaskError: it draws a part of the image, or several images in the place of one.
         """
         whole = None if self.frame is None else self.frame.f_locals.get("latents")
-        size = (latents.shape[-2], latents.shape[-1])
-        if isinstance(whole, Tensor) and whole.ndim == 4 and whole.shape[-2:] != latents.shape[-2:]:
+        if isinstance(whole, Tensor) and whole.ndim == latents.ndim and _extent(whole) != self._drawn(latents, size):
             raise DiffuMaskError(
-                f"{type(pipe).__name__} draws latents of {_by(whole)} in windows of {_by(latents)}, and maps of "
+                f"{type(pipe).__name__} draws latents of {_by(_extent(whole))} in windows of "
+                f"{_by(self._drawn(latents, size))}, and maps of "
                 "windows are no maps of the image: ask for an image of one window"
             )
         num = self.embeds.shape[0]
@@ -83,6 +103,7 @@ class PipelineCall:
         planned = getattr(pipe, "_num_timesteps", None)
         num_calls = min(left, planned) if left and planned else left
         self.store = MapStore(self.phrases, size, num_calls=num_calls, **options)
+        self._extent = _extent(latents)
         return self.store
 
     def step(self, latents: Tensor, timestep: Tensor | float) -> None:
@@ -91,18 +112,21 @@ class PipelineCall:
         Raises:
             DiffuMaskError: its latents are of another size, or that step was made already.
         """
-        assert self.store is not None
-        if tuple(latents.shape[-2:]) != self.store.latent_size:
-            h, w = self.store.latent_size
+        if _extent(latents) != self._extent:
             raise DiffuMaskError(
-                f"the UNet was called for one image with latents of {h}x{w} and of {_by(latents)}: maps are of one size"
+                f"the {self.word} was called for one image with latents of {_by(self._extent)} and of "
+                f"{_by(_extent(latents))}: maps are of one size"
             )
         if not self.steps.advance(timestep):
             raise DiffuMaskError(
-                "the pipeline calls the UNet more than once for these prompts in one step (windows of a larger image, "
-                "a reference image, a second guidance), and which call draws the image is not known: use a pipeline "
-                "with one call for each step"
+                f"the pipeline calls the {self.word} more than once for these prompts in one step (windows of a larger "
+                "image, a reference image, a second guidance), and which call draws the image is not known: use a "
+                "pipeline with one call for each step"
             )
+
+    def _drawn(self, latents: Tensor, size: tuple[int, int]) -> tuple[int, ...]:
+        """Return the extent of what a call draws: of packed latents the tokens of the first image alone."""
+        return _extent(latents) if latents.ndim == 4 else (size[0] * size[1],)
 
     def _find(self, states: Tensor) -> list[int]:
         num = self.embeds.shape[0]
@@ -113,7 +137,7 @@ class PipelineCall:
             found = [first for first in starts if torch.equal(states[first : first + num], embeds)]
         if not found:
             self.seen = (
-                f"prompts were encoded to {tuple(self.embeds.shape)}, and the UNet was called with "
+                f"prompts were encoded to {tuple(self.embeds.shape)}, and the {self.word} was called with "
                 f"encoder_hidden_states of {tuple(states.shape)} that do not contain them"
             )
         return found
@@ -157,5 +181,10 @@ class Steps:
         return next((step for step in at if step > self.last), at[-1] if at else None)
 
 
-def _by(latents: Tensor) -> str:
-    return f"{latents.shape[-2]}x{latents.shape[-1]}"
+def _extent(latents: Tensor) -> tuple[int, ...]:
+    """Return height and width of latents, of packed ones the number of tokens."""
+    return tuple(latents.shape[-2:]) if latents.ndim == 4 else (latents.shape[1],)
+
+
+def _by(extent: tuple[int, ...]) -> str:
+    return "x".join(map(str, extent)) if len(extent) > 1 else f"{extent[0]} tokens"

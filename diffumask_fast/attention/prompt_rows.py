@@ -1,12 +1,13 @@
 """Which rows of what a pipeline encoded are of its prompts: told by their content, for their order is its own."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from diffumask_fast.attention.encoded import Encoded, calls_of_prompts
+from diffumask_fast.attention.encoded import Encoded, Segment, calls_of_prompts
 from diffumask_fast.errors import DiffuMaskError
 
 NEGATIVE = "negative_"
@@ -24,7 +25,10 @@ class PromptRows(NamedTuple):
     is_doubled: bool
 
 
-def prompt_rows(pipe: Any, encoded: Encoded) -> PromptRows:
+Segments = Callable[[int], Sequence[Segment]]
+
+
+def prompt_rows(pipe: Any, encoded: Encoded, segments: Segments) -> PromptRows:
     """Find the rows of the prompts among those that encode_prompt returned.
 
     They are those that the text encoders gave for the prompts' ids. Where the pipeline changes what these give, by
@@ -34,6 +38,7 @@ def prompt_rows(pipe: Any, encoded: Encoded) -> PromptRows:
     Args:
         pipe: that encoded.
         encoded: what it encoded, and to what.
+        segments: gives those of a sequence of so many tokens.
 
     Raises:
         DiffuMaskError: it is not known which rows are of the prompts, or of which prompt a row is.
@@ -46,7 +51,7 @@ def prompt_rows(pipe: Any, encoded: Encoded) -> PromptRows:
             f"{type(pipe).__name__} encoded {num} prompts, {copies} images of each, to {shapes}, and which rows of "
             "them are of the prompts is not known: use another pipeline"
         )
-    at = 0 if len(blocks) == 1 else _at_prompts(pipe, encoded, blocks)
+    at = 0 if len(blocks) == 1 else _at_prompts(pipe, encoded, blocks, segments(blocks[0].shape[1]))
     if at is None:
         raise DiffuMaskError(
             f"which of the rows that {type(pipe).__name__} encodes are of the prompts, and which of the negative "
@@ -70,30 +75,34 @@ def _blocks(result: Any, rows: int) -> list[Tensor]:
     return [block for x in leaves if x.ndim == 3 and x.shape[0] % rows == 0 for block in x.split(rows)]
 
 
-def _at_prompts(pipe: Any, encoded: Encoded, blocks: list[Tensor]) -> int | None:
+def _at_prompts(pipe: Any, encoded: Encoded, blocks: list[Tensor], segments: Sequence[Segment]) -> int | None:
     """Return which block is of the prompts; None where that is not known."""
     for at, block in enumerate(blocks):
-        if _is_encoded(pipe, encoded, block):
+        if _is_encoded(pipe, encoded, block, segments):
             return at
     return _unchanged_by_negative(encoded, blocks)
 
 
-def _is_encoded(pipe: Any, encoded: Encoded, block: Tensor) -> bool:
+def _is_encoded(pipe: Any, encoded: Encoded, block: Tensor, segments: Sequence[Segment]) -> bool:
     """Tell whether a block is made of what each of the text encoders gave for the prompts."""
     if (given := encoded.given) is not None:
-        return _is_in(given, block, encoded.copies)
+        return _is_in(given, block, encoded.copies, used=0)
     found = []
-    for name in encoded.calls:
-        own = calls_of_prompts(pipe, name, encoded, block.shape[1])
-        layers = zip(*(call.states for call in own), strict=False)
-        found.append(any(_is_in(torch.cat(layer, 1), block, encoded.copies) for layer in layers))
+    for start, length, tokenizers in segments:
+        part, used = block[:, start : start + length], 0
+        for name in tokenizers:
+            own = calls_of_prompts(pipe, name, encoded, length)
+            layers = [torch.cat(layer, 1) for layer in zip(*(call.states for call in own), strict=False)]
+            found.append(any(_is_in(layer, part, encoded.copies, used) for layer in layers))
+            used += layers[0].shape[-1] if layers else 0
     return bool(found) and all(found)
 
 
-def _is_in(states: Tensor, block: Tensor, copies: int) -> bool:
-    """Tell whether the first or the last features of a block are these states, each row as often as it has images."""
+def _is_in(states: Tensor, block: Tensor, copies: int, used: int) -> bool:
+    """Tell whether features of a block are these states, each row as often as it has images: the first ones, the last
+    ones, or those after the ones that other encoders have used."""
     rows, width = states.to(block).repeat_interleave(copies, 0), states.shape[-1]
-    return torch.equal(block[..., :width], rows) or torch.equal(block[..., -width:], rows)
+    return any(torch.equal(block[..., at : at + width], rows) for at in {0, used, block.shape[-1] - width})
 
 
 def _unchanged_by_negative(encoded: Encoded, blocks: list[Tensor]) -> int | None:

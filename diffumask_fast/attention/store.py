@@ -54,8 +54,8 @@ class MapStore:
     Propagation: the prior of a call holds, for each level that it propagates, the mean of the earlier maps and the
     means so far of the 1 to n-1 times propagated ones, side by side on the K axis. The call applies its self-attention
     once to all of them, so maps propagated k times are the self-attention of later calls on the mean of those
-    propagated k-1 times. It happens at levels of at most 1024 query pixels, in the last third of the calls (in all but
-    the first when their number is not known).
+    propagated k-1 times. It happens at levels of at most so many query pixels, 1024 where nothing is said, in the last
+    third of the calls (in all but the first when their number is not known).
     """
 
     def __init__(
@@ -66,22 +66,25 @@ class MapStore:
         propagate: Propagate = "auto",
         aggregation: Aggregation = "auto",
         num_calls: int | None = None,
+        max_propagated_pixels: float = MAX_PROPAGATED_PIXELS,
     ) -> None:
         """Begin with nothing.
 
         Args:
             phrases: the phrases of each of the Bc conditional rows.
-            latent_size: h, w of the latents.
+            latent_size: h, w of the latents, or of the tokens of an image that is packed.
             propagate: "auto" (once), "none", or 1 to 4 times.
             aggregation: the one that `class_maps` will be asked for, which decides what is kept and propagated; "auto"
                 allows all of them.
             num_calls: how many UNet calls there will be, None if that is not known.
+            max_propagated_pixels: of the levels that are propagated.
         """
         self.phrases = [list(row) for row in phrases]
         self.latent_size = latent_size
         self.times = propagation_times(propagate)
         self.aggregation = MapOptions(aggregation=aggregation).aggregation
         self.num_calls = num_calls
+        self.max_propagated_pixels = max_propagated_pixels
         self.calls = 0
         self._maps: dict[str, Mean] = {}
         self._propagated: dict[str, list[Mean]] = {}
@@ -96,7 +99,7 @@ class MapStore:
         if not self.times:
             return set()
         keys = self._read(self.aggregation)
-        return {key for key in keys if self._maps[key].mean().shape[-1] <= MAX_PROPAGATED_PIXELS}
+        return {key for key in keys if self._maps[key].mean().shape[-1] <= self.max_propagated_pixels}
 
     def prior(self) -> Levels:
         """Return what the next UNet call propagates: level -> [Bc, n*K, N], empty when it propagates nothing."""

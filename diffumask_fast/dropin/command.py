@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 import typer
 
+from diffumask_fast.attention.families import has_unet
 from diffumask_fast.console import progress_bar, run_program, say, stoppable
 from diffumask_fast.dropin.class_folder import ClassFolder
 from diffumask_fast.dropin.drawing import draw, plan_class
 from diffumask_fast.dropin.options import DropinOptions
+from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.flags import with_flags
 from diffumask_fast.models.loading import without_bars
 from diffumask_fast.pipeline import DiffuMaskPipeline
@@ -29,6 +31,10 @@ def run(options: DropinOptions) -> None:
     vocabulary = Vocabulary.named(Vocabulary.parse(options.classes, voc, "the layout of 20 classes").names)
     pipe = DiffuMaskPipeline.from_pretrained(options.model, dtype=options.dtype, device=options.device)
     info = pipe.info
+    if not has_unet(pipe.pipe):
+        raise DiffuMaskError(
+            f"the paper's program draws with a UNet, and {info.identity} has a transformer: use diffumask-fast generate"
+        )
     unknown = [name for name in vocabulary.names if info.classes and name not in info.classes]
     if unknown:
         say(f"{options.model} never learnt {', '.join(unknown)}: its images will show little.", sys.stderr)

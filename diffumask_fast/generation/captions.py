@@ -85,7 +85,7 @@ def with_captions(
                 bar.advance(task, len(texts))
                 return vectors
 
-            kept = retrieve(file, asked, job.recipe, pipe.pipe.tokenizer, embedded, index)
+            kept = retrieve(file, asked, job.recipe, pipe.tokenizer, embedded, index)
     return _with(job, kept)
 
 

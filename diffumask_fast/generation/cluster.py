@@ -64,7 +64,7 @@ class Worker:
         return {
             "job": job.as_json(), "environment": environment(self._pipe), "classes": self._pipe.info.classes,
             "folder": self._pipe.info.folder and str(self._pipe.info.folder),
-            "tokenizer": self._pipe.pipe.tokenizer, "compares_texts": compares_texts(self._pipe),
+            "tokenizer": self._pipe.tokenizer, "compares_texts": compares_texts(self._pipe),
         }  # fmt: skip
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
@@ -131,7 +131,7 @@ class Cluster:
         self.environment: dict[str, Any] = self._first["environment"]
         folder = self._first["folder"]  # read for its licence, where it is on this machine too
         self.info = SimpleNamespace(classes=self._first["classes"], folder=folder and Path(folder))
-        self.pipe = SimpleNamespace(tokenizer=self._first["tokenizer"])
+        self.tokenizer = self._first["tokenizer"]
         self.compares_texts: bool = self._first["compares_texts"]
         return self
 

@@ -17,6 +17,7 @@ from rich.progress import Progress
 
 from diffumask_fast import __version__
 from diffumask_fast.attention.choice import attention_of
+from diffumask_fast.attention.families import denoising_model
 from diffumask_fast.dataset.reader import read_manifest, shard_paths
 from diffumask_fast.dataset.run import Run, open_run
 from diffumask_fast.dataset.schema import MANIFEST
@@ -283,7 +284,7 @@ def environment(pipe: DiffuMaskPipeline) -> dict[str, Any]:
     versions = {library: metadata.version(library) for library in libraries}
     if pipe.engine is not None:
         versions |= pipe.engine.libraries
-    elif attention_of(pipe.pipe.unet) == "xformers":
+    elif attention_of(denoising_model(pipe.pipe)) == "xformers":
         versions["xformers"] = metadata.version("xformers")
     return {
         "device": name, "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability(),

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffumask_fast.attention.families import denoising_model
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.attention.phrases import PhraseNotFound, phrase_columns
 from diffumask_fast.dataset.writer import MOST_BYTES
@@ -112,7 +113,7 @@ class Job:
 
     def plan(self, pipe: DiffuMaskPipeline | Cluster) -> Plan:
         """Return the requests, each made when it is asked for; the pipeline's tokenizer says which captions fit."""
-        tokenizer = pipe.pipe.tokenizer
+        tokenizer = pipe.tokenizer
 
         def fits(prompt: str, phrases: tuple[str, ...]) -> bool:
             try:
@@ -220,7 +221,7 @@ def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
         model=str(folder.resolve()) if options.model != "mini" and folder.is_dir() else options.model,
         revision=options.revision,
         scheduler=type(pipe.pipe.scheduler).__name__,
-        dtype=next(name for name, dtype in DTYPES.items() if dtype == pipe.pipe.unet.dtype),
+        dtype=next(name for name, dtype in DTYPES.items() if dtype == denoising_model(pipe.pipe).dtype),
         engine=options.engine,
         engine_path=str(Path(options.engine_path).expanduser().resolve()) if options.engine_path else None,
         attention=options.attention,

@@ -188,4 +188,5 @@ def _name(options: MapOptions) -> str:
 
 
 def _options(name: str) -> MapOptions:
-    return MapOptions(*name.split(" "))
+    rule, times = name.split(" ")
+    return MapOptions(rule, "none" if times == "none" else int(times))

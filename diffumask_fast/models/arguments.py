@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from diffumask_fast.attention.families import has_unet
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
+from diffumask_fast.models.find import ModelInfo
 
 SCHEDULES = ("timesteps", "sigmas")
+
+
+def suited(info: ModelInfo, pipe: DiffusersPipeline) -> ModelInfo:
+    """Return a model's settings with the pipeline's own steps and guidance, where its folder has no say and it is no
+    UNet, for which the general ones are."""
+    if info.scenes is not None or has_unet(pipe):
+        return info
+    return replace(info, **steps_and_guidance(pipe, {}))
 
 
 def steps_and_guidance(pipe: DiffusersPipeline, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def try_tokenizers(pipe: DiffusersPipeline, folder: Path) -> None:
     Raises:
         DiffuMaskError: a tokenizer knows no word of it, has no maximum length, or has more tokens than its encoder.
     """
-    for name in ("tokenizer", "tokenizer_2"):
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         tokenizer, encoder = (getattr(pipe, part, None) for part in (name, name.replace("tokenizer", "text_encoder")))
         if tokenizer is None:
             continue

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from diffumask_fast.attention.families import family_of
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.models.complete import load_models, try_tokenizers
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 from diffumask_fast.models.find import ModelInfo
 from diffumask_fast.models.scheduler import set_scheduler
+
+OF_T5 = ("text_encoder_3", "tokenizer_3")  # SD3 draws without them, with zeros in their place
 
 
 def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **components: Any) -> DiffusersPipeline:
@@ -29,14 +32,13 @@ def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **compo
         components: replacements of the folder's components, by name.
 
     Raises:
-        DiffuMaskError: diffusers cannot load it, a component is incomplete, a tokenizer does not fit, or there is no
-            UNet2DConditionModel.
+        DiffuMaskError: diffusers cannot load it, a component is incomplete, a tokenizer does not fit, or its denoiser
+            is of a kind that gives no maps.
     """
-    from diffusers import UNet2DConditionModel
-
     try:
         with quietly():
-            models = load_models(info.local_folder, dtype, held=components)
+            models: dict[str, Any] = load_models(info.local_folder, dtype, held=components)
+            models |= dict.fromkeys(_left_out(info.local_folder))
             pipe: Any = DiffusionPipeline.from_pretrained(
                 info.folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **models, **components
             )
@@ -44,11 +46,21 @@ def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **compo
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise DiffuMaskError(f"diffusers cannot load {info.folder}: {cause}") from error
-    if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel):
-        raise DiffuMaskError(f"{info.name} has no UNet2DConditionModel: use a Stable Diffusion 1.x, 2.x or XL model.")
+    try:
+        family_of(pipe)
+    except DiffuMaskError as error:
+        raise DiffuMaskError(
+            f"{info.name} is of a kind without maps ({error}): use a Stable Diffusion model up to 3.5, or FLUX.1."
+        ) from error
     if info.scheduler not in (None, type(pipe.scheduler).__name__):
         set_scheduler(pipe, info.scheduler)
     return pipe.to(device)
+
+
+def _left_out(folder: Path) -> list[str]:
+    """List the components without which a folder is complete by its own word, and diffusers wants to be told so."""
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    return [name for name in OF_T5 if index.get(name) == [None, None]]
 
 
 def says_force_upcast(folder: Path) -> bool:
@@ -58,12 +70,12 @@ def says_force_upcast(folder: Path) -> bool:
 
 
 def check_size(pipe: DiffusersPipeline, height: int | None, width: int | None) -> None:
-    """Refuse an image size that the VAE cannot decode to.
+    """Refuse an image size that the model cannot draw.
 
     Raises:
-        DiffuMaskError: height or width is no positive multiple of the VAE's factor.
+        DiffuMaskError: height or width is no positive multiple of the pixels of a token, or of the VAE's factor.
     """
-    factor = pipe.vae_scale_factor
+    factor = family_of(pipe).pixels_per_token(pipe)
     for name, value in (("height", height), ("width", width)):
         if value is not None and (value <= 0 or value % factor):
             raise DiffuMaskError(

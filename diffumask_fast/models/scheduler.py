@@ -24,6 +24,9 @@ def set_scheduler(pipe: DiffusersPipeline, name: str) -> None:
     wanted = next((cls for cls in compatible.values() if cls.__name__ == name), compatible.get(name.lower()))
     if wanted is None or not _is_usable(wanted):
         usable = ", ".join(sorted(short for short, cls in compatible.items() if _is_usable(cls)))
+        if not usable:
+            own = type(pipe.scheduler).__name__
+            raise DiffuMaskError(f"There is no scheduler {name} for this model, which has {own}: leave it out.")
         without = f" without {', '.join(missing)}" if (missing := _missing_libraries(wanted)) else ""
         raise DiffuMaskError(f"There is no scheduler {name} for this model{without}: use one of {usable}.")
     config = dict(pipe.scheduler.config)
@@ -58,13 +61,15 @@ def try_scheduler(pipe: DiffusersPipeline, steps: int) -> None:
 def _steps(scheduler: Any, steps: int, seeds: tuple[int, ...]) -> Tensor:
     """Denoise the noise of each seed as a pipeline's loop does; half of the latents stands for the UNet's output."""
     scheduler = type(scheduler).from_config(scheduler.config)
-    scheduler.set_timesteps(steps)
+    shift = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
+    scheduler.set_timesteps(steps, **shift)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     kwargs = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     latents = torch.cat([torch.randn(1, 4, 2, 2, generator=generator) for generator in generators])
-    latents = latents * scheduler.init_noise_sigma
+    latents = latents * getattr(scheduler, "init_noise_sigma", 1)
     for timestep in scheduler.timesteps:
-        predicted = 0.5 * scheduler.scale_model_input(latents, timestep)
+        scaled = scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
+        predicted = 0.5 * scaled
         latents = scheduler.step(predicted, timestep, latents, **kwargs).prev_sample
     return latents
 
