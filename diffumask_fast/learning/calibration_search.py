@@ -101,9 +101,9 @@ def search(trials: Trials, own: Choice, indices: tuple[int, ...], on_tried: Call
     return _reduced(best, own, trials, score)
 
 
-def _grid(trials: Trials, own: Choice, refine: str) -> list[Choice]:
+def _grid(trials: Trials, own: Choice, refine: Any) -> list[Choice]:
     """Every map with a few thresholds, one way of refining, and what is best in general."""
-    general = replace(MaskOptions(), refine=refine)
+    general = MaskOptions(refine=refine)
     mask = replace(own.mask, **{name: getattr(general, name) for name in VALUES})
     return [Choice(maps, replace(mask, threshold=cut)) for maps in trials.maps for cut in FIRST]
 

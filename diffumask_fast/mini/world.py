@@ -278,7 +278,7 @@ def write_world(
     requests = [request(index, world.scene(seed, index)) for index in range(num)]
     environment = {library: metadata.version(library) for library in ("numpy", "pillow", "pyarrow")}
     options = {"world": names, "objects": objects, "seed": seed, "num": num, "sprites": _digest(world)}
-    vocabulary = Vocabulary(VOC[name] for name in world.classes)
+    vocabulary = Vocabulary(tuple(VOC[name] for name in world.classes))
     with open_run(out, requests, options, environment, shard_size, vocabulary=vocabulary) as run:
         for index in run.missing_shards():
             drawn = [(request, world.scene(seed, request.seed)) for request in run.requests_of(index)]
