@@ -323,7 +323,7 @@ def _with_shipped(wanted: Vocabulary, source: str, of_model: bool, sub_classes: 
 
 
 def _without(entry: ClassEntry, strange: tuple[str, ...]) -> ClassEntry:
-    """Return a class of the package without the synonyms and sub-classes that are other classes, which the package lacks."""
+    """Return a class of the package without the synonyms and sub-classes that are classes of the user's own."""
     if not strange:
         return entry
     folded = set(map(_fold, strange))
@@ -369,5 +369,6 @@ def _like_vocs(entry: ClassEntry, among: Vocabulary) -> ClassEntry:
         names = tuple(name for name in like.sub_classes if among.find(name) == [entry.name])
         entry = replace(entry, sub_classes=names)
     if not entry.scenes:
-        entry = replace(entry, templates=like.templates, scenes=like.scenes, views=like.views)
+        scenes = tuple(scene for scene in like.scenes if not among.find(scene))
+        entry = replace(entry, templates=like.templates, scenes=scenes, views=like.views)
     return entry
