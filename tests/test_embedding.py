@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.embedding import compares_texts, embed
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
@@ -39,6 +40,13 @@ def test_of_two_encoders_the_one_with_a_projection_is_taken(tiny_sdxl):
     vectors = embed(pipe, TEXTS)
     assert compares_texts(pipe)
     assert_directions(vectors, [alone(tiny_sdxl.text_encoder_2, tiny_sdxl.tokenizer_2, t).text_embeds for t in TEXTS])
+
+
+def test_vectors_that_are_no_numbers_are_refused(tiny_folder):
+    pipe = loaded(tiny_folder)
+    next(pipe.pipe.text_encoder.parameters()).data.fill_(float("nan"))
+    with pytest.raises(DiffuMaskError, match="vectors that are no numbers: say `dtype=fp32`"):
+        embed(pipe, TEXTS)
 
 
 def test_an_exported_encoder_gives_the_same(tiny_folder, static_engine):
