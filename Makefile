@@ -7,11 +7,14 @@ INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.
 export OMP_NUM_THREADS ?= 2
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test-env test test-slow lint types tables gpu
+.PHONY: demo reproduce test-env test test-slow lint types tables gpu
 
 demo: .venv/.core
 	$(BIN)/diffumask-fast generate demo --num 24
 	$(BIN)/diffumask-fast report demo
+
+reproduce: test-env
+	$(BIN)/python -m diffumask_fast.bench.reproduce build/reproduce $(REPRODUCE)
 
 test-env: .venv/.test
 

@@ -47,3 +47,16 @@ class TuneOptions(Options):
     out: Path | None = option(None, "Table to write; the installed one when left out.")
     quick: bool = option(False, "fp16 and the likely configurations alone: a minute.")
     only_this_device: bool = option(False, "Keep it for this GPU's name, not for its architecture.")
+
+
+@dataclass(frozen=True)
+class ReproduceOptions(Options):
+    """How much of the paper's protocol is run, and where to."""
+
+    out: Path = argument("Folder of data, segmenters and rows; run again to finish it.")
+    scale: str = option("full", "full, or small: minutes, for a look.", one_of("full", "small"))
+    seeds: int = option(3, "Repetitions, each with data and weights of its own.", whole(1))
+    only: str = option("", "Some of headline, masks, pruning, augmentation, zero-shot, with commas.")
+    rows: Path | None = option(None, "File to which rows are appended; OUT/rows.jsonl when left out.")
+    engine: str = option("torch", "That draws: torch or compile.", one_of("torch", "compile"))
+    dtype: str = option("auto", "Of training: auto, fp32 or bf16.", one_of("auto", "fp32", "bf16"))

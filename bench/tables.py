@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/costs.md, and the plot, from committed rows; what `make tables` runs."""
+"""Write the tables of README.md and docs, and the plots, from committed rows; what `make tables` runs."""
 
 import hashlib
 import json
@@ -11,6 +11,8 @@ from diffumask_fast.errors import DiffuMaskError
 
 BEGIN, END = "<!-- bench: made by `make tables` -->", "<!-- bench: end -->"
 PLOT = "docs/bench.png"
+# the rows of the paper's protocol, and what is made of them
+PROTOCOL, PROTOCOL_PAGE, PROTOCOL_PLOT = "bench/results/reproduce/mini.jsonl", "docs/reproduce.md", "docs/reproduce.png"
 # the few of mini that README.md shows
 SUMMARY = ("maps_overhead", "masks_overhead", "speedup_vs_reference_best", "speedup_vs_daam", "memory_vs_steps")
 LABELS = {
@@ -100,6 +102,14 @@ def all_tables(rows: Sequence[dict]) -> str:
     return "\n\n".join(filter(None, [table(rows), engines_table(rows)]))
 
 
+def protocol_page(rows: Sequence[dict]) -> str:
+    """Return the tables and the plot of the paper's protocol."""
+    from diffumask_fast.bench import protocol_tables
+
+    text = "mIoU of each training set, and what each ablation changes; a dot for each seed"
+    return protocol_tables.all_tables(rows) + (f"\n\n![{text}]({Path(PROTOCOL_PLOT).name})" if rows else "")
+
+
 PAGES = {"README.md": summary, "docs/costs.md": all_tables}
 
 
@@ -126,14 +136,20 @@ def _line(one: dict) -> str:
 
 
 def main(root: Path) -> None:
-    """Rewrite the pages and the plot of a checkout."""
+    """Rewrite the pages and the plots of a checkout."""
     from diffumask_fast.bench.plots import overview
+    from diffumask_fast.bench.protocol_tables import plot
 
     rows = latest_rows(root / "bench" / "results")
-    for name, tables in PAGES.items():
-        page = root / name
-        page.write_text(between_markers(page.read_text(encoding="utf-8"), tables(rows)), encoding="utf-8")
+    made = {name: tables(rows) for name, tables in PAGES.items()}
     overview(rows, root / PLOT, digest(rows))
+    rows = read_rows(root / PROTOCOL) if (root / PROTOCOL).exists() else []
+    made[PROTOCOL_PAGE] = protocol_page(rows)
+    if rows:
+        plot(rows, root / PROTOCOL_PLOT, digest(rows))
+    for name, tables in made.items():
+        page = root / name
+        page.write_text(between_markers(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from diffumask_fast.export.options import ExportOptions
 from diffumask_fast.flags import with_flags
 from diffumask_fast.generation.options import GenerateOptions, RebuildOptions
 from diffumask_fast.learning.options import (
+    AffinityOptions,
     AugmentOptions,
     CalibrateOptions,
     EvaluateOptions,
@@ -150,6 +151,21 @@ def filter_command(options: FilterOptions, log: LogFlag = None, as_json: JsonFla
         say(f"{name:24} {row['images']:7} {row['pruned']:7} {lowest:>12}")
     accepted = f"{summary['accepted']} of {summary['images']} images accepted"
     say(f"{accepted}. Look at {options.out / 'preview.png'}.")
+
+
+@app.command()
+@with_flags
+def affinity(options: AffinityOptions, log: LogFlag = None, as_json: JsonFlag = False) -> None:
+    """Make new masks of stored maps by AffinityNet, which learns from the dataset itself."""
+    log_to(log)
+    from diffumask_fast.learning.affinity import make_affinity_masks
+
+    with stoppable("Stopped; run the same command again to finish."):
+        summary = make_affinity_masks(options, progress=progress_bar)
+    if as_json:
+        say(json.dumps(summary))
+    else:
+        say(_closing(summary))
 
 
 @app.command()

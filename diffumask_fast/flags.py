@@ -54,7 +54,8 @@ def _flags_of(kind: type, dash: str) -> Iterator[inspect.Parameter]:
 
 def _inner(one: Field[Any], hint: Any) -> type | None:
     """Return the dataclass whose fields are flags in place of a field: that of its default, which may be left open."""
-    return type(one.default) if is_dataclass(one.default) else hint if is_dataclass(hint) else None
+    default = type(one.default)
+    return default if is_dataclass(default) else hint if isinstance(hint, type) and is_dataclass(hint) else None
 
 
 def _flag(one: Field[Any], hint: Any, dash: str) -> inspect.Parameter:

@@ -31,7 +31,7 @@ def test_all_is_resolved(job):
     assert job.options["scheduler"] == "DDIMScheduler" and job.options["size"] == "64x96"
     assert job.options["aggregation"] == "paper" and job.options["propagate"] == 2 and job.options["threshold"] == 0.4
     assert job.options["dtype"] == "float32" and job.options["steps"] == 2 and "engine_sha256" not in job.options
-    assert "auto" not in json.dumps(job.as_json())
+    assert '"auto"' not in json.dumps(job.as_json())
 
 
 def test_the_pipeline_of_a_job_is_opened_anew(job, tiny_folder):

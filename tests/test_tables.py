@@ -1,12 +1,14 @@
-"""README.md, docs/costs.md and the plot are what `make tables` makes of the committed rows."""
+"""README.md, pages in docs and the plots are what `make tables` makes of the committed rows."""
 
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from test_protocol_tables import ROWS
 
 from diffumask_fast import DiffuMaskError
 from diffumask_fast.bench import tables
+from diffumask_fast.bench.regressions import read_rows
 from diffumask_fast.bench.rows import append_rows, row
 from diffumask_fast.bench.tables import BEGIN, END, PAGES, PLOT, all_tables, between_markers, digest, latest_rows, table
 
@@ -24,6 +26,17 @@ def test_the_pages_are_made_of_the_committed_rows(page):
 def test_the_readmes_plot_is_made_of_the_committed_rows():
     with Image.open(ROOT / PLOT) as image:
         assert image.text["rows"] == digest(latest_rows(ROOT / "bench" / "results")), "run `make tables`"
+
+
+def test_the_protocols_page_and_plot_are_made_of_the_committed_rows():
+    text = (ROOT / tables.PROTOCOL_PAGE).read_text(encoding="utf-8")
+    if not (ROOT / tables.PROTOCOL).exists():
+        assert between_markers(text, tables.protocol_page([])) == text
+        return
+    rows = read_rows(ROOT / tables.PROTOCOL)
+    assert between_markers(text, tables.protocol_page(rows)) == text, "run `make tables`"
+    with Image.open(ROOT / tables.PROTOCOL_PLOT) as image:
+        assert image.text["rows"] == digest(rows), "run `make tables`"
 
 
 def test_another_row_changes_the_table_and_the_digest(tmp_path):
@@ -57,17 +70,22 @@ def test_no_rows():
 
 def test_a_checkout_is_rewritten(tmp_path):
     (tmp_path / "docs").mkdir()
-    for page in PAGES:
+    for page in (*PAGES, tables.PROTOCOL_PAGE):
         (tmp_path / page).write_text(f"{BEGIN}\n{END}\n")
     rows = [
         row("end_to_end", name, 2.0, low=1.5, high=2.5, config=CONFIG) for name in ("speedup_vs_daam", "maps_overhead")
     ]
     append_rows(tmp_path / "bench" / "results" / "a.jsonl", rows)
+    append_rows(tmp_path / tables.PROTOCOL, ROWS)
     tables.main(tmp_path)
     for page in PAGES:
         assert "speed-up over DAAM" in (tmp_path / page).read_text()
     with Image.open(tmp_path / PLOT) as image:
         assert image.text["rows"] == digest(rows) and min(image.size) > 200
+    assert tables.protocol_page(ROWS) in (tmp_path / tables.PROTOCOL_PAGE).read_text(encoding="utf-8")
+    with Image.open(tmp_path / tables.PROTOCOL_PLOT) as image:
+        assert image.text["rows"] == digest(ROWS)
+    assert tables.protocol_page(ROWS).endswith("(reproduce.png)") and "(reproduce" not in tables.protocol_page([])
 
 
 def test_engines_have_a_line_for_each_engine_and_number_of_threads():

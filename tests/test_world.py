@@ -114,7 +114,9 @@ def test_the_command_writes_a_dataset(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = list(read_rows(out))
-    assert len(rows) == 5 and json.loads((out / "dataset.json").read_text())["options"]["seed"] == 8
+    manifest = json.loads((out / "dataset.json").read_text())
+    assert len(rows) == 5 and manifest["options"]["seed"] == 8
+    assert [entry["name"] for entry in manifest["classes"]] == sorted(HOME)
     scene = World(load_sprites()).scene(8, 2)
     assert np.array_equal(rows[2].mask, scene.mask) and rows[2].prompt == scene.prompt
     again = subprocess.run([*command[:-1], "9"], capture_output=True, text=True)

@@ -83,7 +83,7 @@ class StableDiffusion3(Family):
 
     component = "transformer"
     word = "transformer"
-    kind = SD3Transformer2DModel
+    kind: ClassVar[type[Any]] = SD3Transformer2DModel
     output = Transformer2DModelOutput
     latents = "hidden_states"
     max_propagated_pixels = math.inf  # the product that gives the maps propagates them as well

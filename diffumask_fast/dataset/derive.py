@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
@@ -37,6 +37,7 @@ def derive(
     transform: Transform,
     options: Options,
     *,
+    replaces: Collection[str] = (),
     max_pixels: int = MAX_PIXELS,
     progress: Callable[[int], Progress] = lambda total: Progress(disable=True),
 ) -> dict[str, Any]:
@@ -50,6 +51,7 @@ def derive(
         transform: gets the rows of a shard and gives those of the new one, as `make_row` makes them and under the same
             keys, some at a time; a function of the rows and the options alone.
         options: recorded among the options of the dataset.
+        replaces: names of options of the source that are true of the new one only where `options` has them.
         max_pixels: of a picture that is decoded.
         progress: makes a progress bar of the number of shards.
 
@@ -64,7 +66,8 @@ def derive(
     check_apart(source, out)
     there = read_manifest(source)
     paths = finished_shards(source, there)
-    manifest = {**there, "options": {**there["options"], **asdict(options)}}
+    kept = {name: value for name, value in there["options"].items() if name not in replaces}
+    manifest = {**there, "options": {**kept, **asdict(options)}}
 
     def names_of(index: int) -> Names:
         return read_content(paths[index]).names

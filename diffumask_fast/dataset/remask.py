@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import Progress
+from torch import Tensor
 
 from diffumask_fast.borrow import patched_threads
 from diffumask_fast.dataset.derive import derive
@@ -24,6 +25,8 @@ from diffumask_fast.options import MAX_PIXELS
 from diffumask_fast.prompts.class_entry import phrases_by_name
 from diffumask_fast.prompts.matching import phrase_in
 
+Maker = Callable[[Tensor, Tensor, MaskOptions, Tensor], tuple[Tensor, Tensor]]
+
 BATCH = 8
 BATCH_PIXELS = 8 * 1024 * 1024  # larger images come fewer at a time
 
@@ -33,6 +36,7 @@ def remask(
     out: str | Place,
     options: MaskOptions | None = None,
     *,
+    make: Maker = make_masks,
     device: str | torch.device = "cpu",
     max_pixels: int = MAX_PIXELS,
     progress: Callable[[int], Progress] = lambda total: Progress(disable=True),
@@ -45,6 +49,7 @@ def remask(
         source: a dataset with stored maps.
         out: folder of the new one.
         options: how masks are made of maps.
+        make: makes them, as `make_masks` does; from several threads at once.
         device: where masks are made; on the CPU as many batches at once as torch has threads.
         max_pixels: of a picture that is decoded.
         progress: makes a progress bar of the number of shards.
@@ -62,35 +67,42 @@ def remask(
     with patched_threads(1), ThreadPoolExecutor(workers) as pool:
 
         def transform(rows: Iterator[Row]) -> Iterator[dict[str, Any]]:
-            batches = _batches(rows)
+            batches = batches_of(rows)
             while ahead := list(islice(batches, 2 * workers)):
-                made = [pool.submit(_remade, batch, options, phrases, device) for batch in ahead]
+                made = [pool.submit(_remade, batch, make, options, phrases, device) for batch in ahead]
                 yield from (row for batch in made for row in batch.result())
 
-        summary = derive(source, out, transform, options, max_pixels=max_pixels, progress=progress)
+        summary = derive(
+            source, out, transform, options, replaces=("affinity",), max_pixels=max_pixels, progress=progress
+        )
     rejected = [] if summary["accepted"] else read_rows(out, accepted_only=False, columns=["reason"])
     return {**summary, "advice": advice([row.reason for row in rejected], options)}
 
 
-def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+def batches_of(rows: Iterator[Row]) -> Iterator[list[Row]]:
     """Put rows together that follow each other and whose images and maps have the same size."""
     for (shape, map_sizes), same in groupby(rows, key=lambda row: (row.image.shape, tuple(map(tuple, row.map_sizes)))):
         if not map_sizes:
-            raise DiffuMaskError("it stores no maps to make masks of: remask takes what generate wrote")
+            raise DiffuMaskError("it stores no maps to make masks of: name what generate wrote")
         most = max(1, min(BATCH, BATCH_PIXELS // (shape[0] * shape[1])))
         while batch := list(islice(same, most)):
             yield batch
 
 
-@torch.inference_mode()
-def _remade(
-    rows: Sequence[Row], options: MaskOptions, phrases: dict[str, tuple[str, ...]], device: torch.device
-) -> list[dict[str, Any]]:
-    """Return the values of rows with new masks."""
+def tensors_of(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return maps [B, K, h, w] uint8, images [B, H, W, 3] uint8 and class ids [B, K] of one of `batches_of`."""
     maps = torch.from_numpy(np.stack([row.maps for row in rows if row.maps is not None])).to(device)
     images = torch.from_numpy(np.stack([row.image for row in rows])).to(device)
-    ids = torch.tensor([row.class_ids for row in rows], device=device)
-    mask, quality = make_masks(maps, images, options, ids)
+    return maps, images, torch.tensor([row.class_ids for row in rows], device=device)
+
+
+@torch.inference_mode()
+def _remade(
+    rows: Sequence[Row], make: Maker, options: MaskOptions, phrases: dict[str, tuple[str, ...]], device: torch.device
+) -> list[dict[str, Any]]:
+    """Return the values of rows with new masks."""
+    maps, images, ids = tensors_of(rows, device)
+    mask, quality = make(maps, images, options, ids)
     names = [[phrase_in(row.prompt, phrases.get(name, (name,))) for name in row.classes] for row in rows]
     reasons = rejections(images, mask, ids, names, options, quality)
     values = []

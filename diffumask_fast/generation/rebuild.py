@@ -120,6 +120,8 @@ def job_of(folder: Place, manifest: Mapping[str, Any], options: RebuildOptions) 
     recorded, plan, model = manifest["options"], manifest["plan"], manifest["model"].get("id")
     if "augment" in recorded:
         raise DiffuMaskError(f"{folder} is augmented: redraw a sample of the dataset that it was made of")
+    if "affinity" in recorded:
+        raise DiffuMaskError(f"{folder} has masks by affinity: redraw a sample of the dataset that it was made of")
     if model is None or not all(name in recorded for name in NEEDED):
         raise DiffuMaskError(f"{folder} was not drawn by generate, so no sample of it can be drawn again")
     vocabulary = Vocabulary(tuple(ClassEntry(**entry) for entry in manifest["classes"]))

@@ -1,4 +1,4 @@
-"""The search for the best options: first all maps with a few thresholds, then one option after the other."""
+"""The search for the best options: all maps with a few thresholds, then one option after the other, from two starts."""
 
 from __future__ import annotations
 
@@ -81,25 +81,29 @@ def search(trials: Trials, own: Choice, indices: tuple[int, ...], on_tried: Call
                 best = other
         return best
 
-    first, *grid = _grid(trials, own)
-    best = best_of(first, grid)
-    for _ in range(SWEEPS):
-        before = best
-        for name in VALUES:
-            best = best_of(best, [best.having(**{name: value}) for value in VALUES[name]])
-        best = best_of(best, [Choice(maps, best.mask) for maps in trials.maps])
-        if best == before:
-            break
-    best = best_of(best, _near(best))
+    def descend(best: Choice) -> Choice:
+        for _ in range(SWEEPS):
+            before = best
+            for name in VALUES:
+                best = best_of(best, [best.having(**{name: value}) for value in VALUES[name]])
+            best = best_of(best, [Choice(maps, best.mask) for maps in trials.maps])
+            if best == before:
+                break
+        return best_of(best, _near(best))
+
+    # sharpened maps and soft ones like other thresholds, so each kind has a start of its own
+    starts = [best_of(first, rest) for first, *rest in (_grid(trials, own, kind) for kind in VALUES["refine"])]
+    first, *others = map(descend, starts)
+    best = best_of(first, others)
     best = best_of(best, _slow(best))
     if difference(score(best), score(own)).mean <= 0:
         return own
     return _reduced(best, own, trials, score)
 
 
-def _grid(trials: Trials, own: Choice) -> list[Choice]:
-    """Every map with a few thresholds, refined as is best in general."""
-    general = MaskOptions()
+def _grid(trials: Trials, own: Choice, refine: Any) -> list[Choice]:
+    """Every map with a few thresholds, one way of refining, and what is best in general."""
+    general = MaskOptions(refine=refine)
     mask = replace(own.mask, **{name: getattr(general, name) for name in VALUES})
     return [Choice(maps, replace(mask, threshold=cut)) for maps in trials.maps for cut in FIRST]
 

@@ -6,7 +6,6 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.progress import Progress
@@ -14,8 +13,6 @@ from torch import Tensor
 
 from diffumask_fast.dataset.derive import check_apart, derive
 from diffumask_fast.dataset.reader import Row, read_rows
-from diffumask_fast.dataset.schema import MANIFEST
-from diffumask_fast.dataset.storage import Place
 from diffumask_fast.dataset.writer import write_file
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.learning.cross_validation import (
@@ -29,6 +26,7 @@ from diffumask_fast.learning.cross_validation import (
 from diffumask_fast.learning.data import Dataset, Example, SegmentationData
 from diffumask_fast.learning.options import FilterOptions, LearnOptions, PruneOptions
 from diffumask_fast.learning.training import STEPS
+from diffumask_fast.learning.work_folder import work_folder
 from diffumask_fast.models.device import resolve_device
 from diffumask_fast.options import Options
 
@@ -80,7 +78,7 @@ def filter_dataset(
         raise DiffuMaskError("`export_cleanlab` needs predictions: rank by cross-validation")
     check_apart(options.source, options.out)
     by_quality = options.pruning.rank == "quality"
-    scores = _qualities(options) if by_quality else _cross_validated(options, _folder_of_folds(options.out), progress)
+    scores = _qualities(options) if by_quality else _cross_validated(options, progress)
     verdicts = rank(scores, options.pruning.alpha)
 
     def transform(rows: Iterator[Row]) -> Iterator[dict[str, Any]]:
@@ -123,20 +121,10 @@ def _qualities(options: FilterOptions) -> Scores:
     return scores
 
 
-def _folder_of_folds(out: Place) -> Path:
-    """Return where the segmenters of the folds go; raise where they cannot."""
-    if not isinstance(out, Path):
-        raise DiffuMaskError(
-            f"{out} is an address, and segmenters are trained in a folder: rank by quality, or name a folder"
-        )
-    if (out / MANIFEST).exists() and not (out / FOLDS).exists():
-        raise DiffuMaskError(f"{out} holds another dataset: name a folder of its own")
-    return out / FOLDS
-
-
-def _cross_validated(options: FilterOptions, folds: Path, progress: Callable[[int], Progress]) -> Scores:
+def _cross_validated(options: FilterOptions, progress: Callable[[int], Progress]) -> Scores:
     """Train a segmenter for each fold, and compare each sample's mask with what is predicted for it."""
     pruning = options.pruning
+    folds = work_folder(options.out, FOLDS, "segmenters", "rank by quality, or name a folder")
     data = Dataset(options.source, max_pixels=options.reading.max_pixels)
     if "augment" in data.rows.manifest["options"]:
         raise DiffuMaskError(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffumask_fast.dataset.storage import Place, place
+from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import (
     Options,
     Reader,
@@ -252,6 +253,78 @@ class FilterOptions(Options):
         None, "Write labels and pred_probs as cleanlab.segmentation takes them: FILE.npz."
     )
     device: str = option("auto", "auto, cpu or cuda.")
+    reading: ReadOptions = ReadOptions()
+
+
+@dataclass(frozen=True)
+class AffinityLearning(Options):
+    """How AffinityNet learns, and what becomes of its maps; recorded in the new dataset.
+
+    Args:
+        mask: "attention", the paper's masks: attention maps, cut where they agree best with the affinity map;
+            "affinity", the affinity map in the attention map's place.
+        affinity_threshold: where the affinity map is cut: "otsu", or a number between 0 and 1 of its maximum.
+        backbone: "tiny", from scratch, or a folder or hub id of a backbone that transformers loads.
+        per_class: whether each class has a net of its own, as in the paper's program, or all classes share one.
+        reference_labels: whether the net learns from the labels that a fault in the paper's program makes.
+        steps: batches that a net learns from.
+        batch_size: images in a batch.
+        lr: the highest learning rate; 2e-3 for tiny and 1e-4 for others.
+        size: of the crops; the first image's, 512 at most.
+        seed: of all that is random.
+        dtype: "auto", bf16 on CUDA alone; "fp32" or "bf16".
+        beta: the power that affinities are raised to before the random walk.
+        walk: steps of the random walk.
+
+    Raises:
+        DiffuMaskError: a value is not one of those above.
+
+    Example:
+        >>> AffinityLearning(affinity_threshold="0.45").affinity_threshold
+        0.45
+    """
+
+    mask: str = option(
+        "attention", "attention, cut where it agrees best with the affinity map; or affinity, that map itself.",
+        one_of("attention", "affinity"),
+    )  # fmt: skip
+    affinity_threshold: Literal["otsu"] | float = option(
+        "otsu", "Where the affinity map is cut: otsu, or a number between 0 and 1.", number(0, 1, "otsu", ends=False)
+    )
+    backbone: str = option("tiny", "tiny, from scratch; a folder or hub id of a backbone of transformers.")
+    per_class: bool = option(False, "A net for each class, as in the paper's program.")
+    reference_labels: bool = option(False, "Learn from the labels that a fault in the paper's program makes.")
+    steps: int = option(300, "Number of batches that a net learns from.", whole(1))
+    batch_size: int = option(8, "Images in a batch.", whole(1))
+    lr: float | None = option(None, "Highest learning rate; 2e-3 for tiny, 1e-4 for others.", number(0, 1, ends=False))
+    size: tuple[int, int] | None = option(
+        None, "HxW of the crops, multiples of 32; the first image's, 512 at most.", pixel_size()
+    )
+    seed: int = option(0, "Of all that is random.", whole(0))
+    dtype: str = option("auto", "auto, fp32 or bf16; auto is bf16 on CUDA alone.", one_of("auto", "fp32", "bf16"))
+    beta: float = option(16.0, "Power of the affinities before the random walk.", number(1, 256))
+    walk: int = option(256, "Steps of the random walk.", whole(1, 65536))
+
+
+@dataclass(frozen=True)
+class AffinityMaskOptions(MaskOptions):
+    """How masks are made with AffinityNet; recorded in the new dataset."""
+
+    threshold: Literal["adaptive"] = option(
+        "adaptive", "adaptive: by agreement with the affinity map; remask has the others.", one_of("adaptive")
+    )
+    affinity: AffinityLearning = AffinityLearning()
+
+
+@dataclass(frozen=True)
+class AffinityOptions(Options):
+    """Of what to make new masks with AffinityNet, and where to."""
+
+    source: Place = argument("Dataset with stored maps.", "IN", place)
+    out: Place = argument("Folder of the new dataset; run again to finish it.", read=place)
+    masks: AffinityMaskOptions = AffinityMaskOptions()
+    device: str = option("auto", "auto, cpu or cuda.")
+    save_every: int = option(200, "Steps after which the state is saved.", whole(1))
     reading: ReadOptions = ReadOptions()
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,8 @@ class TransformersSegmenter:
             labels: [B, H, W] int64, 0 to C - 1, 255 ignored (for Mask2Former and EoMT: part of no mask); one pixel
                 at least is not 255.
         """
+        if self.model.config.model_type == "upernet" and len(pixels) == 1:
+            raise DiffuMaskError("upernet takes statistics over images: give a `batch_size` of 2 or more")
         if self.side:
             pixels, labels = _resized(pixels, self.side), _nearest(labels, self.side)
         if not self.by_masks:
@@ -113,32 +115,8 @@ class TransformersSegmenter:
         return np.concatenate([ids[self.predict(part).argmax(1).cpu().numpy()] for part in parts])
 
     def save(self, folder: Path, record: Mapping[str, Any]) -> None:
-        """Write configuration and weights (safetensors) as transformers reads them, and our record of them last.
-
-        Args:
-            folder: made if needed.
-            record: what is known of the training, values that JSON can hold; the classes and the files' hashes are
-                added.
-
-        Raises:
-            DiffuMaskError: it cannot be written.
-        """
-        part = folder / PART
-        shutil.rmtree(part, ignore_errors=True)
-        make_folder(part)
-        try:
-            with quietly():
-                self.model.save_pretrained(part)
-            files = {file.name: _sha256(file) for file in sorted(part.iterdir())}
-            for name in files:
-                os.replace(part / name, folder / name)
-        except OSError as error:
-            raise explain(error, folder) from error
-        except SafetensorError as error:
-            raise DiffuMaskError(f"cannot write in {folder}: {error}") from error
-        known = {"classes": {str(value): name for value, name in self.classes.items()}, "files": files, **record}
-        write_file(folder / RECORD, (json.dumps(known, indent=2) + "\n").encode())
-        part.rmdir()
+        """Write configuration and weights (safetensors) as transformers reads them; see `save_trained`."""
+        save_trained(folder, self.model.save_pretrained, self.classes, record)
 
     def _probabilities(self, pixels: Tensor) -> Tensor:
         said, size = self.model(pixel_values=pixels), pixels.shape[-2:]
@@ -193,16 +171,58 @@ def load_segmenter(folder: str | Path, device: torch.device | str = "cpu") -> Tr
     Raises:
         DiffuMaskError: the folder holds none, or one that is damaged.
     """
-    record = read_record(folder)
-    for file, sha256 in record.get("files", {}).items():
-        path = Path(folder) / file
-        if not path.is_file() or _sha256(path) != sha256:
-            raise DiffuMaskError(f"{path} is not as train wrote it: bring it back, or train the segmenter again")
+    record = checked_record(folder)
     segmenter = TransformersSegmenter(
         _pretrained(str(folder)), {int(value): name for value, name in record["classes"].items()}
     )
     segmenter.model.to(device).eval().requires_grad_(False)
     return segmenter
+
+
+def save_trained(
+    folder: Path, write: Callable[[Path], Any], classes: Mapping[int, str], record: Mapping[str, Any]
+) -> None:
+    """Write the files of a trained model, and our record of them last.
+
+    Args:
+        folder: made if needed.
+        write: writes the files into a folder.
+        classes: id in masks -> name.
+        record: what is known of the training, values that JSON can hold; the classes and the files' hashes are added.
+
+    Raises:
+        DiffuMaskError: it cannot be written.
+    """
+    part = folder / PART
+    shutil.rmtree(part, ignore_errors=True)
+    make_folder(part)
+    try:
+        with quietly():
+            write(part)
+        files = {file.name: _sha256(file) for file in sorted(part.iterdir())}
+        for name in files:
+            os.replace(part / name, folder / name)
+    except OSError as error:
+        raise explain(error, folder) from error
+    except SafetensorError as error:
+        raise DiffuMaskError(f"cannot write in {folder}: {error}") from error
+    known = {"classes": {str(value): name for value, name in classes.items()}, "files": files, **record}
+    write_file(folder / RECORD, (json.dumps(known, indent=2) + "\n").encode())
+    part.rmdir()
+
+
+def checked_record(folder: str | Path) -> dict[str, Any]:
+    """Return what `train` has written about a model whose files are as it wrote them.
+
+    Raises:
+        DiffuMaskError: as `read_record`, or a file is missing or was changed.
+    """
+    record = read_record(folder)
+    for file, sha256 in record.get("files", {}).items():
+        path = Path(folder) / file
+        if not path.is_file() or _sha256(path) != sha256:
+            raise DiffuMaskError(f"{path} is not as train wrote it: bring it back, or train the segmenter again")
+    return record
 
 
 def load_pretrained(folder: str | Path, device: torch.device | str = "cpu") -> TransformersSegmenter:

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from rich.progress import Progress
@@ -44,7 +44,6 @@ from diffumask_fast.learning.segmenters import (
     PART,
     RECORD,
     STRIDE,
-    TransformersSegmenter,
     new_segmenter,
     normalised,
     read_record,
@@ -63,6 +62,30 @@ AVERAGE = 0.998  # of the averaged weights (EMA), which are what is kept
 SMOOTH = 0.98  # of the loss that is shown
 
 ProgressBar = Callable[[int], Progress]
+
+
+class Learner(Protocol):
+    """What is trained: a model, made of a model and of the classes (id in masks -> name) that it learns."""
+
+    model: Any
+
+    def __init__(self, model: Any, classes: Mapping[int, str]) -> None: ...
+
+    def loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of images [B, 3, H, W] as `normalised` gives them and labels [B, H, W], 255 ignored."""
+
+    def save(self, folder: Path, record: Mapping[str, Any]) -> None:
+        """Write it and our record of it, as `save_trained` does."""
+
+
+class Kind(NamedTuple):
+    """A kind of learner: the option whose value names one, and what makes it, as `new_segmenter` does."""
+
+    option: str
+    new: Callable[[str, Mapping[int, str], int], Learner]
+
+
+SEGMENTER = Kind("segmenter", new_segmenter)
 
 
 @dataclass(frozen=True)
@@ -105,18 +128,19 @@ def train_stages(
     out: Path,
     options: LearnOptions,
     *,
+    kind: Kind = SEGMENTER,
     device: str = "auto",
     save_every: int = 200,
     progress: ProgressBar = lambda total: Progress(disable=True),
 ) -> dict[str, Any]:
-    """Train a segmenter on one stage's data after the other's; see `train`."""
+    """Train a learner, which `options.segmenter` names, on one stage's data after the other's; see `train`."""
     where = resolve_device(device)
-    plan = _plan(stages, options, where)
+    plan = _plan(stages, options, where, kind)
     with _open_folder(out) as folder:
         record = _finished(folder, plan)
         if record is None:
             make_folder(folder / PART)
-            record = _Training(stages, folder, plan, where, save_every).run(progress)
+            record = _Training(stages, folder, plan, where, save_every, kind).run(progress)
         clear(folder)
         shutil.rmtree(folder / PART, ignore_errors=True)
     result = {"folder": str(out), "segmenter": options.segmenter, "weights": record["weights"]}
@@ -128,9 +152,16 @@ class _Training:
     """The loop, over all stages."""
 
     def __init__(
-        self, stages: list[Stage], folder: Path, plan: dict[str, Any], device: torch.device, save_every: int
+        self,
+        stages: list[Stage],
+        folder: Path,
+        plan: dict[str, Any],
+        device: torch.device,
+        save_every: int,
+        kind: Kind,
     ) -> None:
         self.stages, self.folder, self.plan, self.device, self.save_every = stages, folder, plan, device, save_every
+        self.kind = kind
         self.classes = {int(value): name for value, name in plan["classes"].items()}
         shares = [chosen_augmentations(plan["augment"], len(stage.data)) for stage in stages]
         self.augmenters = [
@@ -143,24 +174,22 @@ class _Training:
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(cuda), progress(sum(stage.steps for stage in self.stages)) as bar:
             torch.manual_seed(self.plan["seed"])
-            segmenter = new_segmenter(self.plan["segmenter"], self.classes, max(self.plan["size"]))
-            if segmenter.model.config.model_type == "upernet" and self.plan["batch_size"] == 1:
-                raise DiffuMaskError("upernet takes statistics over images: give a `batch_size` of 2 or more")
-            segmenter.model.to(self.device)
-            state = State(segmenter.model, copy.deepcopy(segmenter.model), _adam(segmenter.model))
+            learner = self.kind.new(self.plan[self.kind.option], self.classes, max(self.plan["size"]))
+            learner.model.to(self.device)
+            state = State(learner.model, copy.deepcopy(learner.model), _adam(learner.model))
             read_checkpoint(self.folder, state, self.plan)
             done = sum(stage.steps for stage in self.stages[: state.stage]) + state.step
             task = bar.add_task("training", total=sum(stage.steps for stage in self.stages), completed=done)
             while state.stage < len(self.stages):
-                self._learn(segmenter, state, lambda: bar.advance(task))
+                self._learn(learner, state, lambda: bar.advance(task))
                 state = self._next(state)
-        average = TransformersSegmenter(state.average.eval(), self.classes)
+        average = type(learner)(state.average.eval(), self.classes)
         weights = sum(part.numel() for part in average.model.parameters())
         record = {"weights": weights, "steps": self.plan["steps"], "loss": state.loss, "plan": self.plan}
         average.save(self.folder, record)
         return read_record(self.folder)
 
-    def _learn(self, segmenter: TransformersSegmenter, state: State, advance: Callable[[], None]) -> None:
+    def _learn(self, learner: Learner, state: State, advance: Callable[[], None]) -> None:
         """Take the steps of one stage that are left."""
         stage, plan = self.stages[state.stage], self.plan
         table = channels(self.classes)[lookup(stage.data.classes, self.classes)]
@@ -168,19 +197,19 @@ class _Training:
         augmenter = self.augmenters[state.stage]
         batches = Batches(stage.data, table, plan["batch_size"], tuple(plan["size"]), seed, augmenter)
         half = plan["dtype"] == "bf16"
-        segmenter.model.train()
+        learner.model.train()
         for images, labels in _ahead(batches, state.step, stage.steps):
             torch.manual_seed(_number(*seed, state.step))  # of dropout, and of the points where masks are compared
             images, labels = images.to(self.device), labels.to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-                loss = segmenter.loss(normalised(images), labels)
+                loss = learner.loss(normalised(images), labels)
             state.adam.zero_grad()
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(segmenter.model.parameters(), CLIP)
+            norm = nn.utils.clip_grad_norm_(learner.model.parameters(), CLIP)
             _check_finite(state, loss.item(), norm.item())
             _set_rate(state.adam, stage.lr * falling(state.step, stage.steps, plan["schedule"]))
             state.adam.step()
-            _follow(state.average, segmenter.model, min(AVERAGE, (1 + state.step) / (10 + state.step)))
+            _follow(state.average, learner.model, min(AVERAGE, (1 + state.step) / (10 + state.step)))
             state.loss = loss.item() if state.loss is None else SMOOTH * state.loss + (1 - SMOOTH) * loss.item()
             state.step += 1
             advance()
@@ -270,7 +299,7 @@ def steps_and_rate(options: LearnOptions, images: int) -> tuple[int, float]:
     return -(-options.epochs * images // options.batch_size), rate
 
 
-def _plan(stages: list[Stage], options: LearnOptions, device: torch.device) -> dict[str, Any]:
+def _plan(stages: list[Stage], options: LearnOptions, device: torch.device, kind: Kind) -> dict[str, Any]:
     """Return all that makes a difference to the weights, values that JSON can hold, `auto` resolved."""
     classes: Mapping[int, str] = {}
     for stage in stages:
@@ -278,7 +307,8 @@ def _plan(stages: list[Stage], options: LearnOptions, device: torch.device) -> d
     sides = stages[0].data[0].labels.shape
     if options.size and any(side % STRIDE or not side for side in options.size):
         raise DiffuMaskError(f"`size` must be multiples of {STRIDE}, such as 256x256, not {options.size}")
-    plan = asdict(options) | {
+    given = {kind.option if name == "segmenter" else name: value for name, value in asdict(options).items()}
+    plan = given | {
         "classes": {str(value): name for value, name in sorted(classes.items())},
         "data": [_digest(stage.data) for stage in stages],
         "images": [len(stage.data) for stage in stages],

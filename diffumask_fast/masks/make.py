@@ -33,7 +33,9 @@ def quantise_maps(class_maps: Tensor) -> Tensor:
     return (maps / _maximum(maps) * 255).round().to(torch.uint8)
 
 
-def make_masks(class_maps: Tensor, images: Tensor, options: MaskOptions, class_ids: Tensor) -> tuple[Tensor, Tensor]:
+def make_masks(
+    class_maps: Tensor, images: Tensor, options: MaskOptions, class_ids: Tensor, estimate: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Make masks of class maps and the images they belong to: each pixel belongs to the class of the best score.
 
     Maps pass through `quantise_maps` first, so that masks made again from stored maps are the same.
@@ -43,6 +45,8 @@ def make_masks(class_maps: Tensor, images: Tensor, options: MaskOptions, class_i
         images: [B, H, W, 3] uint8.
         options: how.
         class_ids: [B, K] whole numbers 1..254, the values in the mask; 0 marks a padded column, which never wins.
+        estimate: [B, K, H, W] bool, where objects are thought to be, for an adaptive threshold; None takes the maps
+            themselves, cut by Otsu.
 
     Returns:
         mask [B, H, W] uint8: 0 background, class ids, 255 in the ignore band;
@@ -62,7 +66,7 @@ def make_masks(class_maps: Tensor, images: Tensor, options: MaskOptions, class_i
     images = images.to(class_maps.device)
     coarse = quantise_maps(class_maps).float() * (class_ids > 0)[..., None, None]
     maps = refine_maps(coarse, images, options)
-    threshold = _threshold(maps, images, options)
+    threshold = _threshold(maps, images, options, estimate)
     scores = score_classes(maps, threshold, coarse, images, options)
     best, winner = scores[:, 1:].max(1)
     winner = torch.where(best > scores[:, 0], winner + 1, 0)  # [B, H, W], 0 the background, also in a tie
@@ -88,11 +92,11 @@ def refine_maps(maps: Tensor, images: Tensor, options: MaskOptions) -> Tensor:
     return refined.clamp(0, 1)
 
 
-def _threshold(maps: Tensor, images: Tensor, options: MaskOptions) -> Tensor:
+def _threshold(maps: Tensor, images: Tensor, options: MaskOptions, estimate: Tensor | None) -> Tensor:
     if options.threshold == "otsu":
         return otsu(maps)
     if options.threshold == "adaptive":
-        return adaptive(maps, maps > otsu(maps)[..., None, None], images)
+        return adaptive(maps, maps > otsu(maps)[..., None, None] if estimate is None else estimate, images)
     return torch.full(maps.shape[:2], options.threshold, device=maps.device)
 
 

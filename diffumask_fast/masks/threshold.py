@@ -60,7 +60,7 @@ def adaptive(
 
     Args:
         maps: [B, K, H, W] in 0..1.
-        estimate: [B, K, H, W] bool, where self-attention puts the object.
+        estimate: [B, K, H, W] bool, where self-attention or AffinityNet puts the object.
         images: [B, H, W, 3] uint8.
         candidates: T thresholds in rising order; the first of equally good ones is taken.
         window: of the CRF.

@@ -278,7 +278,8 @@ def write_world(
     requests = [request(index, world.scene(seed, index)) for index in range(num)]
     environment = {library: metadata.version(library) for library in ("numpy", "pillow", "pyarrow")}
     options = {"world": names, "objects": objects, "seed": seed, "num": num, "sprites": _digest(world)}
-    with open_run(out, requests, options, environment, shard_size) as run:
+    vocabulary = Vocabulary(tuple(VOC[name] for name in world.classes))
+    with open_run(out, requests, options, environment, shard_size, vocabulary=vocabulary) as run:
         for index in run.missing_shards():
             drawn = [(request, world.scene(seed, request.seed)) for request in run.requests_of(index)]
             run.write(index, [_sample(request, scene) for request, scene in drawn])
