@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from learning_samples import STAGES, tiny_model
 from pages import ROOT, blocks, lines, words
 from PIL import Image
@@ -24,10 +25,10 @@ from typer.testing import CliRunner
 
 from diffumask_fast import mini
 from diffumask_fast.cli import app
+from diffumask_fast.learning.segmenters import new_segmenter
 
 PAGE = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
 RECIPES = {part.partition("\n")[0]: part for part in re.split("^## ", PAGE, flags=re.MULTILINE)[1:]}
-ALONE = "ADE20K"  # the recipe that runs in each suite; the others are slow
 KNOWN = json.loads((mini.folder() / "diffumask.json").read_text("utf-8"))["classes"]
 SMALL = {"--num": "24", "--steps": "2", "--size": "64x64", "--batch-size": "4", "--dtype": "fp32", "--device": "cpu"}
 FROM_HUB = {
@@ -48,8 +49,8 @@ def shrunk(command: list[str]) -> list[str]:
     return small
 
 
-def run(recipe: str) -> list[str]:
-    """Run what a recipe shows in the current folder; return the words of all its commands."""
+def run(recipe: str) -> list[list[str]]:
+    """Run what a recipe shows in the current folder; return its commands, as the page has them."""
     said = []
     for block in blocks(recipe):
         if block.startswith("from "):
@@ -61,7 +62,7 @@ def run(recipe: str) -> list[str]:
             for command in commands:
                 result = CliRunner().invoke(app, shrunk(command))
                 assert result.exit_code == 0, (shrunk(command), result.output, result.exception)
-                said += command
+                said.append(command)
         else:
             path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
             subprocess.run(["bash", "-euc", block], env={**os.environ, "PATH": path}, check=True, timeout=120)
@@ -107,20 +108,48 @@ def brought(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_a_recipe_runs(brought):
-    tiny_model("mask2former", brought / "start-swin-b")
-    said = run(RECIPES[ALONE])
-    assert [word for word in said if word in ("generate", "filter", "train", "evaluate")] == [
-        "generate", "generate", "filter", "train", "evaluate",
-    ]  # fmt: skip
+def check(folder: Path, *names: str) -> list[str]:
+    """Run recipes one after another, with small segmenters to start from; return the names of their commands."""
+    for start in ("start-r50", "start-swin-b"):
+        tiny_model("mask2former", folder / start)
+    return [command[0] for name in names for command in run(RECIPES[name])]
+
+
+def test_ade20k(brought):
+    assert check(brought, "ADE20K") == ["generate", "generate", "filter", "train", "evaluate"]
     assert (brought / "ade-worst.png").exists()
 
 
 @pytest.mark.slow
-def test_all_recipes_run(brought):
-    said = [run(recipe) for recipe in RECIPES.values()]
-    assert len(said) == 7 and sum(map(len, said)) > 300
+def test_voc_and_zero_shot_and_what_is_nearer_to_the_paper(brought):
+    names = check(brought, "VOC 2012", "Zero-shot VOC", "Nearer to the paper")
+    assert names.count("evaluate") == 4 and names[-2:] == ["affinity", "augment"]
+
+
+@pytest.mark.slow
+def test_cityscapes(brought):
+    assert check(brought, "Cityscapes").count("evaluate") == 2
+
+
+@pytest.mark.slow
+def test_domain_generalisation(brought):
+    assert check(brought, "Domain generalisation").count("evaluate") == 3
+
+
+@pytest.mark.slow
+def test_what_all_of_them_need(brought):
+    assert len(run(RECIPES["What all of them need"])) == 4
     assert json.loads(Path("options.json").read_text())
+    for kind, here, start in ((ResNetBackbone, "resnet", "start-r50"), (SwinBackbone, "swin", "start-swin-b")):
+        segmenter = new_segmenter(start, {0: "background", 1: "dog"}, 64)
+        encoder = segmenter.model.model.pixel_level_module.encoder.state_dict()
+        own = kind.from_pretrained(here, out_indices=(1, 2, 3, 4)).state_dict()
+        assert own.keys() == encoder.keys() and all(torch.equal(own[name], encoder[name]) for name in own)
+
+
+def test_each_recipe_is_run():
+    tested = "What all of them need,VOC 2012,Cityscapes,ADE20K,Zero-shot VOC,Domain generalisation,Nearer to the paper"
+    assert list(RECIPES) == tested.split(",")
 
 
 def test_only_values_are_made_small():
