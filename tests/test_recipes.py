@@ -166,7 +166,7 @@ def test_only_values_are_made_small():
         *"generate out --model owner/name --classes".split(),
         CLASSES["voc"],
         "--num",
-        "24",
+        "32",
         "--captions",
         "voc",
         "--num=7",
