@@ -349,8 +349,8 @@ class DiffuMaskPipeline:
             if not later:
                 borrowed.enter_context(self._decoder())
                 borrowed.enter_context(timed_decoding(self.pipe, self.seconds))
-            output_type = "latent" if later else "pt"
-            output = finished(self.pipe(prompts, output_type=output_type, return_dict=False, **kwargs)[0], self.pipe)
+            kwargs |= {"prompt": prompts, "output_type": "latent" if later else "pt", "return_dict": False}
+            output = finished(self.pipe(**kwargs)[0], self.pipe)  # by name, for Kontext takes an image first
         in_call = 0 if later else self.seconds.decode - before
         self.seconds.denoise += time.perf_counter() - start - in_call
         padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids])
