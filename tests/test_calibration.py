@@ -183,8 +183,10 @@ def test_where_options_may_not_go_is_said_before_anything_is_drawn(tiny_folder, 
     if os.geteuid():
         closed = shutil.copytree(tiny_folder, tmp_path / "closed")
         closed.chmod(0o555)
-        with pytest.raises(DiffuMaskError, match="cannot be written: say by `out`"):
+        with pytest.raises(DiffuMaskError, match="cannot be written: name by `out`"):
             calibrate(CalibrateOptions(str(closed), "mini-oracle"))
+        with pytest.raises(DiffuMaskError, match="cannot be written: name by `out`"):
+            calibrate(CalibrateOptions(str(tiny_folder), "mini-oracle", out=closed / "out.json"))
 
 
 @pytest.mark.slow

@@ -68,6 +68,14 @@ def test_a_half_written_batch_is_drawn_again_and_another_one_is_refused(made, tm
     assert [path.name for path in work.iterdir()] == [file.name]
 
 
+def test_images_of_other_prompts_are_another_calibration_s(made, tmp_path):
+    pipe, job, requests, _, _ = made
+    draw_samples(pipe, job, requests[:1], tmp_path / "work")
+    other = replace(requests[0], prompt="a photo of the horse", phrases=("horse", "photo"))
+    with pytest.raises(DiffuMaskError, match="holds images of another calibration"):
+        draw_samples(pipe, job, [other], tmp_path / "work")
+
+
 def test_every_rule_and_every_run_of_levels_is_tried():
     options = variants(["0", "1", "2"], 2, MapOptions("0,2", 4))
     rules = {one.aggregation for one in options}

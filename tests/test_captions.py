@@ -146,6 +146,31 @@ def test_a_changed_file_and_changed_options_are_named(tiny_folder, tmp_path, fil
     assert run_generate(asked(out, tiny_folder, file), silent)["drawn"] == 0
 
 
+def test_captions_of_other_phrases_are_not_kept(tiny_folder, tmp_path, file):
+    out, classes = tmp_path / "out", tmp_path / "classes.toml"
+    file.write_text("\n".join([*lines("dog", 20), *lines("horse", 20)]))
+    for phrase in ("dog", "horse"):  # no shard was written yet, so the run may begin anew
+        classes.write_text(f'[[class]]\nname = "animal"\nphrases = ["{phrase}"]\n')
+        run_generate(asked(out, tiny_folder, file, classes=str(classes)), silent)
+        assert all(prompt.startswith(f"Photo of the {phrase}") for prompt in prompts(out).values())
+        for shard in (out / "data").iterdir():
+            shard.unlink()
+
+
+def test_a_file_that_changes_after_it_was_hashed_gives_no_index(tiny_folder, tmp_path, file, cache, monkeypatch):
+    hashed = module.CaptionFile.sha256
+
+    def sha256(self):
+        value = hashed(self)
+        self.path.write_text("\n".join(lines("dog", 40)))
+        return value
+
+    monkeypatch.setattr(module.CaptionFile, "sha256", sha256)
+    with pytest.raises(DiffuMaskError, match="changed while it was read"):
+        run_generate(asked(tmp_path / "out", tiny_folder, file, retrieval="embedding"), silent)
+    assert not list(cache.glob("*"))
+
+
 def test_parts_and_whole_runs_are_the_same_bytes(tiny_folder, tmp_path, file):
     run_generate(asked(tmp_path / "whole", tiny_folder, file), silent)
     run_generate(asked(tmp_path / "parts", tiny_folder, file, part="0/2"), silent)

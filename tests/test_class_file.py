@@ -173,6 +173,20 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, data):
         assert len(str(error).splitlines()) == 1
 
 
+def test_both_ways_to_write_a_letter_and_lines_of_any_length(tmp_path):
+    path = tmp_path / "classes.toml"
+    path.write_text('[[class]]\nname = "cafe\u0301"\nphrases = ["cafe\u0301 noir"]\n[scenes]\nhere = ["caf\u00e9"]\n')
+    (line,) = read_class_file(path)
+    assert (line.name, line.phrases) == ("caf\u00e9", ("caf\u00e9 noir",))
+    path.write_text('[[class]]\nname = "dog"\nscenes = ["a\u2028b"]\n[[class]]\nname = "cat"\nid = "x"\n')
+    with pytest.raises(DiffuMaskError, match="line 6: the id of cat"):
+        read_class_file(path)
+    path = tmp_path / "classes.txt"
+    path.write_text("cat\ndog," + "x" * 200_000)
+    with pytest.raises(DiffuMaskError, match="line 2: the line is no class"):
+        read_class_file(path)
+
+
 def test_the_documented_file_is_one(tmp_path):
     text = (ROOT / "docs" / "prompts.md").read_text("utf-8")
     (example,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)

@@ -84,6 +84,29 @@ def test_options_that_are_none_are_refused(copy, mask, words):
         find_model(copy)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"classes": "dog"}, {"classes": [1]}, {"scenes": {"on the grass": "dog"}}, {"num_inference_steps": 0},
+     {"num_inference_steps": 2.5}, {"guidance_scale": float("nan")}, {"mask": {"fill_holes": "no"}}],
+    ids=str,
+)  # fmt: skip
+def test_settings_of_another_kind_are_refused(copy, changes):
+    known = json.loads((mini.folder() / "diffumask.json").read_text())
+    (copy / "diffumask.json").write_text(json.dumps(known))
+    assert find_model(copy).num_inference_steps == 25
+    (copy / "diffumask.json").write_text(json.dumps({**known, **changes}))
+    with pytest.raises(DiffuMaskError, match="diffumask.json is damaged .*: fetch the model again"):
+        find_model(copy)
+
+
+def test_nothing_is_too_deep_and_auto_is_what_is_best_in_general(copy):
+    (copy / "diffumask.json").write_text('{"mask": {"aggregation": "auto", "propagate": "auto"}}')
+    assert find_model(copy).map_options() == MapOptions("paper", 1)
+    (copy / "diffumask.json").write_text("[" * 10**5)
+    with pytest.raises(DiffuMaskError, match="diffumask.json is damaged"):
+        find_model(copy)
+
+
 def test_options_alone_are_those_of_a_model_that_draws_any_class(copy, tmp_path):
     mask = {"aggregation": "1,2", "threshold": 0.4, "fill_holes": True}
     (copy / "diffumask.json").write_text(json.dumps({"mask": mask}))

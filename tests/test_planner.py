@@ -12,7 +12,8 @@ import pytest
 from diffumask_fast.dataset.shard_check import digest_plan
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.prompts.class_entry import ClassEntry
-from diffumask_fast.prompts.planner import VIEWS, Plan, Recipe, load_scenes, plan
+from diffumask_fast.prompts.planner import Plan, Recipe, load_scenes, plan
+from diffumask_fast.prompts.templates import VIEWS
 from diffumask_fast.prompts.vocabulary import Vocabulary
 
 SMALL = Vocabulary.parse("aeroplane,dog,car")
@@ -243,6 +244,35 @@ def test_sub_classes_that_do_not_fit_are_dropped_and_counted():
 
 class Prompt(NamedTuple):
     prompt: str
+
+
+def test_sub_classes_that_fit_alone_but_not_together_are_left_out():
+    entries = [
+        ClassEntry(1, "dog", "dog", sub_classes=("red dog", "very very very large dog")),
+        ClassEntry(2, "cat", "cat", sub_classes=("blue cat", "very very very small cat")),
+    ]
+
+    def fits(prompt, phrases):
+        return all(phrase in " ".join(prompt.split()[:11]) for phrase in phrases)
+
+    plan_of = {count: plan(Vocabulary(entries), 60, classes_per_image=count, fits=fits) for count in (1, 2)}
+    for found in plan_of.values():
+        assert all(fits(request.prompt, request.phrases) for request in found)
+    assert any("large dog" in request.prompt for request in plan_of[1])
+    together = {request.prompt.rpartition(" and ")[0] for request in plan_of[2]}
+    assert together == {"a photo of a red dog", "a photo of a blue cat"}
+    short = plan(Vocabulary(entries), 60, classes_per_image=2, fits=lambda prompt, phrases: True)
+    assert any("large dog and a very very very small cat" in request.prompt for request in short)
+
+
+def test_scenes_that_name_a_class_of_the_run_are_left_out():
+    for text, scenes in (("train,bridge", True), ("train", False)):
+        prompts = [request.prompt for request in plan(Vocabulary.parse(text), 400)]
+        assert any("on a bridge" in prompt for prompt in prompts) != scenes
+    only = plan(Vocabulary.parse("train,bridge"), 4, scenes=("on a bridge",))  # there is no other
+    assert {request.prompt for request in only} == {"a photo of a train on a bridge", "a photo of a bridge on a bridge"}
+    grass = [one for one in Vocabulary.shipped("ade20k")["airplane"].scenes if "grass" in one or "sky" in one]
+    assert grass == [] and "on the grass" in Vocabulary.shipped("coco")["airplane"].scenes
 
 
 def test_a_classs_own_templates_scenes_and_views():

@@ -81,6 +81,19 @@ def test_plurals_and_synonyms_are_the_class():
     assert request.prompt == "Photo of two puppies" and request.phrases == ("puppies",)
 
 
+def test_a_caption_is_read_as_prompts_are():
+    for text in ("glass,glasses", "glasses,glass"):  # a plural that is a class of its own is that class
+        matcher = CaptionMatcher(Vocabulary.parse(text))
+        assert matcher.match("glasses on a table") == ("glasses",) and matcher.match("my glass") == ("glass",)
+    matcher = CaptionMatcher(Vocabulary.parse("bird,dog,cat"))
+    for caption in ("a bird,dog and friends", "a bird near cat/dog", "bird&dog", "my bird (and dog)", "bird...dog"):
+        assert matcher.match(caption) == (), caption
+    assert matcher.match("see-through/bird") == matcher.match("a dog-friendly bird") == ("bird",)
+    assert matcher.match("one,two,three,four,five bird") == ("bird",)  # the second word
+    panda = CaptionMatcher(Vocabulary.parse("熊,熊猫"))
+    assert panda.match("可爱 大熊猫") == ("熊猫",) and panda.match("大熊") == ("熊",) and panda.match("熊 熊猫") == ()
+
+
 def test_the_best_are_the_same_in_any_order_and_each_once():
     texts = [f"text {i % 700}" for i in range(2000)]
     expected = sorted(set(texts), key=lambda text: (chance(text), text), reverse=True)[:50]

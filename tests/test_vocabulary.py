@@ -206,6 +206,21 @@ def test_a_word_that_is_a_class_itself_is_no_synonym():
     assert woman.phrases == ("woman",)
 
 
+def test_what_the_package_knows_of_a_class_leaves_out_the_other_classes_of_the_run(tmp_path):
+    car, police = Vocabulary.parse("car,police car", sub_classes="auto").entries
+    assert "police car" in Vocabulary.shipped("voc")["car"].sub_classes and "police car" not in car.sub_classes
+    assert len(car.sub_classes) > 50 and police.phrases == ("police car",)
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        '[[class]]\nname = "person"\n[[class]]\nname = "labour"\nphrases = ["construction worker", "worker", "miner"]\n'
+    )
+    vocabulary = Vocabulary.parse(str(path), sub_classes="auto")
+    person = vocabulary["person"]
+    assert {"worker", "miner"} < set(Vocabulary.shipped("voc")["person"].synonyms)
+    assert not {"worker", "miner", "construction worker"} & {*person.synonyms, *person.sub_classes}
+    assert all(vocabulary.find(kind) == ["person"] for kind in person.sub_classes) and len(person.sub_classes) > 50
+
+
 def test_a_class_files_own_sub_classes(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text('[[class]]\nname = "dog"\nsub_classes = ["red dog", "blue dog"]\n\n[[class]]\nname = "cat"\n')

@@ -158,10 +158,12 @@ def _kept(job: Job, options: GenerateOptions, method: str) -> Retrieved | None:
     there = manifest["options"]
     same = {
         "retrieval": method, "captions_per_class": options.captions_per_class,
-        "caption_filter": options.caption_filter, "classes": job.options["classes"],
-        "classes_per_image": job.recipe.classes_per_image,
+        "caption_filter": options.caption_filter, "classes_per_image": job.recipe.classes_per_image,
     }  # fmt: skip
-    if any(there.get(name) != value for name, value in same.items()) or manifest["model"].get("weights") != job.weights:
+    classes = [entry.as_json() for entry in job.recipe.vocabulary.entries]
+    if any(there.get(name) != value for name, value in same.items()) or manifest["classes"] != classes:
+        return None
+    if manifest["model"].get("weights") != job.weights:
         return None
     try:
         return kept_captions(folder, manifest)
@@ -181,14 +183,12 @@ def _compares_texts(pipe: DiffuMaskPipeline | Cluster) -> bool:
 
 def _matches(file: CaptionFile, matcher: CaptionMatcher) -> Iterator[tuple[str, str]]:
     """Yield the captions that serve classes, with the names of these, and tell how many lines are none."""
-    before, read = file.path.stat(), 0
+    read = 0
     for caption in file:
         read += 1
         if names := matcher.match(caption):
             yield caption, _JOIN.join(names)
-    after = file.path.stat()
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise DiffuMaskError(f"{file.path} changed while it was read: run the same command again")
+    file.check_unchanged()
     if file.skipped:
         logger.warning("%s: %d captions; %d more are not readable text and are skipped", file.path, read, file.skipped)
 

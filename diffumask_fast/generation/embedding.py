@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 BATCH = 128  # captions that are encoded at once
@@ -33,6 +34,9 @@ def embed(pipe: DiffuMaskPipeline, texts: Sequence[str]) -> np.ndarray:
 
     Returns:
         [n, D] fp16.
+
+    Raises:
+        DiffuMaskError: a vector has entries that are no numbers.
     """
     encoder, tokenizer = _encoder(pipe.pipe)
     # an exported encoder has one length, and a largest batch
@@ -49,6 +53,10 @@ def embed(pipe: DiffuMaskPipeline, texts: Sequence[str]) -> np.ndarray:
         if rows is None:
             rows = np.empty((len(texts), vectors.shape[1]), np.float16)
         rows[part] = vectors.cpu().numpy()
+    if rows is not None and not np.isfinite(rows).all():
+        raise DiffuMaskError(
+            "the text encoder gives captions vectors that are no numbers: say `dtype=fp32` or `retrieval=words`"
+        )
     return np.empty((0, 0), np.float16) if rows is None else rows
 
 

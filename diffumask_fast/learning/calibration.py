@@ -149,12 +149,12 @@ def _out(options: CalibrateOptions, info: ModelInfo) -> Path:
             raise DiffuMaskError("mini is a part of this program: say by `out` into which file its options go")
         if not Path(options.model).expanduser().is_dir():
             raise DiffuMaskError(f"{options.model} is no folder of yours: say by `out` into which file its options go")
-        if not os.access(folder, os.W_OK):
-            raise DiffuMaskError(f"{folder} cannot be written: say by `out` into which file the options go")
     out = options.out.expanduser() if options.out is not None else folder / OWN_OPTIONS
     check_no_link(out)
     if not out.parent.is_dir():
         raise DiffuMaskError(f"{out.parent} is no folder: make it, or name another file by `out`")
+    if not os.access(out.parent, os.W_OK):
+        raise DiffuMaskError(f"{out.parent} cannot be written: name by `out` a file elsewhere for the options")
     if out.exists() and out != folder / OWN_OPTIONS and "mask" not in _read(out):
         raise DiffuMaskError(f"{out} is there and holds no options of a model: name another file by `out`")
     return out
@@ -163,7 +163,7 @@ def _out(options: CalibrateOptions, info: ModelInfo) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     try:
         known = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return known if isinstance(known, dict) else {}
 

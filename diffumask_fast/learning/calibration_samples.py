@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +121,9 @@ def draw_samples(
     """
     own: Propagate = job.maps.propagate
     times = max(min(MOST_TIMES, math.ceil(job.steps / 3)), own if isinstance(own, int) else 0)
-    keys = [request.key for request in requests]
     options = {name: value for name, value in job.options.items() if name not in (*vars(job.maps), *vars(job.mask))}
-    drawings = Drawings(work, {"options": options, "weights": job.weights, "times": times, "keys": keys})
+    facts = {"options": options, "weights": job.weights, "times": times, "requests": list(map(asdict, requests))}
+    drawings = Drawings(work, facts)
     samples: list[CalibrationSample] = []
     for index, start in enumerate(range(0, len(requests), job.batch_size)):
         batch = requests[start : start + job.batch_size]

@@ -17,7 +17,7 @@ from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.models.hashing import OWN_OPTIONS, weight_hash
-from diffumask_fast.options import Options, closed
+from diffumask_fast.options import Options, checked, closed, number, whole
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 WEIGHTLESS = ("scheduler", "tokenizer", "feature_extractor")
@@ -57,7 +57,8 @@ class ModelInfo:
     def map_options(self, maps: MapOptions | None = None) -> MapOptions:
         """Return the options with "auto" resolved to what was measured best for the model."""
         maps = maps or MapOptions()
-        best = {"aggregation": "paper", "propagate": 1, **self.mask}
+        own = {name: value for name, value in self.mask.items() if value != "auto"}
+        best = {"aggregation": "paper", "propagate": 1, **own}
         return replace(maps, **{name: best[name] for name, value in vars(maps).items() if value == "auto"})
 
     def mask_options(self, mask: MaskOptions | None = None) -> MaskOptions:
@@ -195,6 +196,8 @@ def own_options(named: Mapping[str, Any]) -> dict[str, Any]:
     for kind in (MapOptions, MaskOptions):
         given = {name: value for name, value in named.items() if name in _names(kind)}
         kept |= {name: getattr(kind(**given), name) for name in given}
+    if not isinstance(kept.get("fill_holes", False), bool):
+        raise ValueError(f"fill_holes is {kept['fill_holes']!r}, neither true nor false")
     if unknown := named.keys() - kept.keys():
         raise ValueError(f"{min(unknown)} is no option of maps or masks here")
     return kept
@@ -209,17 +212,25 @@ def _read_info(name: str, folder: Path) -> ModelInfo:
         mask = own_options(known.get("mask", {}))
         if "classes" not in known and mask:  # calibrate wrote it beside a model that has no such file
             return ModelInfo(name, folder, mask=mask)
-        return ModelInfo(
-            name, folder, tuple(known["classes"]), {k: tuple(v) for k, v in known["scenes"].items()},
-            int(known["num_inference_steps"]), float(known["guidance_scale"]), mask, known.get("scheduler"),
-        )  # fmt: skip
+        classes = _texts(known["classes"])
+        steps = checked("num_inference_steps", known["num_inference_steps"], whole(1, 1000))
+        guidance = checked("guidance_scale", known["guidance_scale"], number())
+        scenes = {scene: _texts(names) for scene, names in known["scenes"].items()}
+        return ModelInfo(name, folder, classes, scenes, steps, guidance, mask, known.get("scheduler"))
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """Return a list of texts of JSON, which is no text itself."""
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{value!r} is no list of texts")
+    return tuple(value)
 
 
 @contextmanager
 def _reading(path: Path, advice: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, DiffuMaskError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, DiffuMaskError) as error:
         raise DiffuMaskError(f"{path} is damaged ({error}): {advice}.") from error
 
 

@@ -35,7 +35,7 @@ def before_calibration(path: Path) -> str:
     data = path.read_bytes() if path.is_file() else b""
     try:
         before = str(json.loads(data)["calibration"]["before_sha256"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         before = "unknown"
     if re.fullmatch(r"([0-9a-f]{64})?", before):
         return before

@@ -49,6 +49,7 @@ class CaptionFile:
             raise DiffuMaskError(f"`captions` cannot be {path}: {_GIVE}")
         if not path.is_file():
             raise DiffuMaskError(f"`captions` names {path}, which is no file: {_GIVE}")
+        self._began = self._state()
 
     def sha256(self) -> str:
         """Return the hash of the file's bytes.
@@ -61,6 +62,18 @@ class CaptionFile:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise self._unreadable(error) from error
+
+    def check_unchanged(self) -> None:
+        """Raise a DiffuMaskError if the file is another one than when this was made: then its hash is of no use."""
+        if self._state() != self._began:
+            raise DiffuMaskError(f"{self.path} changed while it was read: run the same command again")
+
+    def _state(self) -> tuple[int, ...]:
+        try:
+            about = self.path.stat()
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return about.st_ino, about.st_size, about.st_mtime_ns
 
     def __iter__(self) -> Iterator[str]:
         """Yield the captions in their order, with single spaces.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import tomllib
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +52,7 @@ def read_class_file(path: str | Path) -> list[ClassLine]:
             raise DiffuMaskError(f"{path} is no file: give {FORMS}")
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
-        text = data.decode("utf-8-sig")
+        text = unicodedata.normalize("NFC", data.decode("utf-8-sig"))
     except FileNotFoundError as error:
         raise DiffuMaskError(
             f"cannot read {path}, which is neither a class nor a file: give names such as dog,cat, or voc, or {FORMS}"
@@ -69,7 +70,10 @@ def _lines(text: str, path: Path) -> Iterator[ClassLine]:
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         where = f"{path}, line {number}"
-        fields = [one.strip() for one in next(csv.reader([line], skipinitialspace=True))]
+        try:
+            fields = [one.strip() for one in next(csv.reader([line], skipinitialspace=True))]
+        except csv.Error as error:
+            raise DiffuMaskError(f"{where}: the line is no class ({error}): write {LINE_FORMS}") from error
         if len(fields) == 1:
             yield ClassLine(where, fields[0])
         elif len(fields) == 3 and fields[0].isdecimal():
@@ -87,7 +91,7 @@ def read_toml(text: str, path: str) -> Iterator[ClassLine]:
         line = found[1] if (found := re.search(r"at line (\d+)", what)) else str(text.count("\n") + 1)
         what = re.sub(r" \(at .*\)$", "", what)
         raise DiffuMaskError(f"{path}, line {line}: no TOML ({what}): docs/prompts.md shows the form") from error
-    file = _Toml(path, text.splitlines())
+    file = _Toml(path, text.split("\n"))
     file.check_keys(document, (*_SHARED, "class"), 0)
     tables = document.get("class", [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):

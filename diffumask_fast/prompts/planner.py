@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import resources
@@ -15,14 +15,10 @@ from diffumask_fast.prompts.class_entry import ClassEntry
 from diffumask_fast.prompts.matching import matcher
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.retrieval import Retrieved
-from diffumask_fast.prompts.templates import SCENE, VIEW, Frame, check_template, filled, make_frame
+from diffumask_fast.prompts.templates import SCENE, VIEW, VIEWS, Frame, check_template, filled, make_frame
 from diffumask_fast.prompts.vocabulary import Vocabulary
 
 TEMPLATE = "a photo of {objects} {scene}"
-VIEWS = (
-    "from the side", "from the front", "from behind", "from above", "from a low angle", "at a distance", "up close",
-    "at an angle",
-)  # fmt: skip
 _SEED_BITS = 53  # exact in JSON
 
 Fits = Callable[[str, tuple[str, ...]], bool]
@@ -232,7 +228,7 @@ class _Caption(NamedTuple):
         if self.frame is None:
             return self
         text = filled(self.frame, kinds)
-        return _Caption(text, tuple([entry.phrase_in(text) for entry in theme.entries]))
+        return _caption(text, theme.entries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +249,7 @@ class _Captions:
     def __init__(self, recipe: Recipe, fits: Fits | None) -> None:
         self.templates, self.fits, self.seed = recipe.templates, fits, recipe.seed
         self.scenes = _suited(_with_classes(recipe.scenes or ()), recipe.vocabulary)
+        self.naming = {scene for scene in self.scenes if recipe.vocabulary.find(scene)}  # what would have no mask
         self.retrieved = dict(recipe.retrieved.captions) if recipe.retrieved else {}
         self.dropped = 0
         self._known: dict[tuple[str, ...], _Theme] = {}
@@ -273,11 +270,11 @@ class _Captions:
 
     def _make(self, entries: tuple[ClassEntry, ...]) -> list[_Caption]:
         if found := self.retrieved.get(tuple(sorted(entry.name for entry in entries))):
-            return [_Caption(text, tuple(entry.phrase_in(text) for entry in entries)) for text in found]
+            return [_caption(text, entries) for text in found]
         frames = self._frames(entries)
         words = [entry.phrase for entry in entries]
         drawn = list(dict.fromkeys((filled(frame, words), frame) for frame in frames))
-        captions = [_Caption(text, tuple(entry.phrase_in(text) for entry in entries), frame) for text, frame in drawn]
+        captions = [_caption(text, entries, frame) for text, frame in drawn]
         kept = [caption for caption in captions if self._fit(caption)]
         if not kept:
             raise DiffuMaskError(
@@ -288,21 +285,23 @@ class _Captions:
 
     def _frames(self, entries: tuple[ClassEntry, ...]) -> dict[Frame, None]:
         """Return what may stand before and after the classes, each once."""
-        first = entries[0]
-        places, views = self._scenes_of(entries), first.views or VIEWS
+        places, views = self._scenes_of(entries), entries[0].views or VIEWS
         return dict.fromkeys(
             make_frame(template, scene, view)
-            for template in first.templates or self.templates
+            for template in entries[0].templates or self.templates
             for scene in (places if SCENE in template else places[:1])
             for view in (views if VIEW in template else views[:1])
         )
 
     def _scenes_of(self, entries: tuple[ClassEntry, ...]) -> list[str]:
         """Return the scenes that suit every class; where none does, those that suit the first."""
-        suited = [
-            entry.scenes or [scene for scene, suits in self.scenes.items() if entry.name in suits] for entry in entries
-        ]
+        suited = [entry.scenes or self._general_scenes(entry.name) for entry in entries]
         return [scene for scene in suited[0] if all(scene in some for some in suited[1:])] or list(suited[0])
+
+    def _general_scenes(self, name: str) -> list[str]:
+        """Return the scenes that suit a class: without those that name a class of the run, if there are others."""
+        suited = [scene for scene, names in self.scenes.items() if name in names]
+        return [scene for scene in suited if scene not in self.naming] or suited
 
     def _kinds(self, entries: tuple[ClassEntry, ...]) -> tuple[tuple[str, ...], ...]:
         """Return the sub-classes of each class that name none of the other classes, in the order of drawing."""
@@ -313,16 +312,28 @@ class _Captions:
             others = tuple(phrase for other in entries if other is not entry for phrase in other.phrases)
             names = self._sub_classes_of(entry)
             kinds.append(tuple(n for n in names if not others or not any(matcher(others).find(n))) or (entry.phrase,))
-        return tuple(kinds)
+        return self._fitting(entries, kinds) if len(entries) > 1 else tuple(kinds)
+
+    def _fitting(self, entries: tuple[ClassEntry, ...], kinds: list[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
+        """Return the sub-classes of each class without the longest ones, until the longest of all fit together."""
+        left, frame = [sorted(names, key=len) for names in kinds], _longest(self._frames(entries))
+        plain = [[entry.phrase] for entry in entries]
+        while left != plain and not self._fit(_caption(filled(frame, [names[-1] for names in left]), entries)):
+            place = max((at for at, names in enumerate(left) if names != plain[at]), key=lambda at: len(left[at][-1]))
+            left[place] = left[place][:-1] or plain[place]
+        return tuple(
+            tuple(name for name in names if name in some) or tuple(some)
+            for names, some in zip(kinds, left, strict=True)
+        )
 
     def _sub_classes_of(self, entry: ClassEntry) -> tuple[str, ...]:
         """Return the sub-classes of a class that fit, in an order drawn from the seed, whatever order they have."""
         if entry.name not in self._sub_classes:
             names = sorted(entry.sub_classes, key=lambda name: _hash(self.seed, "sub-class", entry.name, name))
-            longest = max(self._frames((entry,)), key=lambda frame: (len(frame[0]), len(frame[1])))
-            texts = [filled(longest, [name]) for name in names]
-            kept = [self._fit(_Caption(text, (entry.phrase_in(text),))) for text in texts]
-            self._sub_classes[entry.name] = tuple(name for name, fit in zip(names, kept, strict=True) if fit)
+            longest = _longest(self._frames((entry,)))
+            texts = {name: filled(longest, [name]) for name in names}
+            kept = (name for name, text in texts.items() if self._fit(_caption(text, [entry])))
+            self._sub_classes[entry.name] = tuple(kept)
         return self._sub_classes[entry.name]
 
     def _fit(self, caption: _Caption) -> bool:
@@ -330,6 +341,15 @@ class _Captions:
         fit = self.fits is None or self.fits(caption.text, caption.phrases)
         self.dropped += not fit
         return fit
+
+
+def _caption(text: str, entries: Sequence[ClassEntry], frame: Frame | None = None) -> _Caption:
+    return _Caption(text, tuple([entry.phrase_in(text) for entry in entries]), frame)
+
+
+def _longest(frames: Iterable[Frame]) -> Frame:
+    """Return the frame in which the classes come last."""
+    return max(frames, key=lambda frame: (len(frame[0]), len(frame[1])))
 
 
 def _with_classes(

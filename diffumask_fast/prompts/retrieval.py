@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+from unicodedata import category
 
 from diffumask_fast.prompts.english import plural
 from diffumask_fast.prompts.matching import IDEOGRAPHS
@@ -95,12 +96,11 @@ class CaptionMatcher:
         self._count, self._filters = classes_per_image, caption_filter == "reference"
         self._phrases: dict[str, list[tuple[list[str], str]]] = {}  # by their first word, the longest first
         self._unspaced: list[tuple[str, str]] = []
-        for entry in vocabulary.entries:
-            for phrase in filter(None, (form for one in entry.phrases for form in (one, plural(one)))):
-                words = _words(phrase)
-                if phrase[0] >= IDEOGRAPHS:
-                    self._unspaced.append(("".join(words), entry.name))
-                self._phrases.setdefault(words[0], []).append((words, entry.name))
+        for words, name in _forms(vocabulary).items():
+            if words[0] >= IDEOGRAPHS:
+                self._unspaced.append(("".join(words), name))
+            self._phrases.setdefault(words[0], []).append((list(words), name))
+        self._unspaced.sort(key=lambda phrase: -len(phrase[0]))
         for phrases in self._phrases.values():
             phrases.sort(key=lambda phrase: -len(phrase[0]))
 
@@ -123,19 +123,23 @@ class CaptionMatcher:
     def _found(self, words: Sequence[str]) -> dict[str, int]:
         """Return the name of each class with the place of its first word."""
         found: dict[str, int] = {}
-        at = 0
+        at, places, words = 0, range(len(words)), list(words)
+        if not all(map(str.isalnum, words)):
+            pieces = [(piece, place) for place, word in enumerate(words) for piece in _pieces(word)]
+            words, places = [piece for piece, _ in pieces], [place for _, place in pieces]
         while at < len(words):
             step = 1
             for phrase, name in self._phrases.get(words[at], ()):
                 if len(phrase) == 1 or words[at : at + len(phrase)] == phrase:
-                    found.setdefault(name, at)
+                    found.setdefault(name, places[at])
                     step = len(phrase)
                     break
             at += step
         for letters, name in self._unspaced:
-            for place, word in enumerate(words):
+            for number, word in enumerate(words):
                 if letters in word:
-                    found.setdefault(name, place)
+                    found.setdefault(name, places[number])
+                    words[number] = word.replace(letters, " ")  # no shorter one is within it
         return found
 
 
@@ -175,6 +179,23 @@ class Best:
 def chance(caption: str) -> float:
     """Return a number in 0..1 that depends on the caption alone: those with the highest are a fair sample of a file."""
     return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=6).digest(), "big") / 2**48
+
+
+def _forms(vocabulary: Vocabulary) -> dict[tuple[str, ...], str]:
+    """Return the words of each phrase, and of its plural where that is no other class's phrase, with the class."""
+    phrases = [(phrase, entry.name) for entry in vocabulary.entries for phrase in entry.phrases]
+    forms: dict[tuple[str, ...], str] = {}
+    for form, name in (*phrases, *((plural(phrase), name) for phrase, name in phrases)):
+        if words := tuple(piece for word in _words(form or "") for piece in _pieces(word)):
+            forms.setdefault(words, name)
+    return forms
+
+
+def _pieces(word: str) -> list[str]:
+    """Part a word where the marks within it part words, as in "dog/cat"; hyphens and apostrophes do not."""
+    if word.isalnum():
+        return [word]
+    return "".join(letter if letter in "-'\u2019" or category(letter)[0] in "LMN" else " " for letter in word).split()
 
 
 def _words(text: str) -> list[str]:

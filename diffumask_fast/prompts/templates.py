@@ -9,6 +9,10 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.prompts.english import article
 
 OBJECTS, SCENE, VIEW = "{objects}", "{scene}", "{view}"
+VIEWS = (
+    "from the side", "from the front", "from behind", "from above", "from a low angle", "at a distance", "up close",
+    "at an angle",
+)  # fmt: skip
 Frame = tuple[str, str]  # what stands before and after the classes
 
 

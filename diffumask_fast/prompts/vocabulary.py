@@ -1,7 +1,7 @@
 """The classes of a run: what `--classes` takes, and the vocabularies that come with the package."""
 
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -308,8 +308,9 @@ def _with_shipped(wanted: Vocabulary, source: str, of_model: bool, sub_classes: 
     """Give classes what the package knows of them, as `Vocabulary.parse` says."""
     entries = wanted.entries
     if isinstance(sub_classes, int) or not of_model:
-        full, asked = {_bare(entry): entry for entry in _shipped(source)}, {_fold(entry.phrase) for entry in entries}
-        entries = tuple(_without(full.get(entry, entry), asked) for entry in entries)
+        full = {_bare(entry): entry for entry in _shipped(source)}
+        strange = tuple(phrase for entry in entries if entry not in full for phrase in entry.phrases)
+        entries = tuple(_without(full[entry], strange) if entry in full else entry for entry in entries)
         if of_model:  # which has its own scenes
             entries = tuple(
                 replace(entry, templates=(), scenes=(), views=()) if entry not in wanted.entries else entry
@@ -321,13 +322,19 @@ def _with_shipped(wanted: Vocabulary, source: str, of_model: bool, sub_classes: 
     return Vocabulary(entries)
 
 
-def _without(entry: ClassEntry, asked: Collection[str]) -> ClassEntry:
-    """Return a class without the synonyms that are classes themselves, and without what holds no other phrase."""
-    synonyms = tuple(phrase for phrase in entry.synonyms if _fold(phrase) not in asked)
-    if synonyms == entry.synonyms:
+def _without(entry: ClassEntry, strange: tuple[str, ...]) -> ClassEntry:
+    """Return a class of the package without the synonyms and sub-classes that are classes of the user's own."""
+    if not strange:
         return entry
-    finds = matcher((entry.phrase, *synonyms)).find
-    return replace(entry, synonyms=synonyms, sub_classes=tuple(name for name in entry.sub_classes if any(finds(name))))
+    folded = set(map(_fold, strange))
+    synonyms = tuple(phrase for phrase in entry.synonyms if _fold(phrase) not in folded)
+    finds = matcher((entry.phrase, *synonyms, *strange)).find
+
+    def is_own(name: str) -> bool:
+        found = {phrase for _, phrase in finds(name)}
+        return bool(found) and found.isdisjoint(strange)
+
+    return replace(entry, synonyms=synonyms, sub_classes=tuple(filter(is_own, entry.sub_classes)))
 
 
 def _bare(entry: ClassEntry) -> ClassEntry:
@@ -362,5 +369,6 @@ def _like_vocs(entry: ClassEntry, among: Vocabulary) -> ClassEntry:
         names = tuple(name for name in like.sub_classes if among.find(name) == [entry.name])
         entry = replace(entry, sub_classes=names)
     if not entry.scenes:
-        entry = replace(entry, templates=like.templates, scenes=like.scenes, views=like.views)
+        scenes = tuple(scene for scene in like.scenes if not among.find(scene))
+        entry = replace(entry, templates=like.templates, scenes=scenes, views=like.views)
     return entry
