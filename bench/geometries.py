@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, PNDMScheduler, UNet
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffumask_fast import mini
+from diffumask_fast.attention.families import has_unet
 from diffumask_fast.attention.unet import attention_places
 from diffumask_fast.bench import GEOMETRIES
 from diffumask_fast.errors import DiffuMaskError
@@ -86,6 +87,8 @@ def open_geometry(
     device = resolve_device(device)
     if model is not None or geometry == "mini":
         pipe = DiffuMaskPipeline.from_pretrained(model or "mini", device=device, dtype=dtype)
+        if not has_unet(pipe.pipe):
+            raise DiffuMaskError(f"{model} has no UNet, and what is compared here draws with one: name another model.")
     else:
         with quietly():
             built = _build(geometry, device, resolve_dtype(dtype, device))

@@ -71,8 +71,9 @@ def _benchmarks(geometry: str, device: torch.device, seconds: float) -> list[dic
         command += ["--rootdir", folder, f"--benchmark-json={report}", f"--benchmark-max-time={seconds}"]
         command += ["--benchmark-disable-gc", "--benchmark-warmup=on", "--benchmark-warmup-iterations=2"]
         command += ["--benchmark-timer=time.process_time"] if device.type == "cpu" else []
+        outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         settings = {"DIFFUMASK_FAST_KERNELS": json.dumps({"geometry": geometry, "device": str(device)})}
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings, cwd=folder)
+        done = subprocess.run(command, capture_output=True, text=True, env=outer | settings, cwd=folder)
         if done.returncode or not report.exists():
             raise DiffuMaskError(f"The kernel cases failed: {(done.stdout + done.stderr).strip()[-300:]}")
         return json.loads(report.read_text(encoding="utf-8"))["benchmarks"]

@@ -18,10 +18,20 @@ from diffumask_fast.dataset.remask import remask
 from diffumask_fast.dataset.schema import encode_png
 from diffumask_fast.generation.generate import run_generate
 from diffumask_fast.generation.options import GenerateOptions
+from diffumask_fast.learning.affinity import FOLDER as NETS
+from diffumask_fast.learning.affinity import make_affinity_masks
 from diffumask_fast.learning.class_lists import lookup
 from diffumask_fast.learning.evaluation import ORACLE, batches, evaluate, predict
 from diffumask_fast.learning.filtering import FOLDS, filter_dataset
-from diffumask_fast.learning.options import EvaluateOptions, FilterOptions, LearnOptions, PruneOptions
+from diffumask_fast.learning.options import (
+    AffinityLearning,
+    AffinityMaskOptions,
+    AffinityOptions,
+    EvaluateOptions,
+    FilterOptions,
+    LearnOptions,
+    PruneOptions,
+)
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.mini.oracle import load_oracle
 from diffumask_fast.mini.world import write_world
@@ -90,6 +100,8 @@ HEADLINE = (
 )
 ABLATIONS = (
     Cell(DEFAULT, "synthetic", "ablation_steps"),
+    Cell("masks/affinity", "affinity/affinity", "ablation_steps"),
+    Cell("masks/adaptive-affinity", "affinity/attention", "ablation_steps"),
     *(Cell(f"masks/{cut}", f"masks/{cut}", "ablation_steps") for cut in ("adaptive", "0.35", "0.45", "0.55")),
     *(Cell(f"pruning/{alpha}", f"pruned/{alpha}", "ablation_steps") for alpha in ("0.3", "0.5", "0.7")),
     *(
@@ -148,7 +160,8 @@ class TrainingData:
 
         Args:
             name: "synthetic"; "real"; "fifth", of the real ones; "oracle", the synthetic images with the oracle's
-                masks; "seen", the real ones without classes in UNSEEN; "masks/" and a threshold; "pruned/" and alpha.
+                masks; "seen", the real ones without classes in UNSEEN; "masks/" and a threshold; "affinity/" and
+                which map masks are made of; "pruned/" and alpha.
         """
         out = self.folder / name
         if name not in self._made:
@@ -158,7 +171,7 @@ class TrainingData:
 
     def masks_iou(self, name: str) -> float | None:
         """Return the foreground IoU of the synthetic masks with the oracle's; None for others, which need no judge."""
-        if name.partition("/")[0] not in ("synthetic", "masks", "pruned"):
+        if name.partition("/")[0] not in ("synthetic", "masks", "affinity", "pruned"):
             return None
         if name not in self._ious:
             options = EvaluateOptions(ORACLE, self.path(name), accepted=True)
@@ -181,21 +194,26 @@ class TrainingData:
             case ["masks", cut]:
                 options = MaskOptions(threshold="adaptive" if cut == "adaptive" else float(cut))
                 remask(self.path("synthetic"), out, options, progress=self.progress)
+            case ["affinity", mask]:
+                self._share(out, NETS)
+                learning = AffinityLearning(mask=mask, seed=self.seed, dtype=self.learning.dtype)
+                made = AffinityMaskOptions(affinity=learning)
+                make_affinity_masks(AffinityOptions(self.path("synthetic"), out, made), progress=self.progress)
             case ["pruned", alpha]:
-                self._prune(float(alpha), out)
+                self._share(out, FOLDS)
+                pruning = PruneOptions(alpha=float(alpha), learning=self.learning)
+                filter_dataset(FilterOptions(self.path("synthetic"), out, pruning), progress=self.progress)
             case _:
                 raise KeyError(name)
 
-    def _prune(self, alpha: float, out: Path) -> None:
-        """Filter the synthetic images; the folds' segmenters are trained once for all values of alpha."""
-        trained = next(out.parent.glob(f"*/{FOLDS}"), None) if out.parent.exists() else None
-        if trained is not None and trained.parent != out and not (out / FOLDS).exists():
+    def _share(self, out: Path, models: str) -> None:
+        """Take over what was trained for another dataset of the same kind: it is trained once for all of them."""
+        trained = next((folder for folder in sorted(out.parent.glob(f"*/{models}")) if folder.parent != out), None)
+        if trained is not None and not (out / models).exists():
             out.mkdir(exist_ok=True)
-            shutil.rmtree(out / ".folds", ignore_errors=True)
-            shutil.copytree(trained, out / ".folds")
-            os.replace(out / ".folds", out / FOLDS)
-        pruning = PruneOptions(alpha=alpha, learning=self.learning)
-        filter_dataset(FilterOptions(self.path("synthetic"), out, pruning), progress=self.progress)
+            shutil.rmtree(out / ".part", ignore_errors=True)
+            shutil.copytree(trained, out / ".part")
+            os.replace(out / ".part", out / models)
 
 
 def with_oracle_masks(source: Path, out: Path) -> dict[str, Any]:

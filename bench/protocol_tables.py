@@ -25,7 +25,9 @@ HEADLINE = {
 ABLATIONS = {
     "masks": {
         DEFAULT: ("Otsu's threshold (default)", DASH),
-        "masks/adaptive": ("adaptive threshold", "89.5"),
+        "masks/affinity": ("AffinityNet's map", "81.6"),
+        "masks/adaptive-affinity": ("adaptive threshold, by AffinityNet's map", "89.5"),
+        "masks/adaptive": ("adaptive threshold, by the attention map", DASH),
         "masks/0.35": ("threshold 0.35", DASH),
         "masks/0.45": ("threshold 0.45", "0.4: 85.3"),
         "masks/0.55": ("threshold 0.55", "0.5: 78.9, 0.6: 44.4"),

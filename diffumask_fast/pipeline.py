@@ -22,11 +22,10 @@ from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.attention.families import check_runs, denoising_model, family_of
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.engines.compiled import CompiledEngine, compile_pipe
-from diffumask_fast.engines.worker import IN_FLIGHT, StreamWorker, Turn, to_host
+from diffumask_fast.engines.worker import IN_FLIGHT, StreamWorker, Turn
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.make import make_masks, quantise_maps
 from diffumask_fast.masks.options import MaskOptions
-from diffumask_fast.masks.rejection import NOT_FINITE, rejections
 from diffumask_fast.models.arguments import SCHEDULES, steps_and_guidance, suited
 from diffumask_fast.models.decoding import decode, decodes_later, finished, timed_decoding
 from diffumask_fast.models.device import fitting_batch, resolve_device, resolve_dtype
@@ -350,8 +349,8 @@ class DiffuMaskPipeline:
             if not later:
                 borrowed.enter_context(self._decoder())
                 borrowed.enter_context(timed_decoding(self.pipe, self.seconds))
-            output_type = "latent" if later else "pt"
-            output = finished(self.pipe(prompts, output_type=output_type, return_dict=False, **kwargs)[0], self.pipe)
+            kwargs |= {"prompt": prompts, "output_type": "latent" if later else "pt", "return_dict": False}
+            output = finished(self.pipe(**kwargs)[0], self.pipe)  # by name, for Kontext takes an image first
         in_call = 0 if later else self.seconds.decode - before
         self.seconds.denoise += time.perf_counter() - start - in_call
         padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids])
@@ -377,19 +376,7 @@ class DiffuMaskPipeline:
         return drawn
 
     def _results(self, batch: Sequence[Request], denoised: Denoised, mask: MaskOptions) -> list[Result]:
-        drawn = self._finish(denoised, mask)
-        phrases = [request.phrases for request in batch]
-        reasons = rejections(drawn.images, drawn.mask, drawn.ids, phrases, mask, drawn.quality)
-        reasons = [reason if finite else NOT_FINITE for reason, finite in zip(reasons, drawn.finite, strict=True)]
-        images, masks, class_maps = to_host(drawn.images, drawn.mask, drawn.class_maps)
-        quality = drawn.qualities()
-        return [
-            Result(
-                request, images[row], masks[row], tuple(quality[row]), class_maps[row, : len(request.phrases)],
-                not reasons[row], reasons[row],
-            )
-            for row, request in enumerate(batch)
-        ]  # fmt: skip
+        return self._finish(denoised, mask).results(batch, mask)
 
     def map_options(self, maps: MapOptions | None = None) -> MapOptions:
         """Return the options with "auto" resolved to what was measured best for the model."""

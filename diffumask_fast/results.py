@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from diffumask_fast import __version__
@@ -15,6 +17,7 @@ from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.attention.store import MapStore
 from diffumask_fast.attention.tap import Levels
 from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.masks.rejection import NOT_FINITE, rejections
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.show import caption_of, sample_html
 
@@ -67,6 +70,26 @@ class Drawn:
         """Return the quality of each image's own classes."""
         counts = (self.ids > 0).sum(1).tolist()
         return [row[:count] for row, count in zip(self.quality.tolist(), counts, strict=True)]
+
+    def results(self, requests: Sequence[Request], options: MaskOptions) -> list[Result]:
+        """Return the sample of each request, accepted or with the reason why not.
+
+        Args:
+            requests: that were drawn.
+            options: by which their masks were made.
+        """
+        phrases = [request.phrases for request in requests]
+        reasons = rejections(self.images, self.mask, self.ids, phrases, options, self.quality)
+        reasons = [reason if finite else NOT_FINITE for reason, finite in zip(reasons, self.finite, strict=True)]
+        images, masks, class_maps = to_host(self.images, self.mask, self.class_maps)
+        quality = self.qualities()
+        return [
+            Result(
+                request, images[row], masks[row], tuple(quality[row]), class_maps[row, : len(request.phrases)],
+                not reasons[row], reasons[row],
+            )
+            for row, request in enumerate(requests)
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -179,3 +202,14 @@ def _pixels(images: Any, index: int) -> np.ndarray:
         image = image.detach().float().cpu().movedim(0, -1).numpy()
     pixels = np.asarray(image)
     return pixels if pixels.dtype == np.uint8 else (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def to_host(*tensors: Tensor) -> list[np.ndarray]:
+    """Copy tensors of one device to the CPU, on CUDA through pinned memory with one wait for all of them."""
+    if not tensors[0].is_cuda:
+        return [tensor.cpu().numpy() for tensor in tensors]
+    copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+    for copy, tensor in zip(copies, tensors, strict=True):
+        copy.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensors[0].device).synchronize()
+    return [copy.numpy().copy() for copy in copies]  # frees the pinned memory, which is scarce

@@ -80,7 +80,7 @@ def test_only_masks_quality_and_acceptance_change(made):
     recorded = read_manifest(out)["options"]
     assert recorded["threshold"] == "adaptive" and recorded["refine"] == "guided"
     assert recorded["affinity"]["backbone"] == str(start) and recorded["affinity"]["steps"] == 2
-    assert sorted(path.name for path in (out / "affinity").iterdir()) == ["net", "seeds.png"]
+    assert sorted(path.name for path in (out / "affinity").iterdir()) == ["net", "options.json", "seeds.png"]
 
 
 def test_run_again_it_is_finished_and_other_options_are_named(made):
@@ -153,7 +153,7 @@ def test_each_class_may_have_its_own_net(made, tmp_path):
     source, start, _ = made
     make(source, tmp_path / "out", start, per_class=True)
     folder = tmp_path / "out" / "affinity"
-    assert sorted(path.name for path in folder.iterdir()) == ["class-12", "class-7", "seeds.png"]
+    assert sorted(path.name for path in folder.iterdir()) == ["class-12", "class-7", "options.json", "seeds.png"]
     learnt = {name: read_record(folder / name)["plan"]["images"] for name in ("class-7", "class-12")}
     assert learnt == {"class-7": [2], "class-12": [3]}
     maps, images = torch.rand(2, 2, CELLS, CELLS), torch.randint(0, 256, (2, SIDE, SIDE, 3), dtype=torch.uint8)
@@ -177,12 +177,21 @@ def test_a_class_without_an_accepted_image_has_no_net_of_its_own(made, tmp_path)
         make(source, tmp_path / "out", made[1], per_class=True)
 
 
-# The seeds' manifest has got its name, then the seeds' shards; then the net is being written.
-@pytest.mark.parametrize("call", [pytest.param(2, marks=pytest.mark.slow), 9])
+# The options and the seeds' manifest have got their names, then the seeds' shards; then the net is being written.
+@pytest.mark.parametrize("call", [pytest.param(3, marks=pytest.mark.slow), 10])
 def test_killed_and_run_again_it_is_the_same(made, tmp_path, call):
     source, start, out = made
     kill_at(call, plain, source, start, tmp_path / "out")
     assert not (tmp_path / "out" / "preview.png").exists()
+    make(source, tmp_path / "out", start)
+    assert contents(tmp_path / "out") == contents(out)
+
+
+def test_a_net_that_is_gone_is_trained_again(made, tmp_path):
+    source, start, out = made
+    shutil.copytree(out, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "affinity" / "net")
+    sorted((tmp_path / "out" / "data").iterdir())[-1].unlink()
     make(source, tmp_path / "out", start)
     assert contents(tmp_path / "out") == contents(out)
 
@@ -200,6 +209,10 @@ def test_what_cannot_be_done_is_one_sentence(made, tmp_path):
         make(source, dataset(tmp_path / "b"), start)
     with pytest.raises(DiffuMaskError, match="one folder"):
         make(source, source, start)
+    rejected = dataset(tmp_path / "e", change=lambda sample: replace(sample, accepted=False))
+    with pytest.raises(DiffuMaskError, match="/e holds no accepted row"):
+        make(rejected, tmp_path / "f", start)
+    assert not (tmp_path / "f").exists()
     without = dataset(
         tmp_path / "c", change=lambda sample: replace(coloured(sample), maps=None), height=SIDE, width=SIDE
     )

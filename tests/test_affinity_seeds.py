@@ -119,5 +119,5 @@ def test_a_dataset_of_seeds_keeps_everything_but_the_masks(tmp_path):
             [before.classes],
         )
         assert np.mean(after.mask == expected[0].numpy()) > 0.99  # rounding may differ in a batch
-    with pytest.raises(DiffuMaskError, match="`affinity_seeds` was right and is reference now"):
+    with pytest.raises(DiffuMaskError, match="`reference_labels` was false and is true now"):
         write_seeds(source, tmp_path / "seeds", faulty=True, device=torch.device("cpu"))

@@ -1,5 +1,7 @@
 """bench/baselines.py: each baseline's maps and masks against ours, with the same weights and latents."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -112,13 +114,11 @@ def test_a_store_draws_the_same_image_and_is_gone_afterwards(tiny_sd, latents, k
 
 
 def test_half_precision_gives_nearly_the_same_maps(tiny_sd, latents, ours, select):
-    tiny_sd.unet.to(torch.float16), tiny_sd.text_encoder.to(torch.float16)
-    try:
-        _, store, _ = next(each_alone(ReferenceStore, tiny_sd, latents.half()))
-        assert store._sums[0].dtype == torch.float16
-        theirs = store.class_maps(select[0], 8)
-    finally:
-        tiny_sd.unet.to(torch.float32), tiny_sd.text_encoder.to(torch.float32)
+    for name in ("unet", "text_encoder"):
+        setattr(tiny_sd, name, copy.deepcopy(getattr(tiny_sd, name)).to(torch.float16))
+    _, store, _ = next(each_alone(ReferenceStore, tiny_sd, latents.half()))
+    assert store._sums[0].dtype == torch.float16
+    theirs = store.class_maps(select[0], 8)
     assert (theirs.clamp_min(0) - ours.class_maps(MAPS)[0]).abs().max() < 0.05
 
 

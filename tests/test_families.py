@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw
-from diffusers import FluxPipeline, StableDiffusion3Pipeline
+from diffusers import FluxKontextPipeline, FluxPipeline, StableDiffusion3Pipeline
 from PIL import Image
 from test_generation import options, silent
 from tiny_mmdit import new_pipe, save
@@ -61,6 +61,13 @@ def test_the_pipeline_makes_masks_of_the_plain_images(request, name):
     assert out.maps["0"].shape == (4, 2, 24) and out.provenance["dtype"] == "float32"
     with pytest.raises(DiffuMaskError, match="width 72 is not a multiple of 16: use 64"):
         own(PROMPTS, CLASSES, height=64, width=72)
+
+
+def test_a_pipeline_that_takes_an_image_first(parts_of_flux):
+    own = DiffuMaskPipeline.from_pipe(new_pipe(FluxKontextPipeline, parts_of_flux))
+    given = dict(image=Image.new("RGB", (96, 64), (200, 100, 50)), max_area=64 * 96, _auto_resize=False)
+    out = own(PROMPTS[0], ["dog"], seeds=[0], num_inference_steps=2, height=64, width=96, **given)
+    assert out.masks.shape == (1, 64, 96) and out.class_maps.shape == (1, 1, 4, 6)
 
 
 def generators(num):

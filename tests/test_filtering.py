@@ -115,6 +115,12 @@ def test_the_last_round_learns_without_what_ranked_lowest(tmp_path):
     before = contents(tmp_path / "out")
     shutil.rmtree(folds / "round-2")  # as if it was stopped there
     assert filter_dataset(options)["pruned"] == 12 and contents(tmp_path / "out") == before
+    for changed, named in (
+        (PruneOptions(0.1), "`alpha` was 0.5 and is 0.1"),
+        (PruneOptions(0.5, rounds=3), "`rounds` was 2"),
+    ):
+        with pytest.raises(DiffuMaskError, match=f"begun with other options: {named}"):
+            filter_dataset(replace(options, pruning=replace(changed, learning=learning)))
     once = FilterOptions(source, tmp_path / "once", PruneOptions(0.5, rounds=1, learning=learning), device="cpu")
     filter_dataset(once)
     assert read_record(tmp_path / "once" / "folds" / "round-1" / "fold-0")["plan"]["steps"] == 3

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from tiny_mmdit import save
 
 from diffumask_fast import DiffuMaskError
 from diffumask_fast.attention.unet import attention_places
@@ -68,3 +69,8 @@ def test_too_little_memory(monkeypatch, reference):
 def test_an_unknown_geometry():
     with pytest.raises(DiffuMaskError, match="no geometry sd3: use mini, sd15, sd21, sdxl"):
         open_geometry("sd3")
+
+
+def test_a_model_without_a_unet(flux, tmp_path):
+    with pytest.raises(DiffuMaskError, match="model has no UNet, and what is compared here draws with one"):
+        open_geometry("mini", "cpu", model=save(flux, tmp_path / "model"))

@@ -37,7 +37,8 @@ def generate(settings):
 def started(**settings):
     """A process that draws; it does not outlive the `with` statement."""
     process = FORKS.Process(target=generate, args=(settings,))
-    with patch.object(sys.modules["__main__"], "__file__", None):  # the process does not begin with pytest's program
+    # the process does not begin with pytest's program
+    with patch.object(sys.modules["__main__"], "__file__", None, create=True):
         process.start()
     try:
         yield process

@@ -179,13 +179,15 @@ def test_a_killed_run_ends_with_the_same_bytes(finished, tiny_folder, tmp_path, 
 
 
 def test_a_hopeless_class_ends_the_run_and_what_is_drawn_stays(tiny_folder, tmp_path, capsys):
-    picky = dict(accept_per_class=8, classes="car,bus", shard_size=64, mask=MaskOptions(min_quality=0.16), batch_size=8)
+    picky = dict(
+        accept_per_class=8, classes="cat,dog", shard_size=64, mask=MaskOptions(min_quality=0.135), batch_size=8
+    )
     summary = draw(tmp_path / "out", tiny_folder, **picky)
-    assert summary["below_quota"] == ["bus"] and "bus (" in summary["why_below_quota"]
-    tallies = tally(read_rows(tmp_path / "out", accepted_only=False, columns=["classes", "reason"]), ["car", "bus"])
+    assert summary["below_quota"] == ["dog"] and "dog (" in summary["why_below_quota"]
+    tallies = tally(read_rows(tmp_path / "out", accepted_only=False, columns=["classes", "reason"]), ["cat", "dog"])
     assert tallies[0].accepted >= 8 and tallies[1].is_hopeless and tallies[1].drawn < 4 * PROBE
     before = contents(tmp_path / "out")
-    flags = ["--accept-per-class", 8, "--classes", "car,bus", "--min-quality", 0.16, "--batch-size", 8, "--steps", 2]
+    flags = ["--accept-per-class", 8, "--classes", "cat,dog", "--min-quality", 0.135, "--batch-size", 8, "--steps", 2]
     command = ["generate", tmp_path / "out", "--model", tiny_folder, "--device", "cpu", *flags, "--json"]
     with pytest.raises(SystemExit) as ended:
         run_program(app, list(map(str, command)))

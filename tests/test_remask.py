@@ -16,10 +16,14 @@ from diffumask_fast.dataset.remask import remask
 from diffumask_fast.dataset.run import open_run
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.generate import run_generate
+from diffumask_fast.learning.filtering import filter_dataset
+from diffumask_fast.learning.options import FilterOptions, PruneOptions
 from diffumask_fast.masks.make import make_masks
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.masks.rejection import NOT_FINITE
 from diffumask_fast.prompts.vocabulary import Vocabulary
+
+LENIENT = MaskOptions(refine="none", min_area=0, max_area=1, min_quality=0)
 
 
 def dataset(folder, change=lambda sample: sample, **keywords):
@@ -50,6 +54,15 @@ def test_the_process_keeps_its_number_of_threads(tmp_path):
         assert [torch.get_num_threads(), *found] == [2, 2]
     finally:
         torch.set_num_threads(before)
+
+
+def test_what_was_pruned_is_judged_anew_and_the_record_does_not_claim_otherwise(tmp_path):
+    source = dataset(tmp_path / "a", lambda sample: dataclasses.replace(sample, accepted=True, reason=""))
+    filter_dataset(FilterOptions(source, tmp_path / "b", PruneOptions(0.5, rank="quality")))
+    remask(tmp_path / "b", tmp_path / "c", LENIENT)
+    assert not all(row.accepted for row in rows(tmp_path / "b")) and all(row.accepted for row in rows(tmp_path / "c"))
+    recorded = [json.loads((tmp_path / name / "dataset.json").read_text())["options"] for name in "bc"]
+    assert ["filter" in one for one in recorded] == [True, False]
 
 
 def test_masks_of_generation_come_back(tiny_folder, tmp_path):

@@ -426,3 +426,18 @@ def test_a_scheduler_with_two_calls_a_step(sd3):
     with collect_maps(sd3, PHRASES[0]) as maps:
         assert np.array_equal(draw(sd3, PROMPTS[0], **WIDE), plain)
     assert maps.store.calls == maps.store.num_calls == 5
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_callback_that_writes_over_the_embeddings(request, name, caplog):
+    pipe = request.getfixturevalue(name)
+
+    def forget(pipe, step, timestep, tensors):
+        tensors["prompt_embeds"].zero_()
+        return {}
+
+    rest = dict(callback_on_step_end=forget, callback_on_step_end_tensor_inputs=["prompt_embeds"], **WIDE)
+    rest |= dict(guidance_scale=1.0) if name == "sd3" else {}  # else the two prompts' embeddings are joined, a copy
+    with collect_maps(pipe, ["dog"]) as maps:
+        draw(pipe, PROMPTS[0], **rest)
+    assert maps.store.calls == 1 and "the maps are of 1 of 3 transformer calls" in caplog.text

@@ -9,7 +9,7 @@ import torch
 from test_pipeline import requests
 
 from diffumask_fast import pipeline
-from diffumask_fast.engines.worker import IN_FLIGHT, StreamWorker, to_host
+from diffumask_fast.engines.worker import IN_FLIGHT, StreamWorker
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 
@@ -86,11 +86,6 @@ def test_a_failure_in_the_thread_reaches_the_reader(tiny_sd, monkeypatch):
     next(results)
     with pytest.raises(RuntimeError, match="no memory"):
         list(results)
-
-
-def test_to_host_gives_each_tensor():
-    one, other = to_host(torch.arange(3), torch.ones(2, 2, dtype=torch.uint8))
-    assert one.tolist() == [0, 1, 2] and other.dtype == np.uint8
 
 
 def test_batches_are_drawn_as_they_are_handed_in(tiny_sd, monkeypatch):

@@ -21,6 +21,7 @@ from diffumask_fast.errors import DiffuMaskError
 IMAGE_FIRST = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0)
 TEXT_FIRST = (FluxAttnProcessor, FluxIPAdapterAttnProcessor)
 LEVEL = "0"  # the only one
+SCALE = 2.0**12  # of phrases: fp16 has few digits of a probability among thousands of keys
 
 
 class JointTap:
@@ -50,8 +51,11 @@ class JointTap:
         self.num_text = select.shape[1]
         self.num_pixels = num_pixels
         self.share_of_text = share_of_text
+        select = select * SCALE
         if share_of_text:
-            select = torch.cat([select, torch.ones_like(select[..., :1])], 2)
+            select = torch.cat([select, torch.full_like(select[..., :1], SCALE)], 2)
+        self._maps_scale = 1.0 if share_of_text else SCALE
+        prior, self._prior_scale = _to_one(prior)
         self.image = _over_all_tokens(prior, select, num_image)
         blocks = F.pad(self.image, (0, select.shape[2])), F.pad(select, (self.image.shape[2], 0))
         self.image_first, self.text_first = torch.cat(blocks, 1), torch.cat(blocks[::-1], 1)
@@ -61,13 +65,13 @@ class JointTap:
         """Keep what a joint layer's columns gave, [Bc, M + K, all tokens]."""
         start = self.num_text if text_first else 0
         maps, earlier = maps[..., start : start + self.num_pixels], self.image.shape[2]
-        self._add("maps", maps[:, earlier : earlier + self.num_phrases])
+        self._add("maps", maps[:, earlier : earlier + self.num_phrases] / self._maps_scale)
         self.put_image(maps[:, :earlier])
 
     def put_image(self, propagated: Tensor) -> None:
         """Keep what the columns [Bc, M, N] of a layer on the image alone gave."""
         if propagated.shape[1]:
-            self._add("propagated", propagated[..., : self.num_pixels])
+            self._add("propagated", propagated[..., : self.num_pixels] * self._prior_scale)
 
     def means(self, name: str) -> Levels:
         """Return the mean of the layers that ran: of "maps" or of "propagated"."""
@@ -77,6 +81,15 @@ class JointTap:
     def _add(self, name: str, maps: Tensor) -> None:
         total, count = self._sums.get(name, (None, 0))
         self._sums[name] = (maps if total is None else total + maps, count + 1)
+
+
+def _to_one(prior: Levels) -> tuple[Levels, Tensor | float]:
+    """Return earlier maps, each divided by the power of two above its maximum, and these powers, [Bc, M, 1]."""
+    if LEVEL not in prior:
+        return {}, 1.0
+    maps = prior[LEVEL]
+    powers = torch.ldexp(torch.ones_like(maps[..., :1]), maps.amax(2, keepdim=True).frexp().exponent)
+    return {LEVEL: maps / powers}, powers
 
 
 def _over_all_tokens(prior: Levels, select: Tensor, num_image: int) -> Tensor:

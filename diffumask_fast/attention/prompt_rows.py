@@ -58,7 +58,7 @@ def prompt_rows(pipe: Any, encoded: Encoded, segments: Segments) -> PromptRows:
             "prompts, is not known: let its encode_prompt take both texts by the names prompt and negative_prompt, and "
             "encode both in the same way"
         )
-    embeds = blocks[at].detach()
+    embeds = blocks[at].detach().clone()  # a callback may write over what was encoded
     images = embeds.unflatten(0, (num, copies))
     if not torch.equal(images, images[:, :1].expand_as(images)):
         raise DiffuMaskError(

@@ -43,7 +43,7 @@ def remask(
 ) -> dict[str, Any]:
     """Write a dataset anew with other masks: images, prompts and maps stay, masks, quality and acceptance are made.
 
-    Run again, it goes on with the shards that are missing.
+    Run again, it goes on with the shards that are missing. What was pruned for its old mask is judged as all others.
 
     Args:
         source: a dataset with stored maps.
@@ -73,7 +73,7 @@ def remask(
                 yield from (row for batch in made for row in batch.result())
 
         summary = derive(
-            source, out, transform, options, replaces=("affinity",), max_pixels=max_pixels, progress=progress
+            source, out, transform, options, replaces=("affinity", "filter"), max_pixels=max_pixels, progress=progress
         )
     rejected = [] if summary["accepted"] else read_rows(out, accepted_only=False, columns=["reason"])
     return {**summary, "advice": advice([row.reason for row in rejected], options)}

@@ -7,9 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 IN_FLIGHT = 2
 
@@ -75,14 +73,3 @@ class Turn:
 
     def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
         return Turn, ()
-
-
-def to_host(*tensors: Tensor) -> list[np.ndarray]:
-    """Copy tensors of one device to the CPU, on CUDA through pinned memory with one wait for all of them."""
-    if not tensors[0].is_cuda:
-        return [tensor.cpu().numpy() for tensor in tensors]
-    copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
-    for copy, tensor in zip(copies, tensors, strict=True):
-        copy.copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream(tensors[0].device).synchronize()
-    return [copy.numpy().copy() for copy in copies]  # frees the pinned memory, which is scarce

@@ -19,14 +19,16 @@ from diffumask_fast.dataset.lookup import RowLookup
 from diffumask_fast.dataset.reader import read_manifest
 from diffumask_fast.dataset.remask import remask
 from diffumask_fast.dataset.schema import MANIFEST, PREVIEW
+from diffumask_fast.dataset.storage import Place
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.learning.affinity_net import AffinityNet, affinity_maps, load_affinity, new_affinity
 from diffumask_fast.learning.affinity_seeds import PLAIN, write_seeds
 from diffumask_fast.learning.cross_validation import Part
 from diffumask_fast.learning.data import Dataset, SegmentationData
 from diffumask_fast.learning.options import AffinityLearning, AffinityOptions, LearnOptions
+from diffumask_fast.learning.segmenters import RECORD
 from diffumask_fast.learning.training import Kind, Stage, steps_and_rate, train_stages
-from diffumask_fast.learning.work_folder import work_folder
+from diffumask_fast.learning.work_folder import begin, work_folder
 from diffumask_fast.masks.make import make_masks, quantise_maps, refine_maps
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.masks.threshold import otsu
@@ -64,8 +66,11 @@ def make_affinity_masks(
         raise DiffuMaskError(f"{options.source} is {done}: name the dataset that it was made of")
     learning = options.masks.affinity
     folder = work_folder(options.out, FOLDER, "nets", "name a folder")
+    numbers = _parts(options.source, options)  # what cannot be learnt from is refused before seeds are made
+    begin(folder, options.masks)
     device = resolve_device(options.device)
-    if not (options.out / MANIFEST).exists():  # it is written when the nets are there
+    trained = all((folder / _name(number) / RECORD).exists() for number in numbers)
+    if not (trained and (options.out / MANIFEST).exists()):  # nets without it may be of another source
         write_seeds(
             options.source, folder / SEEDS, faulty=learning.reference_labels, device=device,
             max_pixels=options.reading.max_pixels, progress=progress,
@@ -134,12 +139,19 @@ def _name(number: int) -> str:
     return f"class-{number}" if number else "net"
 
 
-def _by_class(data: Dataset, rows: RowLookup) -> dict[int, SegmentationData]:
-    """Return the examples of each class that any of the rows, also a rejected one, bears."""
-    names = {number: name for row in rows.entries for number, name in zip(row.class_ids, row.classes, strict=True)}
+def _parts(place: Place, options: AffinityOptions) -> dict[int, SegmentationData]:
+    """Return what each net learns from: all examples, or those of each class that any row, also a rejected one, bears.
+
+    Raises:
+        DiffuMaskError: no row is accepted, or none of a class.
+    """
+    data = Dataset(place, max_pixels=options.reading.max_pixels)
+    if not options.masks.affinity.per_class:
+        return {ALL: data}
+    rows = RowLookup(place, accepted_only=False).entries
+    names = {number: name for row in rows for number, name in zip(row.class_ids, row.classes, strict=True)}
     places = {
-        number: [place for place, row in enumerate(data.rows.entries) if number in row.class_ids]
-        for number in sorted(names)
+        number: [at for at, row in enumerate(data.rows.entries) if number in row.class_ids] for number in sorted(names)
     }
     for number, some in places.items():
         if not some:
@@ -150,15 +162,11 @@ def _by_class(data: Dataset, rows: RowLookup) -> dict[int, SegmentationData]:
 def _train(options: AffinityOptions, folder: Path, progress: Callable[[int], Progress]) -> None:
     """Train the nets that are not there yet: one for all classes, or one for each."""
     learning = options.masks.affinity
-    data = Dataset(folder / SEEDS, max_pixels=options.reading.max_pixels)
-    parts: dict[int, SegmentationData] = {ALL: data}
-    if learning.per_class:
-        parts = _by_class(data, RowLookup(folder / SEEDS, accepted_only=False))
     learn = LearnOptions(
         segmenter=learning.backbone, steps=learning.steps, batch_size=learning.batch_size, lr=learning.lr,
         size=learning.size, augment="none", seed=learning.seed, dtype=learning.dtype,
     )  # fmt: skip
-    for number, part in parts.items():
+    for number, part in _parts(folder / SEEDS, options).items():
         steps, rate = steps_and_rate(learn, len(part))
         train_stages(
             [Stage(part, steps, rate)], folder / _name(number), learn, kind=AFFINITY, device=options.device,

@@ -55,7 +55,7 @@ RULES = {
 class SeedOptions(Options):
     """Recorded in the dataset of seeds."""
 
-    affinity_seeds: str = option("right", "right, or reference: with the fault of the paper's program.")
+    reference_labels: bool = option(False, "Labels that a fault in the paper's program makes.")
 
 
 def seed_levels(maps: Tensor, rule: Rule) -> tuple[float, float]:
@@ -158,5 +158,5 @@ def write_seeds(
                 picture = {"bytes": encode_png(pixels), "path": row.values["mask"]["path"]}
                 yield {**row.values, "mask": picture}
 
-    kind = SeedOptions("reference" if faulty else "right")
+    kind = SeedOptions(faulty)
     derive(source, out, transform, kind, max_pixels=max_pixels, progress=progress)

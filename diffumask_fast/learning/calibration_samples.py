@@ -160,7 +160,7 @@ def _draw(pipe: DiffuMaskPipeline, job: Job, batch: Sequence[Request], times: in
         if not later:
             borrowed.enter_context(timed_decoding(pipe.pipe, pipe.seconds))
         output = pipe.pipe(
-            [request.prompt for request in batch], generator=generators_of([r.seed for r in batch], None, len(batch)),
+            prompt=[r.prompt for r in batch], generator=generators_of([r.seed for r in batch], None, len(batch)),
             num_inference_steps=job.steps, guidance_scale=job.guidance_scale, height=job.height, width=job.width,
             output_type="latent" if later else "pt", return_dict=False, **negative,
         )[0]  # fmt: skip

@@ -26,7 +26,7 @@ from diffumask_fast.learning.cross_validation import (
 from diffumask_fast.learning.data import Dataset, Example, SegmentationData
 from diffumask_fast.learning.options import FilterOptions, LearnOptions, PruneOptions
 from diffumask_fast.learning.training import STEPS
-from diffumask_fast.learning.work_folder import work_folder
+from diffumask_fast.learning.work_folder import begin, work_folder
 from diffumask_fast.models.device import resolve_device
 from diffumask_fast.options import Options
 
@@ -134,6 +134,7 @@ def _cross_validated(options: FilterOptions, progress: Callable[[int], Progress]
     cleanlab = CleanlabFile(options.export_cleanlab, data) if options.export_cleanlab is not None else None
     classes = {entry.key: entry.classes for entry in data.rows.entries}
     fold_of = deal(list(classes.values()), pruning.folds, pruning.learning.seed)
+    begin(folds, Recorded(pruning))
     device = resolve_device(options.device)
     scores: Scores = {}
     for number in range(1, pruning.rounds + 1):

@@ -123,7 +123,8 @@ class CaptionMatcher:
     def _found(self, words: Sequence[str]) -> dict[str, int]:
         """Return the name of each class with the place of its first word."""
         found: dict[str, int] = {}
-        at, places, words = 0, range(len(words)), list(words)
+        places: Sequence[int] = range(len(words))
+        at, words = 0, list(words)
         if not all(map(str.isalnum, words)):
             pieces = [(piece, place) for place, word in enumerate(words) for piece in _pieces(word)]
             words, places = [piece for piece, _ in pieces], [place for _, place in pieces]
