@@ -26,6 +26,11 @@ class DiffuMaskError(Exception):
         return as_flags(str(self), dash)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, its name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error says that memory is short: Python's, or torch's on a CPU or on CUDA."""
     words = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")

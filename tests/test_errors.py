@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.errors import DiffuMaskError, first_line
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("diffumask_fast", "kernels", "export", "bench")
@@ -19,6 +19,10 @@ def test_parameters_become_flags():
     error = DiffuMaskError("`shard_size` is 0; `engine=onnx` needs `engine_path`, a folder of `Other` or `a b`")
     assert error.as_flags() == "--shard-size is 0; --engine onnx needs --engine-path, a folder of `Other` or `a b`"
     assert error.as_flags("_").startswith("--shard_size is 0; --engine onnx needs --engine_path")
+
+
+def test_the_first_line_of_an_error_without_text_is_its_name():
+    assert [first_line(ValueError(text)) for text in ("", " \n ", "\none\ntwo")] == ["ValueError", "ValueError", "one"]
 
 
 def messages_with_flags(text: str) -> Iterator[str]:

@@ -17,7 +17,7 @@ from diffumask_fast.engines.cuda_graphs import Answer, Graphs, captured_state, r
 from diffumask_fast.engines.decoder import CompiledDecoder
 from diffumask_fast.engines.inductor import inductor
 from diffumask_fast.engines.optimized_unet import KeysValues, OptimizedUNet
-from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.errors import DiffuMaskError, first_line
 from diffumask_fast.kernels import native
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 
@@ -142,9 +142,8 @@ class CompiledDenoiser:
                 return self.model(inputs, **kept)
         except torch._dynamo.exc.Unsupported as error:
             UNetWithMaps(self.model.unet)(inputs)  # which says what it cannot run either
-            cause = str(error).strip().splitlines()[0]
             raise DiffuMaskError(
-                f"`engine=compile` cannot compile this UNet as it was changed ({cause}): use `engine=torch`"
+                f"`engine=compile` cannot compile this UNet as it was changed ({first_line(error)}): use `engine=torch`"
             ) from error
 
     def _replay(self, graphs: Graphs, inputs: UNetCall, kept: dict[str, Any], equal: Tensor | None) -> Results:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.errors import DiffuMaskError, first_line
 from diffumask_fast.learning.segmenters import STRIDE, TINY, checked_record, normalised, save_trained
 from diffumask_fast.masks.make import IGNORE
 from diffumask_fast.models.loading import quietly
@@ -109,9 +109,9 @@ def new_affinity(name: str, classes: Mapping[int, str], side: int) -> AffinityLe
                 kind = type(transformers.AutoBackbone.from_config(config))
                 start = kind.from_pretrained(name, config=config, use_safetensors=True)
     except Exception as error:  # noqa: BLE001 - of the hub, of safetensors or of the configuration, by many names
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cause = first_line(error)[:200]
         raise DiffuMaskError(
-            f"{name} is no backbone that can be loaded ({cause[:200]}): give tiny, or a folder or hub id of "
+            f"{name} is no backbone that can be loaded ({cause}): give tiny, or a folder or hub id of "
             "a SegFormer or of another backbone of transformers"
         ) from error
     net = AffinityNet({"backbone": start.config.to_diff_dict(), "cell": cell})

@@ -32,7 +32,7 @@ from diffumask_fast.options import Options
 
 FOLDS = "folds"  # the folder in the new dataset that holds the segmenters
 SCORES = "scores.json"  # of a round before the last
-MOST_LEFT_OUT = 0.3  # of a class, from the second round on: fewer would be too few to learn from
+MOST_LEFT_OUT = 0.3  # of a class, from the second round on; with more, too few would be left to learn from
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ class PruneOptions(Options):
 
     alpha: float = option(0.7, "Share of each class that is pruned: the lowest in rank.", number(0, 1, ends=False))
     rank: str = option(
-        "cross-validation", "cross-validation: IoU with what a segmenter that has not seen it predicts; or quality.",
+        "cross-validation", "cross-validation: agreement with a segmenter that has not seen it; or quality.",
         one_of("cross-validation", "quality"),
     )  # fmt: skip
     folds: int = option(3, "Parts of the cross-validation: as many segmenters are trained.", whole(2))

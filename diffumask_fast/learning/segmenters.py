@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffumask_fast.dataset.writer import explain, make_folder, write_file
-from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.errors import DiffuMaskError, first_line
 from diffumask_fast.masks.make import IGNORE
 from diffumask_fast.models.loading import quietly
 
@@ -297,9 +297,9 @@ def _pretrained(name: str, labels: Mapping[int, str] | None = None) -> Any:
     except DiffuMaskError:
         raise
     except Exception as error:  # noqa: BLE001 - of the hub, of safetensors or of the configuration, by many names
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cause = first_line(error)[:200]
         raise DiffuMaskError(
-            f"{name} is no segmenter that can be loaded ({cause[:200]}): give tiny, {', '.join(FAMILIES)}, a folder, "
+            f"{name} is no segmenter that can be loaded ({cause}): give tiny, {', '.join(FAMILIES)}, a folder, "
             "or a hub id with a connection"
         ) from error
 

@@ -14,7 +14,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from diffumask_fast.attention.options import MapOptions
-from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.errors import DiffuMaskError, first_line
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.models.hashing import OWN_OPTIONS, weight_hash
 from diffumask_fast.options import Options, checked, closed, number, whole
@@ -115,9 +115,9 @@ def _download(model: str, revision: str | None) -> Path:
     try:
         return Path(DiffusionPipeline.download(model, revision=revision, use_safetensors=True))
     except Exception as error:
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cause = first_line(error)[:200]
         raise DiffuMaskError(
-            f"{model} is neither a folder here nor could it be fetched from the hub as safetensors ({cause[:200]}): "
+            f"{model} is neither a folder here nor could it be fetched from the hub as safetensors ({cause}): "
             "check the name and the connection, or give a local folder."
         ) from error
 

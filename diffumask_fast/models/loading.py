@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffumask_fast.attention.families import family_of
-from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.errors import DiffuMaskError, first_line
 from diffumask_fast.models.complete import load_models, try_tokenizers
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 from diffumask_fast.models.find import ModelInfo
@@ -44,8 +44,7 @@ def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **compo
             )
             try_tokenizers(pipe, info.local_folder)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise DiffuMaskError(f"diffusers cannot load {info.folder}: {cause}") from error
+        raise DiffuMaskError(f"diffusers cannot load {info.folder}: {first_line(error)[:300]}") from error
     try:
         family_of(pipe)
     except DiffuMaskError as error:
