@@ -5,7 +5,7 @@ uses.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -20,13 +20,19 @@ VARIANTS = 128  # of one compiled function
 def patched(name: str, values: Mapping[Any, Any]) -> Iterator[None]:
     """Let an attribute of objects be other values inside the context; afterwards, also after an exception, their own.
 
-    Works on `__dict__`, which shadows a method of the class and a registered module alike.
+    Works on `__dict__`, which shadows a method of the class and a registered module alike. Before 2.13 torch compiles no
+    removal from there: compiled code puts the class's method into an object that had no attribute of its own, and its
+    caller takes that away with `without_traces`.
 
     Args:
         name: of the attribute.
         values: object -> what stands in the attribute's place.
     """
-    kept = [(owner, name in vars(owner), vars(owner).get(name)) for owner in values]
+    compiling = torch.compiler.is_dynamo_compiling()
+    kept = [
+        (owner, compiling or name in vars(owner), getattr(owner, name) if compiling else vars(owner).get(name))
+        for owner in values
+    ]
     try:
         for owner, value in values.items():
             vars(owner)[name] = value
@@ -37,6 +43,22 @@ def patched(name: str, values: Mapping[Any, Any]) -> Iterator[None]:
                 vars(owner)[name] = value
             else:
                 vars(owner).pop(name, None)
+
+
+@contextmanager
+def without_traces(name: str, owners: Iterable[Any]) -> Iterator[None]:
+    """Take away, on leaving the context, an attribute that compiled code has put into objects, see `patched`.
+
+    Args:
+        name: of the attribute.
+        owners: the objects; those that had it before keep it.
+    """
+    without = [owner for owner in owners if name not in vars(owner)]
+    try:
+        yield
+    finally:
+        for owner in without:
+            vars(owner).pop(name, None)
 
 
 @contextmanager

@@ -31,6 +31,10 @@ MANY_BLOCKS = 64  # with so many blocks of pixels the heads are not split
 PROGRAMS = 66  # else one sample gets so many programs: a guided pair then fills 132 multiprocessors
 LOG2_E = 1.4426950408889634  # the kernels compute 2^x
 SUMMED = 1024  # values that one program of add_parts_kernel sums
+# Blocks of so many pixels are multiplied by wgmma. The parts of a head have at least as many channels then, so that all
+# tiles in shared memory are laid out alike (128 bytes a row): with two layouts at one address, the assembler of Triton
+# 3.6 and 3.7 (ptxas 12.8) reads a register that nothing has set.
+WGMMA = 64
 
 
 @triton.jit
@@ -220,7 +224,8 @@ def constants(
     spill.
     """
     groups = _groups(pixels, heads, head_dim, block)
-    (t1, t2), (d1, d2) = two_powers(keys, widest), two_powers(head_dim)
+    narrowest = WGMMA if block >= WGMMA else 16
+    (t1, t2), (d1, d2) = two_powers(keys, widest), two_powers(head_dim, narrowest=narrowest)
     known = {
         "KEYS": keys, "HEADS": heads, "HEAD_DIM": head_dim, "COLUMNS": num, "GROUP": heads // groups, "BLOCK_N": block,
         "BLOCK_T1": t1, "BLOCK_T2": t2, "BLOCK_D1": d1, "BLOCK_D2": d2,
@@ -240,11 +245,16 @@ def _groups(pixels: int, heads: int, head_dim: int, block: int) -> int:
     return next((split for split in splits if blocks * split >= PROGRAMS), heads)
 
 
-def two_powers(size: int, widest: int | None = None) -> tuple[int, int]:
-    """Cover a size with two powers of two, each at least 16, the first at most `widest`: 77 with 64 and 16."""
-    first = max(16, 1 << (size.bit_length() - 1))
+def two_powers(size: int, widest: int | None = None, narrowest: int = 16) -> tuple[int, int]:
+    """Cover a size with two powers of two, the first at most `widest`: 77 with 64 and 16.
+
+    The second is at least `narrowest`; a size up to that is covered by the first alone.
+    """
+    if size <= narrowest:
+        return max(16, triton.next_power_of_2(size)), narrowest
+    first = 1 << (size.bit_length() - 1)
     first = min(first, widest or first)
-    return first, max(16, triton.next_power_of_2(max(size - first, 1)))
+    return first, max(narrowest, triton.next_power_of_2(max(size - first, 1)))
 
 
 def types(kernel: str, dtype: str) -> dict[str, str]:

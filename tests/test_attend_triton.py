@@ -140,6 +140,8 @@ def test_sizes_are_covered_by_two_powers_of_two():
         assert first <= max(size, 16)
     assert two_powers(128) == (128, 16) and two_powers(128, 64) == (64, 64) and two_powers(77, 64) == (64, 16)
     assert two_powers(77) == (64, 16) and two_powers(160) == (128, 32) and two_powers(80) == (64, 16)
+    sizes = {size: two_powers(size, narrowest=64) for size in (8, 40, 64, 80, 160)}
+    assert sizes == {8: (16, 64), 40: (64, 64), 64: (64, 64), 80: (64, 64), 160: (128, 64)}
 
 
 def test_small_layers_split_their_heads_and_large_ones_do_not():

@@ -67,7 +67,7 @@ def rows(out: str, kind: str) -> None:
     """Append rows to rows.jsonl as they are measured; a part that fails does not stop the next."""
     parts = {
         "sdpa": [(SD15, "sdpa"), (SDXL, "sdpa")],
-        "kernels": [(SD15, "attention"), (SDXL, "attention"), (SD21, "attention"), (SD15, "refinement")],
+        "kernels": [(SD15, "attention"), (SDXL, "attention"), (SD15, "refinement"), (SD21, "attention")],
     }
     settings = smallest() or ({"pairs": 5} if kind == "sdpa" else {})
     if not all([keep(out, geometry, (name,), **settings) for geometry, name in dict.fromkeys(parts[kind])]):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffumask_fast.attention.call import Results, UNetCall
 from diffumask_fast.attention.unet import UNetWithMaps
-from diffumask_fast.borrow import many_shapes
+from diffumask_fast.borrow import many_shapes, without_traces
 from diffumask_fast.engines.cpu_forwards import TransformedWeights
 from diffumask_fast.engines.cuda_graphs import Answer, Graphs, captured_state, runs_as_graph
 from diffumask_fast.engines.decoder import CompiledDecoder
@@ -138,7 +138,7 @@ class CompiledDenoiser:
 
     def _run(self, inputs: UNetCall, **kept: Any) -> Results:
         try:
-            with many_shapes():
+            with many_shapes(), without_traces("forward", self.model.unet.modules()):
                 return self.model(inputs, **kept)
         except torch._dynamo.exc.Unsupported as error:
             UNetWithMaps(self.model.unet)(inputs)  # which says what it cannot run either

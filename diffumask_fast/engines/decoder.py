@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffumask_fast.borrow import many_shapes, patched
+from diffumask_fast.borrow import many_shapes, patched, without_traces
 from diffumask_fast.engines.cpu_forwards import PIECE_BYTES, TransformedWeights, cheaper_forwards
 from diffumask_fast.engines.inductor import inductor
 
@@ -46,7 +46,7 @@ class CompiledDecoder:
         padded = F.pad(latents, [0, 0] * (latents.ndim - 1) + [0, -rows % piece])
         parts = padded.contiguous(memory_format=torch.channels_last).split(piece)
         transformed = self._weights.current()
-        with many_shapes():
+        with many_shapes(), without_traces("forward", self.decoder.modules()):
             return torch.cat([self._compiled(transformed, part, *args, **kwargs) for part in parts])[:rows]
 
     def _optimized(self, transformed: dict[str, Tensor], latents: Tensor, *args: Any, **kwargs: Any) -> Tensor:
