@@ -51,6 +51,24 @@ def test_the_fastest_configuration_that_fits_is_kept(times, block, impl, us):
     assert found == {"attend": {"when": {"pixels": 64}, "launch": {"block": block}, "impl": impl, "us": us}}
 
 
+@pytest.mark.parametrize("wrong", [1.5, float("nan")])
+def test_a_configuration_that_computes_something_else_is_left_out(wrong, caplog):
+    maps = torch.ones(4)
+
+    def run(config):
+        maps.add_(wrong if config["block"] == 32 else 1.0)
+        return torch.full((2,), wrong if config["block"] == 64 else 1.001)
+
+    def plain():
+        maps.add_(1.0)
+        return torch.ones(2)
+
+    case = Case({}, {"triton": Impl("attend", CONFIGS, run)}, plain, maps)
+    found = best(case, lambda workload: 0.1 if workload is plain else 0.01 * workload.args[0]["block"] / 128)["attend"]
+    assert found["launch"] == {"block": 128} and found["impl"] == "triton"
+    assert [line.count("its result is not torch's") for line in caplog.messages] == [1, 1]
+
+
 def test_each_kernel_of_a_case_gets_its_launch_and_the_first_the_choice():
     times = {("triton", block): 0.3 for block in (32, 64, 128)} | {("maps", 32): 0.2, ("maps", 64): 0.1, "torch": 0.2}
     found = best(case_of(maps=True), timed(times))
