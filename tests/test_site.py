@@ -36,9 +36,13 @@ def test_it_asks_no_other_server(site):
 
 
 @pytest.mark.slow
-def test_examples_of_docstrings_are_code(site):
+def test_examples_of_docstrings_are_code_and_defaults_are_values(site):
     text = (site / "api.html").read_text(encoding="utf-8")
-    assert text.count('gp">&gt;&gt;&gt;') >= 3 and "<blockquote>" not in text
+    assert (
+        text.count('gp">&gt;&gt;&gt;') >= 3
+        and "<blockquote>" not in text
+        and "option(" not in re.sub("<[^>]+>", "", text)
+    )
 
 
 @pytest.mark.slow

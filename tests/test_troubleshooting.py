@@ -57,6 +57,11 @@ def test_the_page_quotes_what_the_program_says():
     assert [verb for verb in sorted(verbs()) if not re.search(rf"[:;] {verb}\b", begun)] == []
 
 
+def test_an_entry_is_of_few_sentences():
+    said = [forms(text) for text in sentences().values() if not says_what_to_do(text)]
+    assert max(sum(any(map(found.match, one)) for one in said) for found in quotes().values()) < 25
+
+
 def test_sentences_are_found_and_gaps_are_seen():
     found = set(sentences().values())
     assert len(found) > 450 and len(verbs()) > 40 and len(quotes()) > 100

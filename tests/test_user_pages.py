@@ -68,7 +68,6 @@ def test_the_python_of_the_page_for_diffusers_users(tmp_path, monkeypatch):
 
 
 def test_the_columns_on_the_page_are_those_of_a_shard():
-    rows = [
-        line.split(" | ")[0] for line in (DOCS / "datasets.md").read_text("utf-8").splitlines() if line[:3] == "| `"
-    ]
+    lines = (DOCS / "datasets.md").read_text(encoding="utf-8").splitlines()
+    rows = [line.split(" | ")[0] for line in lines if line.startswith("| `")]
     assert [name.strip("| `") for row in rows for name in row.split(", ")] == AUGMENTED_SCHEMA.names
