@@ -12,7 +12,7 @@ ABSENT = "Missing "  # argument or option: a sentence may name a command without
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z_-]*[a-z]")
 OF_OTHERS = {  # flags of other programs that the pages name
     "pip": {"--no-deps"},
-    "hf": {"--local-dir", "--repo-type"},
+    "hf": {"--local-dir", "--include", "--repo-type"},
     "ray": {"--head", "--address"},
     "sbatch": {"--signal", "--array", "--gpus", "--cpus-per-task", "--requeue"},
     "the paper's program": {"--select"},
