@@ -1,4 +1,4 @@
-# One environment, .venv, for every target but `gpu`, which runs on the python3 it finds.
+# One environment, .venv, for every target but `gpu`, which runs on the python3 it finds, and those that try versions.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
@@ -7,7 +7,7 @@ INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.
 export OMP_NUM_THREADS ?= 2
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo reproduce test-env test test-slow lint types tables site gpu
+.PHONY: demo reproduce test-env test test-slow test-oldest test-pythons lint types tables site gpu
 
 demo: .venv/.core
 	$(BIN)/diffumask-fast generate demo --num 24
@@ -23,6 +23,21 @@ test: test-env
 
 test-slow: test-env .venv/.docs
 	$(BIN)/pytest -m "slow and not gpu"
+
+# A short part of the suite with the oldest versions that pyproject.toml admits.
+OLDEST := borrow collect console convert_voc flags joint pipeline preview processor reader session train
+
+test-oldest: .venv-oldest/.test
+	.venv-oldest/bin/pytest -m "not slow and not gpu" $(OLDEST:%=tests/test_%.py)
+
+# Install into each Python, import every module, draw, and run a few tests; the pythonX.Y of all are on the PATH.
+test-pythons: $(addprefix test-python,3.11 3.12 3.13)
+
+test-python%: .venv-python%/.test
+	$(<D)/bin/python tools/import_all.py
+	rm -rf build/demo-python$*
+	$(<D)/bin/diffumask-fast generate build/demo-python$* --num 8
+	$(<D)/bin/pytest tests/test_borrow.py tests/test_flags.py tests/test_console.py
 
 lint: test-env types
 	$(BIN)/ruff check .
@@ -59,3 +74,14 @@ gpu:
 .venv/.docs: pyproject.toml constraints.txt | .venv/bin/python
 	$(INSTALL) -e ".[docs]"
 	@touch $@ .venv/.core
+
+.venv-oldest/.test: pyproject.toml constraints-oldest.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.13 found: say make PYTHON=/path/to/python3.11." >&2; exit 1; }
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[onnx,learn]" pytest
+	@touch $@
+
+.venv-python%/.test: pyproject.toml constraints.txt
+	python$* -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest
+	@touch $@

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import diffumask_fast
 from diffumask_fast.export.session import PACKAGES
@@ -99,6 +101,16 @@ def test_constraints_pin_every_dependency_once() -> None:
     names = {requirement.split(";")[0].split(">")[0].split("[")[0].strip() for requirement in wanted}
     assert names <= set(pins)
     assert not [line for line in lines if "+" in line.partition("#")[0]], "a build suffix is for one index only"
+
+
+def test_the_oldest_set_is_the_lower_bounds() -> None:
+    lines = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    pins = {canonicalize_name(name): Version(pin) for name, _, pin in (line.partition("==") for line in lines) if pin}
+    extras = PROJECT["project"]["optional-dependencies"]
+    for one in map(Requirement, [*PROJECT["project"]["dependencies"], *extras["onnx"], *extras["learn"]]):
+        (bound,) = (Version(part.version) for part in one.specifier if part.operator == ">=")
+        pin = pins[canonicalize_name(one.name)]
+        assert pin > bound if one.name == "torch" else pin == bound, one.name  # torch: see the file's head
 
 
 def names_of(extra: str) -> set[str]:
