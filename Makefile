@@ -25,7 +25,7 @@ test-slow: test-env .venv/.docs
 	$(BIN)/pytest -m "slow and not gpu"
 
 # A short part of the suite with the oldest versions that pyproject.toml admits.
-OLDEST := borrow collect console convert_voc flags joint pipeline preview processor reader session train
+OLDEST := borrow collect flags joint pipeline preview processor session
 
 test-oldest: .venv-oldest/.test
 	.venv-oldest/bin/pytest -m "not slow and not gpu" $(OLDEST:%=tests/test_%.py)
