@@ -214,7 +214,9 @@ class DiffuMaskPipeline:
             kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
         repeat = kwargs.get("num_images_per_prompt") or 1
         generator = generators_of(seeds, generator, len(names) * repeat)
-        maps, mask = self.map_options(maps), self.info.mask_options(mask)
+        call = steps_and_guidance(self.pipe, self.info.defaults | kwargs)
+        steps = call["num_inference_steps"]
+        maps, mask = self.map_options(maps, steps), self.info.mask_options(mask, steps)
         phrases, ids = phrases_and_ids(names, prompts)
         denoised = self._denoise(
             prompts or None, phrases, ids, maps, repeat=repeat, generator=generator, token_indices=token_indices,
@@ -229,11 +231,11 @@ class DiffuMaskPipeline:
             return images, masks, drawn.qualities()
         class_ids = [tuple(i for i in row if i) for row in drawn.ids.tolist()]
         provenance = Provenance.of(
-            self, maps, mask,
+            self, maps.within(denoised.store.calls), mask,
             seeds=[int(seed) for seed in seeds] if seeds is not None else None,
             unet_calls=denoised.store.calls,
             planned_unet_calls=denoised.store.num_calls,
-            **steps_and_guidance(self.pipe, self.info.defaults | kwargs),
+            **call,
         )  # fmt: skip
         class_maps = drawn.class_maps.cpu().numpy()
         return Output(images, masks, drawn.qualities(), denoised.store.levels, class_maps, class_ids, provenance)
@@ -293,7 +295,8 @@ class DiffuMaskPipeline:
         """
         if taken := kwargs.keys() & TAKEN:
             raise DiffuMaskError(f"stream takes {', '.join(sorted(taken))} from its requests: leave it out.")
-        options = self.map_options(maps), self.info.mask_options(mask)
+        steps = steps_and_guidance(self.pipe, self.info.defaults | kwargs)["num_inference_steps"]
+        options = self.map_options(maps, steps), self.info.mask_options(mask, steps)
         return self._draw_batches(batches, *options, num_phrases, use_negative_prompts, kwargs)
 
     def _draw_batches(
@@ -378,9 +381,9 @@ class DiffuMaskPipeline:
     def _results(self, batch: Sequence[Request], denoised: Denoised, mask: MaskOptions) -> list[Result]:
         return self._finish(denoised, mask).results(batch, mask)
 
-    def map_options(self, maps: MapOptions | None = None) -> MapOptions:
-        """Return the options with "auto" resolved to what was measured best for the model."""
-        return self.info.map_options(maps)
+    def map_options(self, maps: MapOptions | None = None, steps: int | None = None) -> MapOptions:
+        """Return the options with "auto" resolved to what was measured best for the model and so many steps."""
+        return self.info.map_options(maps, steps)
 
     def batch_size(self, batch_size: int | str, height: int | None = None, width: int | None = None) -> int:
         """Return the batch size: as given, or for "auto" a function of model, size and the device's total memory."""

@@ -30,7 +30,7 @@ from diffumask_fast.learning.calibration_trials import Choice, Trials
 from diffumask_fast.learning.options import CalibrateOptions
 from diffumask_fast.masks.make import make_masks
 from diffumask_fast.masks.options import MaskOptions
-from diffumask_fast.models.find import find_model
+from diffumask_fast.models.find import ModelInfo, find_model
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 HAND = MapOptions("1", "none"), MaskOptions(threshold=0.7, refine="none")  # what the masks by hand agree with
@@ -74,13 +74,14 @@ def test_the_options_that_the_masks_agree_with_are_found(made):
     assert summary["difference"] > 2 * summary["standard_error"] and summary["fixed"] == ""
     lines = told(summary)
     assert " -> " in lines[-2] and "no better" not in lines[-2]
-    assert lines[-1] == f"Written to {asked.model}/diffumask.json."
+    assert lines[-1] == f"Written to {asked.model}/diffumask.json, for runs of up to 2 steps."
 
 
 def test_the_file_says_how_it_was_found_and_the_model_stays_the_same(made):
     asked, summary, before = made
     info = find_model(asked.model)
-    assert info.mask == summary["after"] and info.classes == () and info.weights == before
+    assert info.few_steps == {2: summary["after"]} and info.classes == () and info.weights == before
+    assert info.mask == {} and info.best_options(3) == {} and summary["up_to_steps"] == 2
     known = json.loads((info.folder / "diffumask.json").read_text())["calibration"]
     assert known["figures"] == summary["figures"] and known["judge"] == "hand" and known["switched"]
     assert known["images_drawn_by"]["weights"] == before and known["images_drawn_by"]["seed"] == 0
@@ -128,7 +129,7 @@ def test_options_of_a_file(made, tiny_folder, tmp_path):
     file = tmp_path / "options.json"
     shutil.copy(f"{asked.model}/diffumask.json", file)
     pipe = DiffuMaskPipeline.from_pretrained(tiny_folder, device="cpu", model_options=file)
-    assert pipe.info.mask == summary["after"]
+    assert pipe.info.best_options(2) == summary["after"]
     wanted = options(tmp_path / "out", tiny_folder, model_options=file, mask=MaskOptions(eps=0.5))
     job = make_job(wanted, open_pipe(wanted, "cpu"))
     assert vars(job.maps) == {name: summary["after"][name] for name in ("aggregation", "propagate")}
@@ -146,10 +147,11 @@ def test_stored_maps_and_the_lines_of_the_command(made, tmp_path):
     where = ["--run", asked.run, "--no-redraw", "--device", "cpu", "--out", out]
     lines = program("calibrate", asked.model, "--judge", asked.judge, *where).stdout.splitlines()
     known = json.loads(out.read_text())
-    assert known["calibration"]["before_sha256"] == "" and known["mask"]["aggregation"] == "paper"  # as the maps are
-    assert known["calibration"]["switched"] or known["mask"] == {**summary["after"], "aggregation": "paper",
+    few = known["few_steps"]["2"]
+    assert known["calibration"]["before_sha256"] == "" and few["aggregation"] == "paper"  # as the maps are
+    assert known["calibration"]["switched"] or few == {**summary["after"], "aggregation": "paper",
                                                                 "propagate": 1}  # fmt: skip
-    assert lines[0].startswith("20 images, ") and lines[-1] == f"Written to {out}."
+    assert lines[0].startswith("20 images, ") and lines[-1] == f"Written to {out}, for runs of up to 2 steps."
     assert lines[-2].startswith("--aggregation and --propagate stay paper and 1")
     assert [line.split()[0] for line in lines[2:6]] == ["class_iou", "foreground_iou", "boundary_iou", "score"]
     assert known["calibration"]["switched"] != ("nothing is changed" in lines[6])
@@ -157,6 +159,27 @@ def test_stored_maps_and_the_lines_of_the_command(made, tmp_path):
         program("calibrate", asked.model, "--judge", asked.judge, *where, "--work", tmp_path / "work")
     with pytest.raises(DiffuMaskError, match="are there already: leave out `steps`"):
         program("calibrate", asked.model, "--judge", asked.judge, "--run", asked.run, "--steps", 3, "--out", out)
+
+
+def test_a_file_keeps_what_it_has_for_other_numbers_of_steps(made, tmp_path):
+    asked, _, _ = made
+    out = tmp_path / "options.json"
+    out.write_text('{"mask": {"eps": 0.5}, "few_steps": {"4": {"threshold": 0.6}}, "classes": ["x"]}')
+    calibrate(replace(asked, redraw=False, out=out))
+    known = json.loads(out.read_text())
+    assert known["mask"] == {"eps": 0.5} and known["few_steps"]["4"] == {"threshold": 0.6} and "classes" not in known
+    assert known["few_steps"].keys() == {"2", "4"}
+    out.write_text('{"few_steps": {"4": {"threshold": 6}}}')
+    with pytest.raises(DiffuMaskError, match="options.json is damaged .*`threshold` must be"):
+        calibrate(replace(asked, redraw=False, out=out))
+
+
+@pytest.mark.parametrize(
+    ("steps", "recommended", "up_to"),
+    [(1, 30, 1), (8, 30, 8), (9, 30, None), (4, 4, None), (2, 4, 2), (None, 30, None)],
+)
+def test_few_steps_have_options_of_their_own_where_a_model_draws_in_more(steps, recommended, up_to):
+    assert calibration._up_to(steps, ModelInfo("model", num_inference_steps=recommended)) == up_to
 
 
 def test_a_judge_that_sees_too_little_is_refused_and_nothing_is_written(made, tmp_path):

@@ -93,6 +93,25 @@ def test_images_are_bit_equal_with_every_scheduler(tiny_sd, name, propagate):
     assert [mean.weight for mean in orders] == counts[propagate]
 
 
+@pytest.mark.parametrize(
+    ("name", "steps", "calls"),
+    [("LCMScheduler", 1, 1), ("LCMScheduler", 2, 2), ("TCDScheduler", 2, 2), ("HeunDiscreteScheduler", 1, 1),
+     ("HeunDiscreteScheduler", 2, 3), ("KDPM2DiscreteScheduler", 2, 3), ("EulerDiscreteScheduler", 1, 1)],
+)  # fmt: skip
+def test_every_call_of_few_steps_counts_once_and_the_last_ones_propagate(tiny_sd, recording, name, steps, calls):
+    tiny_sd.scheduler = getattr(diffusers, name).from_config(NOISE)
+    plain = draw(tiny_sd, PROMPTS[0], steps=steps)
+    with recording(tiny_sd.unet) as recorder:
+        draw(tiny_sd, PROMPTS[0], steps=steps)
+    with collect_maps(tiny_sd, ["dog"]) as maps:
+        assert np.array_equal(draw(tiny_sd, PROMPTS[0], steps=steps), plain)
+    assert maps.store.calls == maps.store.num_calls == calls and maps.store.is_complete
+    assert [mean.weight for mean in maps.store._propagated.get("0", [])] == ([1] if calls > 1 else [])
+    truth = recorder.maps(phrase_columns(tiny_sd.tokenizer, PROMPTS[:1], [["dog"]], length=77), slice(1, 2))
+    assert all(relative(level, mean) < 1e-5 for level, mean in zip(maps.levels.values(), truth, strict=True))
+    assert maps.class_maps().isfinite().all()
+
+
 def test_propagated_maps_are_self_attention_on_the_prior(tiny_sd, recording):
     with collect_maps(tiny_sd, ["dog"], propagate="none") as earlier:
         draw(tiny_sd, PROMPTS[0], steps=1)

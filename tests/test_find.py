@@ -121,6 +121,41 @@ def test_options_alone_are_those_of_a_model_that_draws_any_class(copy, tmp_path)
     assert with_options(info, None) is info
 
 
+def test_few_steps_have_options_of_their_own(copy, tmp_path):
+    few = {"4": {"threshold": 0.7, "propagate": 2}, "2": {"threshold": 0.8, "propagate": "none"}}
+    known = {"mask": {"aggregation": "finest", "eps": 0.01}, "few_steps": few}
+    (copy / "diffumask.json").write_text(json.dumps(known))
+    info = find_model(copy)
+    found = {steps: (info.map_options(None, steps), info.mask_options(None, steps)) for steps in (None, 1, 2, 3, 4, 5)}
+    usual, two, four = (
+        (MapOptions("finest", times), MaskOptions(threshold=cut, eps=0.01))
+        for times, cut in ((1, "otsu"), ("none", 0.8), (2, 0.7))
+    )
+    assert found == {None: usual, 1: two, 2: two, 3: four, 4: four, 5: usual}
+    assert info.map_options(MapOptions("paper", 1), 2) == MapOptions("paper", 1)
+    assert info.mask_options(MaskOptions(), 2) == MaskOptions()
+    (copy / "diffumask.json").write_text(json.dumps({"few_steps": few}))
+    alone = find_model(copy)
+    assert alone.map_options(None, 2) == MapOptions("paper", "none") and alone.mask_options() == MaskOptions()
+    (tmp_path / "few.json").write_text(json.dumps({"few_steps": few}))
+    assert with_options(info, tmp_path / "few.json").few_steps == {4: few["4"], 2: few["2"]}
+    (tmp_path / "few.json").write_text("{}")
+    with pytest.raises(DiffuMaskError, match="few.json is damaged .it has no mask or few_steps"):
+        with_options(info, tmp_path / "few.json")
+
+
+@pytest.mark.parametrize(
+    ("few", "words"),
+    [({"0": {}}, "`few_steps` must be a whole number"), ({"many": {}}, "`few_steps` must be"), ([], "'items'"),
+     ({"2": {"threshold": 2}}, "`threshold` must be"), ({"2": {"sharpness": 1}}, "sharpness is no option")],
+    ids=str,
+)  # fmt: skip
+def test_options_of_few_steps_that_are_none_are_refused(copy, few, words):
+    (copy / "diffumask.json").write_text(json.dumps({"few_steps": few}))
+    with pytest.raises(DiffuMaskError, match=f"diffumask.json is damaged .*{words}"):
+        find_model(copy)
+
+
 def test_a_path_that_safetensors_cannot_open_is_said(tiny_folder, tmp_path):
     model = shutil.copytree(tiny_folder, os.fsdecode(os.fsencode(tmp_path) + b"/mod\xff"))
     with pytest.raises(DiffuMaskError, match="is not in UTF-8, .*: rename the folder"):

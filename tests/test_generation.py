@@ -98,7 +98,7 @@ def test_one_s_own_limit_that_rejects_everything_is_named(tiny_folder, tmp_path)
 def test_the_scheduler_is_tried_once_and_before_anything_is_written(tiny_folder, tmp_path, monkeypatch):
     tried = []
     for module in (job, pipeline):
-        monkeypatch.setattr(module, "try_scheduler", lambda pipe, steps: tried.append(steps))
+        monkeypatch.setattr(module, "try_scheduler", lambda pipe, steps: tried.append(steps) or steps)
     run_generate(options(tmp_path / "out", tiny_folder, num=2), silent)
     assert tried == [2]
     request = plan(Vocabulary.parse("dog"), 1)[0]

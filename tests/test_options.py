@@ -100,6 +100,23 @@ def test_options_that_are_left_open_are_somebody_elses():
     assert fields(opened)[0].metadata["help"].endswith("0 and 1; the model's own when left out, else otsu.")
 
 
+@pytest.mark.parametrize(
+    "calls, asked, possible",
+    [
+        (1, 1, "none"),
+        (1, 4, "none"),
+        (2, 1, 1),
+        (2, 2, 1),
+        (4, 4, 3),
+        (5, 4, 4),
+        (1, "none", "none"),
+        (9, "none", "none"),
+    ],
+)
+def test_no_more_propagations_than_there_are_earlier_calls(calls, asked, possible):
+    assert MapOptions("paper", asked).within(calls) == MapOptions("paper", possible)
+
+
 @pytest.mark.parametrize("given, kept", [("1", "1"), ("2,0", "0,2"), (" 1, 1", "1"), (2, "2"), ("finest", "finest")])
 def test_levels_are_kept_in_order(given, kept):
     assert MapOptions(given).aggregation == kept

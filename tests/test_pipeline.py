@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import footprint, make_unet, relative
+from conftest import footprint, make_unet, new_pipe, relative
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
@@ -19,7 +19,9 @@ from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.engines.compiled import CompiledDenoiser, compile_pipe
 from diffumask_fast.engines.decoder import CompiledDecoder
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.models import find
+from diffumask_fast.models.find import ModelInfo
 from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.request import Request
 from diffumask_fast.prompts.vocabulary import names_in, phrases_and_ids
@@ -303,6 +305,26 @@ def test_a_composed_pipeline_keeps_its_own_steps_and_guidance(sd_parts):
     out = DiffuMaskPipeline.from_pipe(lcm)("a red dog", [["dog"]], seeds=[1], output_type="np")
     assert np.array_equal(out.images, plain) and out.provenance["unet_calls"] == 4
     assert out.provenance["num_inference_steps"] == 4 and out.provenance["guidance_scale"] == 8.5
+
+
+def test_few_steps_take_their_options_and_say_what_was_propagated(sd_parts):
+    info = ModelInfo("model", mask={"propagate": 2}, few_steps={2: {"aggregation": "finest", "threshold": 0.8}})
+    pipe = DiffuMaskPipeline(new_pipe(StableDiffusionPipeline, sd_parts, requires_safety_checker=False), info)
+    cases = ((1, "finest", "none", 0.8), (2, "finest", 1, 0.8), (3, "paper", 2, "otsu"))
+    for steps, aggregation, propagate, threshold in cases:
+        call = dict(num_inference_steps=steps, height=32, width=32)
+        made_by = pipe("a red dog", [["dog"]], seeds=[1], **call).provenance
+        assert made_by["unet_calls"] == made_by["planned_unet_calls"] == steps
+        assert made_by["maps"] == {"aggregation": aggregation, "propagate": propagate}
+        assert made_by["mask"]["threshold"] == threshold
+        (streamed,) = pipe.stream([Request("dog", "a red dog", "", ("dog",), (12,), seed=1)], **call)
+        again = pipe("a red dog", [["dog"]], seeds=[1], **call)
+        assert np.array_equal(streamed.mask > 0, again.masks[0] > 0)
+    given = pipe(
+        "a red dog", [["dog"]], seeds=[1], maps=MapOptions("paper", 1), mask=MaskOptions(), num_inference_steps=2
+    )  # fmt: skip
+    assert given.provenance["maps"] == {"aggregation": "paper", "propagate": 1}
+    assert given.provenance["mask"] == vars(MaskOptions())
 
 
 @pytest.mark.parametrize("streamed", [False, True])

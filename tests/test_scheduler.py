@@ -4,12 +4,12 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from diffusers import EulerAncestralDiscreteScheduler
+from diffusers import EulerAncestralDiscreteScheduler, LCMScheduler
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.models.find import find_model
 from diffumask_fast.models.loading import load_pipe
-from diffumask_fast.models.scheduler import set_scheduler, try_scheduler
+from diffumask_fast.models.scheduler import scheduler_name, set_scheduler, try_scheduler
 
 
 def test_schedulers_by_name(tiny_folder):
@@ -41,6 +41,46 @@ def test_a_scheduler_does_not_clip_latents():
     assert "clip_sample" not in pipe.scheduler.config
     set_scheduler(pipe, "ddim")
     assert not pipe.scheduler.config.clip_sample
+
+
+def test_the_schedulers_of_few_step_models_are_known_by_name(pipe):
+    for name, used in (("lcm", "LCMScheduler"), ("tcd", "TCDScheduler"), ("TCDScheduler", "TCDScheduler")):
+        set_scheduler(pipe, name)
+        assert type(pipe.scheduler).__name__ == scheduler_name(pipe, name) == used
+        assert try_scheduler(pipe, 1) == 1 and try_scheduler(pipe, 4) == 4
+
+
+def test_a_default_of_the_old_scheduler_does_not_clip_latents(pipe):
+    pipe.scheduler = LCMScheduler()
+    set_scheduler(pipe, "tcd")
+    assert not pipe.scheduler.config.clip_sample
+
+
+@pytest.mark.parametrize("name", ["euler-trailing", "EulerDiscreteScheduler-trailing", "ddim-trailing"])
+def test_trailing_timesteps_begin_with_the_noisiest(pipe, name):
+    pipe.scheduler.set_timesteps(4)
+    assert pipe.scheduler.timesteps[0] == 751
+    set_scheduler(pipe, name)
+    pipe.scheduler.set_timesteps(4)
+    assert pipe.scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    known = scheduler_name(pipe, name)
+    assert known in ("EulerDiscreteScheduler-trailing", "DDIMScheduler-trailing")
+    set_scheduler(pipe, known)
+    assert pipe.scheduler.config.timestep_spacing == "trailing"
+    assert scheduler_name(pipe, None) == scheduler_name(pipe, "euler") == type(pipe.scheduler).__name__
+
+
+def test_trailing_timesteps_that_a_scheduler_cannot_have_are_refused(pipe):
+    with pytest.raises(DiffuMaskError, match="scheduler dpmsolversinglestep spaces .* one way: leave out -trailing"):
+        set_scheduler(pipe, "dpmsolversinglestep-trailing")
+    with pytest.raises(DiffuMaskError, match="There is no scheduler nonsense-trailing for .*, lcm, .*tcd"):
+        set_scheduler(pipe, "nonsense-trailing")
+
+
+@pytest.mark.parametrize(("name", "steps", "calls"), [("ddim", 3, 3), ("heun", 1, 1), ("heun", 2, 3)])
+def test_calls_of_the_denoiser_are_counted(pipe, name, steps, calls):
+    set_scheduler(pipe, name)
+    assert try_scheduler(pipe, steps) == calls
 
 
 @pytest.fixture

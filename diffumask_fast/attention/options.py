@@ -1,6 +1,6 @@
 """How maps are made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from diffumask_fast.options import Options, Reader, option, whole
@@ -49,3 +49,12 @@ class MapOptions(Options):
         "auto", "auto, paper, reference, finest, or numbers of levels such as 1,2.", _aggregation()
     )
     propagate: Propagate = option("auto", "auto, none, or 1 to 4 times.", whole(1, 4, "auto", "none"))
+
+    def within(self, calls: int) -> "MapOptions":
+        """Return the options with no more propagations than so many calls of the denoiser can make.
+
+        A call propagates the maps of those before it, so the first one propagates nothing.
+        """
+        if not isinstance(self.propagate, int) or self.propagate < calls:
+            return self
+        return replace(self, propagate=calls - 1 or "none")

@@ -17,7 +17,7 @@ from diffumask_fast.generation.quota import first_round
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.models.device import DTYPES
 from diffumask_fast.models.loading import check_size
-from diffumask_fast.models.scheduler import set_scheduler, try_scheduler
+from diffumask_fast.models.scheduler import scheduler_name, set_scheduler, try_scheduler
 from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.planner import Plan, Recipe
 from diffumask_fast.prompts.request import Request
@@ -34,7 +34,7 @@ class Job:
     Args:
         model: folder or hub id, as `DiffuMaskPipeline.from_pretrained` takes it; the next six as well.
         revision: of a hub id.
-        scheduler: the class of diffusers.
+        scheduler: the class of diffusers, and the spacing of its timesteps where that was asked for.
         dtype: of the UNet: "fp32", "fp16" or "bf16".
         engine: what denoises.
         engine_path: folder of an exported engine.
@@ -193,6 +193,22 @@ def _check_shards(rows: int, height: int, width: int, num_maps: int) -> None:
         )
 
 
+def _map_options(options: GenerateOptions, pipe: DiffuMaskPipeline, steps: int) -> MapOptions:
+    """Return how maps are made; the scheduler is tried, which tells how many calls of the denoiser there are.
+
+    Raises:
+        DiffuMaskError: it does not work, or there are fewer calls than the propagations that are asked for need.
+    """
+    calls, asked = try_scheduler(pipe.pipe, steps), options.maps.propagate
+    maps = pipe.map_options(options.maps, steps).within(calls)
+    if asked not in ("auto", maps.propagate):
+        raise DiffuMaskError(
+            f"`propagate={asked}` takes more steps than {steps}, for a map is propagated in the steps after it: give "
+            f"`propagate={maps.propagate}`, or more `steps`"
+        )
+    return maps
+
+
 def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
     """Return the job that options ask for: what they leave open is the model's own.
 
@@ -204,7 +220,8 @@ def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
     asked = options.size or (None, None)
     check_size(pipe.pipe, *asked)
     height, width = pipe.size(*asked)
-    batch_size, maps = pipe.batch_size(options.batch_size, height, width), pipe.map_options(options.maps)
+    steps = options.steps or pipe.info.num_inference_steps
+    batch_size, maps = pipe.batch_size(options.batch_size, height, width), _map_options(options, pipe, steps)
     if pipe.engine is not None:
         pipe.engine.limits.check(batch_size, height, width, options.classes_per_image, maps.propagate)
     num, quota, shard_size = options.num or NUM, options.accept_per_class, options.shard_size
@@ -214,13 +231,11 @@ def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
         rounds = (first_round(len(vocabulary), quota, shard_size),)
         num = sum(rounds[0])
     _check_shards(min(shard_size, num), height, width, options.classes_per_image)
-    steps = options.steps or pipe.info.num_inference_steps
-    try_scheduler(pipe.pipe, steps)
     folder = Path(options.model).expanduser()
     return Job(
         model=str(folder.resolve()) if options.model != "mini" and folder.is_dir() else options.model,
         revision=options.revision,
-        scheduler=type(pipe.pipe.scheduler).__name__,
+        scheduler=scheduler_name(pipe.pipe, options.scheduler),
         dtype=next(name for name, dtype in DTYPES.items() if dtype == denoising_model(pipe.pipe).dtype),
         engine=options.engine,
         engine_path=str(Path(options.engine_path).expanduser().resolve()) if options.engine_path else None,
@@ -235,7 +250,7 @@ def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
         height=height,
         width=width,
         maps=maps,
-        mask=pipe.info.mask_options(options.mask),
+        mask=pipe.info.mask_options(options.mask, steps),
         shard_size=shard_size,
         accept_per_class=quota,
     )

@@ -50,7 +50,7 @@ class GenerateOptions(Options):
     shard_size: int = option(64, "Images per shard: what a kill can lose.", whole(1))
     steps: int | None = option(None, "Denoising steps; the model's best when left out.", whole(1, 1000))
     guidance_scale: float | None = option(None, "Guidance; the model's best when left out.", number())
-    scheduler: str | None = option(None, "For example ddim; the model's own when left out.")
+    scheduler: str | None = option(None, "Such as ddim, lcm or euler-trailing; the model's own when left out.")
     size: tuple[int, int] | None = option(None, "HxW in pixels; the model's own when left out.", pixel_size())
     dtype: str = option("auto", "auto, fp32, fp16 or bf16.")
     maps: MapOptions = MapOptions()

@@ -23,11 +23,12 @@ from diffumask_fast.learning.calibration_search import SURE, difference, halves,
 from diffumask_fast.learning.calibration_trials import FIGURES, Trials
 from diffumask_fast.learning.options import CalibrateOptions
 from diffumask_fast.models.device import resolve_device
-from diffumask_fast.models.find import ModelInfo, find_model
+from diffumask_fast.models.find import MEASURED, ModelInfo, find_model, with_options
 from diffumask_fast.models.hashing import OWN_OPTIONS, before_calibration
 from diffumask_fast.models.loading import quietly
 from diffumask_fast.own_files import check_no_link
 
+FEW_STEPS = 8  # up to which options are kept for so many steps alone
 FEWEST = 16  # images that a judge must see, half of them to choose by
 LIBRARIES = ("torch", "diffusers", "transformers")
 
@@ -51,7 +52,7 @@ def calibrate(
         before, best and after (options by name: the model's, those that were found, and those that it has now), figures
         (of `before` and `best`, on the half that confirms: class_iou, foreground_iou, boundary_iou, and score, their
         mean), difference (of the scores), standard_error, chosen_on and confirmed_on (images), switched, fixed (a
-        sentence on what was not varied).
+        sentence on what was not varied), up_to_steps (of the runs that take the options; None where all others do).
 
     Raises:
         DiffuMaskError: there is no such model or judge, they do not fit together, the judge sees too few of the
@@ -78,11 +79,12 @@ def calibrate(
         "difference": round(gain.mean, 5), "standard_error": round(gain.error, 5), "switched": switched,
     }  # fmt: skip
     after = (best if switched else images.own).options
-    _write(out, info, after, {**found, "images_drawn_by": images.facts})
+    up_to = _up_to(images.facts.get("steps"), info)
+    _write(out, info, after, {**found, "up_to_steps": up_to, "images_drawn_by": images.facts})
     seconds = {"draw": drawn - start, "try": time.perf_counter() - drawn}
     return {
         "out": str(out), **found, "judged": len(trials.samples), "trials": trials.count, "seconds": seconds,
-        "after": after, "fixed": images.fixed,
+        "after": after, "up_to_steps": up_to, "fixed": images.fixed,
     }  # fmt: skip
 
 
@@ -100,8 +102,17 @@ def told(summary: dict[str, Any]) -> list[str]:
         *(f"{name:16} {old:8.3f} {figures['best'][name]:8.3f}" for name, old in figures["before"].items()),
         f"{shown} ({gain}){verdict}.",
         *filter(None, [summary["fixed"]]),
-        f"Written to {summary['out']}.",
+        f"Written to {summary['out']}{_runs(summary['up_to_steps'])}.",
     ]
+
+
+def _runs(up_to: int | None) -> str:
+    return f", for runs of up to {up_to} step{'s' * (up_to > 1)}" if up_to else ""
+
+
+def _up_to(steps: int | None, info: ModelInfo) -> int | None:
+    """Return the most steps of the runs that options are for; None where they are not for few steps alone."""
+    return steps if steps is not None and steps <= min(FEW_STEPS, info.num_inference_steps - 1) else None
 
 
 def _images(
@@ -155,8 +166,10 @@ def _out(options: CalibrateOptions, info: ModelInfo) -> Path:
         raise DiffuMaskError(f"{out.parent} is no folder: make it, or name another file by `out`")
     if not os.access(out.parent, os.W_OK):
         raise DiffuMaskError(f"{out.parent} cannot be written: name by `out` a file elsewhere for the options")
-    if out.exists() and out != folder / OWN_OPTIONS and "mask" not in _read(out):
+    if out.exists() and out != folder / OWN_OPTIONS and not any(name in _read(out) for name in MEASURED):
         raise DiffuMaskError(f"{out} is there and holds no options of a model: name another file by `out`")
+    if out.exists():
+        with_options(info, out)
     return out
 
 
@@ -169,10 +182,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(out: Path, info: ModelInfo, chosen: dict[str, Any], calibration: dict[str, Any]) -> None:
-    """Write the model's own settings with these options."""
+    """Write the model's own settings with these options, and what the file has for other numbers of steps."""
     own = info.local_folder / OWN_OPTIONS
-    known = _read(own)
+    earlier = _read(out)
+    known = {**_read(own), **{name: earlier[name] for name in MEASURED if name in earlier}}
     versions = {"diffumask_fast": __version__, **{name: version(name) for name in LIBRARIES}}
-    known["mask"] = {**known.get("mask", {}), **chosen}
+    if up_to := calibration["up_to_steps"]:
+        few = known.setdefault("few_steps", {})
+        few[str(up_to)] = {**few.get(str(up_to), {}), **chosen}
+    else:
+        known["mask"] = {**known.get("mask", {}), **chosen}
     known["calibration"] = {**calibration, "versions": versions, "before_sha256": before_calibration(own)}
     write_file(out, (json.dumps(known, indent=2, ensure_ascii=False) + "\n").encode())

@@ -102,14 +102,14 @@ def _stored(run: Place, rows: list[Row], info: ModelInfo) -> CalibrationImages:
         "let the images be drawn again to try others."
     )
     facts = {name: recorded[name] for name in RECORDED if name in recorded}
-    return CalibrationImages(samples, Choice(maps, info.mask_options()), facts, fixed)
+    return CalibrationImages(samples, Choice(maps, info.mask_options(None, facts.get("steps"))), facts, fixed)
 
 
 def _redrawn(run: Place, rows: Mapping[int, Row], options: CalibrateOptions, on_drawn: OnDrawn) -> CalibrationImages:
     job = job_of(run, read_manifest(run), RebuildOptions(model=_model(options.model)))
     job = replace(job, engine="torch", engine_path=None, engine_sha256=None)
     pipe = job.open(options.device)
-    own = Choice(pipe.map_options(), pipe.info.mask_options())
+    own = Choice(pipe.map_options(None, job.steps), pipe.info.mask_options(None, job.steps))
     job = replace(job, maps=own.maps, recipe=replace(job.recipe, scenes=pipe.info.scenes))
     plan = job.plan(pipe)
     requests = [_same(plan[number], row, run) for number, row in rows.items()]

@@ -347,7 +347,7 @@ class CalibrateOptions(Options):
     batch_size: str | int = option("auto", "Images per batch, or auto.", whole(1, None, "auto"))
     steps: int | None = option(None, "Denoising steps; the model's best when left out.", whole(1, 1000))
     guidance_scale: float | None = option(None, "Guidance; the model's best when left out.", number())
-    scheduler: str | None = option(None, "For example ddim; the model's own when left out.")
+    scheduler: str | None = option(None, "Such as ddim, lcm or euler-trailing; the model's own when left out.")
     size: tuple[int, int] | None = option(None, "HxW in pixels; the model's own when left out.", pixel_size())
     dtype: str = option("auto", "auto, fp32, fp16 or bf16.")
     device: str = option("auto", "auto, cpu or cuda.")

@@ -20,6 +20,7 @@ from diffumask_fast.models.hashing import OWN_OPTIONS, weight_hash
 from diffumask_fast.options import Options, checked, closed, number, whole
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+MEASURED = ("mask", "few_steps")  # what calibrate writes
 WEIGHTLESS = ("scheduler", "tokenizer", "feature_extractor")
 
 
@@ -35,6 +36,8 @@ class ModelInfo:
         num_inference_steps: recommended number of steps.
         guidance_scale: recommended guidance.
         mask: options of masks and of maps that were measured best for it, by name.
+        few_steps: number of steps -> options that are better for runs of at most so many; the smallest such number
+            counts.
         scheduler: class name of the recommended scheduler; None means the folder's own.
     """
 
@@ -45,6 +48,7 @@ class ModelInfo:
     num_inference_steps: int = 30
     guidance_scale: float = 7.5
     mask: dict[str, Any] = field(default_factory=dict)
+    few_steps: dict[int, dict[str, Any]] = field(default_factory=dict)
     scheduler: str | None = None
 
     @property
@@ -54,16 +58,22 @@ class ModelInfo:
             return {}
         return {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
 
-    def map_options(self, maps: MapOptions | None = None) -> MapOptions:
-        """Return the options with "auto" resolved to what was measured best for the model."""
+    def best_options(self, steps: int | None = None) -> dict[str, Any]:
+        """Return the options that were measured best for runs of so many steps, by name; None is as many as usual."""
+        at_most = [most for most in self.few_steps if steps is not None and steps <= most]
+        return {**self.mask, **(self.few_steps[min(at_most)] if at_most else {})}
+
+    def map_options(self, maps: MapOptions | None = None, steps: int | None = None) -> MapOptions:
+        """Return the options with "auto" resolved to what was measured best for the model and so many steps."""
         maps = maps or MapOptions()
-        own = {name: value for name, value in self.mask.items() if value != "auto"}
+        own = {name: value for name, value in self.best_options(steps).items() if value != "auto"}
         best = {"aggregation": "paper", "propagate": 1, **own}
         return replace(maps, **{name: best[name] for name, value in vars(maps).items() if value == "auto"})
 
-    def mask_options(self, mask: MaskOptions | None = None) -> MaskOptions:
+    def mask_options(self, mask: MaskOptions | None = None, steps: int | None = None) -> MaskOptions:
         """Return the options; those that are None, all where none are given, are what was measured best."""
-        own = MaskOptions(**{name: value for name, value in self.mask.items() if name in _names(MaskOptions)})
+        best = self.best_options(steps)
+        own = MaskOptions(**{name: value for name, value in best.items() if name in _names(MaskOptions)})
         return own if mask is None else closed(mask, own)
 
     @cached_property
@@ -182,7 +192,10 @@ def with_options(info: ModelInfo, path: str | Path | None) -> ModelInfo:
     if not path.is_file():
         raise DiffuMaskError(f"there is no file {path}: give `model_options` what calibrate wrote")
     with _reading(path, "give `model_options` what calibrate wrote"):
-        return replace(info, mask=own_options(json.loads(path.read_text("utf-8"))["mask"]))
+        known = json.loads(path.read_text("utf-8"))
+        if not known.keys() & set(MEASURED):
+            raise ValueError(f"it has no {' or '.join(MEASURED)}")
+        return replace(info, **_measured(known))
 
 
 def own_options(named: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,20 +216,29 @@ def own_options(named: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def _measured(known: Mapping[str, Any]) -> dict[str, dict[Any, Any]]:
+    """Return `mask` and `few_steps` of a file of options, each checked."""
+    few = {
+        checked("few_steps", most, whole(1, 1000)): own_options(named)
+        for most, named in known.get("few_steps", {}).items()
+    }
+    return {"mask": own_options(known.get("mask", {})), "few_steps": few}
+
+
 def _read_info(name: str, folder: Path) -> ModelInfo:
     path = folder / OWN_OPTIONS
     if not path.exists():
         return ModelInfo(name, folder)
     with _reading(path, "fetch the model again or delete that file"):
         known = json.loads(path.read_text("utf-8"))
-        mask = own_options(known.get("mask", {}))
-        if "classes" not in known and mask:  # calibrate wrote it beside a model that has no such file
-            return ModelInfo(name, folder, mask=mask)
+        measured = _measured(known)
+        if "classes" not in known and any(measured.values()):  # calibrate wrote it beside a model without such a file
+            return ModelInfo(name, folder, **measured)
         classes = _texts(known["classes"])
         steps = checked("num_inference_steps", known["num_inference_steps"], whole(1, 1000))
         guidance = checked("guidance_scale", known["guidance_scale"], number())
         scenes = {scene: _texts(names) for scene, names in known["scenes"].items()}
-        return ModelInfo(name, folder, classes, scenes, steps, guidance, mask, known.get("scheduler"))
+        return ModelInfo(name, folder, classes, scenes, steps, guidance, scheduler=known.get("scheduler"), **measured)
 
 
 def _texts(value: Any) -> tuple[str, ...]:

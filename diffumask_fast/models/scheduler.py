@@ -7,21 +7,31 @@ import re
 from importlib.util import find_spec
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 
+TRAILING = "-trailing"
+FEW_STEPS = ("LCMScheduler", "TCDScheduler")  # of such models; diffusers says of none that they are compatible
+
 
 def set_scheduler(pipe: DiffusersPipeline, name: str) -> None:
-    """Replace a pipeline's scheduler by the named one ("DDIMScheduler" or "ddim"), with the same noise schedule.
+    """Replace a pipeline's scheduler by the named one, with the same noise schedule.
+
+    Args:
+        pipe: whose scheduler is replaced.
+        name: "DDIMScheduler" or "ddim"; with "-trailing" behind it, its timesteps begin with the noisiest one, as
+            models for few steps want it.
 
     Raises:
         DiffuMaskError: there is no such scheduler for this model here; lists the available ones.
     """
-    compatible = {_short(cls): cls for cls in pipe.scheduler.compatibles}
-    wanted = next((cls for cls in compatible.values() if cls.__name__ == name), compatible.get(name.lower()))
+    base = name.removesuffix(TRAILING)
+    compatible = {_short(cls): cls for cls in _compatible(pipe.scheduler)}
+    wanted = next((cls for cls in compatible.values() if cls.__name__ == base), compatible.get(base.lower()))
     if wanted is None or not _is_usable(wanted):
         usable = ", ".join(sorted(short for short, cls in compatible.items() if _is_usable(cls)))
         if not usable:
@@ -29,14 +39,33 @@ def set_scheduler(pipe: DiffusersPipeline, name: str) -> None:
             raise DiffuMaskError(f"There is no scheduler {name} for this model, which has {own}: leave it out.")
         without = f" without {', '.join(missing)}" if (missing := _missing_libraries(wanted)) else ""
         raise DiffuMaskError(f"There is no scheduler {name} for this model{without}: use one of {usable}.")
-    config = dict(pipe.scheduler.config)
-    if "clip_sample" in inspect.signature(wanted.__init__).parameters:
-        config.setdefault("clip_sample", False)  # latents are not pixels: DDIM's default would clip them to -1..1
-    pipe.scheduler = wanted.from_config(config)
+    config, taken = dict(pipe.scheduler.config), inspect.signature(wanted.__init__).parameters
+    changes: dict[str, Any] = {}  # given apart, for diffusers drops what the old scheduler had by default
+    if "clip_sample" in taken:  # latents are not pixels: DDIM's default would clip them to -1..1
+        changes["clip_sample"] = config.get("clip_sample", False)
+    if base != name:
+        if "timestep_spacing" not in taken:
+            raise DiffuMaskError(f"The scheduler {base} spaces its timesteps in one way: leave out {TRAILING}.")
+        changes["timestep_spacing"] = "trailing"
+    pipe.scheduler = wanted.from_config(config, **changes)
 
 
-def try_scheduler(pipe: DiffusersPipeline, steps: int) -> None:
+def scheduler_name(pipe: DiffusersPipeline, asked: str | None) -> str:
+    """Return the name by which `set_scheduler` makes a pipeline's scheduler again.
+
+    Args:
+        pipe: that has it.
+        asked: the name by which it was made; None where it is the model's own.
+    """
+    spacing = TRAILING if asked is not None and asked.endswith(TRAILING) else ""
+    return type(pipe.scheduler).__name__ + spacing
+
+
+def try_scheduler(pipe: DiffusersPipeline, steps: int) -> int:
     """Try a pipeline's scheduler on small latents, before anything is drawn.
+
+    Returns:
+        How often it calls the denoiser for an image.
 
     Raises:
         DiffuMaskError: it fails with this number of steps, or its noise does not come from the images' generators.
@@ -44,8 +73,8 @@ def try_scheduler(pipe: DiffusersPipeline, steps: int) -> None:
     name = _short(type(pipe.scheduler))
     try:
         with torch.random.fork_rng(devices=[]):
-            pair, again = (_steps(pipe.scheduler, steps, seeds=(0, 1)) for _ in range(2))
-            alone = _steps(pipe.scheduler, steps, seeds=(1,))
+            (pair, calls), (again, _) = (_steps(pipe.scheduler, steps, seeds=(0, 1)) for _ in range(2))
+            alone, _ = _steps(pipe.scheduler, steps, seeds=(1,))
     except Exception as error:  # each scheduler fails in its own way
         cause = " ".join(str(error).split())[:200] or type(error).__name__
         raise DiffuMaskError(
@@ -56,10 +85,14 @@ def try_scheduler(pipe: DiffusersPipeline, steps: int) -> None:
             f"The scheduler {name} draws noise that does not come from an image's seed, so no image could be drawn "
             "again: use another scheduler."
         )
+    return calls
 
 
-def _steps(scheduler: Any, steps: int, seeds: tuple[int, ...]) -> Tensor:
-    """Denoise the noise of each seed as a pipeline's loop does; half of the latents stands for the UNet's output."""
+def _steps(scheduler: Any, steps: int, seeds: tuple[int, ...]) -> tuple[Tensor, int]:
+    """Denoise the noise of each seed as a pipeline's loop does, and count the calls of the denoiser.
+
+    Half of the latents stands for its output.
+    """
     scheduler = type(scheduler).from_config(scheduler.config)
     shift = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
     scheduler.set_timesteps(steps, **shift)
@@ -71,7 +104,15 @@ def _steps(scheduler: Any, steps: int, seeds: tuple[int, ...]) -> Tensor:
         scaled = scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
         predicted = 0.5 * scaled
         latents = scheduler.step(predicted, timestep, latents, **kwargs).prev_sample
-    return latents
+    return latents, len(scheduler.timesteps)
+
+
+def _compatible(own: Any) -> list[Any]:
+    """List the schedulers that take the noise schedule of a model's own; those of few-step models list none."""
+    if not _is_usable(type(own)):
+        return list(own.compatibles)
+    few = (getattr(diffusers, name) for name in FEW_STEPS)
+    return [*own.compatibles, *diffusers.DDIMScheduler().compatibles, *few]
 
 
 def _is_usable(scheduler: Any) -> bool:
