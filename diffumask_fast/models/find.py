@@ -216,7 +216,7 @@ def own_options(named: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _measured(known: Mapping[str, Any]) -> dict[str, dict[Any, Any]]:
+def _measured(known: Mapping[str, Any]) -> dict[str, Any]:
     """Return `mask` and `few_steps` of a file of options, each checked."""
     few = {
         checked("few_steps", most, whole(1, 1000)): own_options(named)

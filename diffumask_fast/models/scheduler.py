@@ -111,8 +111,8 @@ def _compatible(own: Any) -> list[Any]:
     """List the schedulers that take the noise schedule of a model's own; those of few-step models list none."""
     if not _is_usable(type(own)):
         return list(own.compatibles)
-    few = (getattr(diffusers, name) for name in FEW_STEPS)
-    return [*own.compatibles, *diffusers.DDIMScheduler().compatibles, *few]
+    ddim: Any = diffusers.DDIMScheduler()
+    return [*own.compatibles, *ddim.compatibles, *(getattr(diffusers, name) for name in FEW_STEPS)]
 
 
 def _is_usable(scheduler: Any) -> bool:
