@@ -17,6 +17,7 @@ from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.errors import DiffuMaskError, first_line
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.models.hashing import OWN_OPTIONS, weight_hash
+from diffumask_fast.models.lora import Lora, lora_record
 from diffumask_fast.options import Options, checked, closed, number, whole
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -36,6 +37,7 @@ class ModelInfo:
         guidance_scale: recommended guidance.
         mask: options of masks and of maps that were measured best for it, by name.
         scheduler: class name of the recommended scheduler; None means the folder's own.
+        loras: files that are fused into its weights.
     """
 
     name: str
@@ -46,6 +48,7 @@ class ModelInfo:
     guidance_scale: float = 7.5
     mask: dict[str, Any] = field(default_factory=dict)
     scheduler: str | None = None
+    loras: tuple[Lora, ...] = ()
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -66,9 +69,14 @@ class ModelInfo:
         own = MaskOptions(**{name: value for name, value in self.mask.items() if name in _names(MaskOptions)})
         return own if mask is None else closed(mask, own)
 
+    @property
+    def lora_record(self) -> dict[str, Any]:
+        """What is recorded of its LoRA files."""
+        return lora_record(self.loras)
+
     @cached_property
     def weights(self) -> str | None:
-        """SHA-256 of the folder's weights and configuration; all are read at the first use."""
+        """SHA-256 of the folder's weights and configuration, LoRA files apart; all are read at the first use."""
         return weight_hash(self.folder) if self.folder else None
 
     @property
