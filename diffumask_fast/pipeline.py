@@ -168,7 +168,7 @@ class DiffuMaskPipeline:
     @property
     def tokenizer(self) -> Any:
         """The tokenizer among whose tokens a phrase must be."""
-        return getattr(self.pipe, family_of(self.pipe).tokenizer)
+        return getattr(self.pipe, family_of(self.pipe).tokenizer) or getattr(self.pipe, "tokenizer_2", None)
 
     def __call__(
         self,

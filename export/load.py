@@ -67,14 +67,14 @@ def load_engine(
         lora: none, for an engine's weights are fixed.
 
     Raises:
-        DiffuMaskError: no such engine, library, folder or device; an engine that is damaged or of other weights; a LoRA.
+        DiffuMaskError: no such engine, library, folder or device; a damaged engine, or one of other weights; a LoRA.
     """
     if engine not in ENGINES:
         raise DiffuMaskError(f"There is no engine {engine}: use torch, compile, {' or '.join(ENGINES)}.")
     if lora:
         raise DiffuMaskError(
-            f"the weights of `engine={engine}` are fixed: for `lora` use `engine=torch` or compile, or save the model with "
-            "it as a folder and export that"
+            f"the weights of `engine={engine}` are fixed: for `lora` use `engine=torch` or compile, or save the model "
+            "with it as a folder and export that"
         )
     if engine_path is None:
         raise DiffuMaskError(f"`engine={engine}` needs `engine_path`, a folder that `diffumask-fast export` wrote.")

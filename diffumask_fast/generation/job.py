@@ -15,6 +15,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.options import NUM, GenerateOptions
 from diffumask_fast.generation.quota import first_round
 from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.models.arguments import check_draws_from_prompts
 from diffumask_fast.models.device import DTYPES
 from diffumask_fast.models.loading import check_size
 from diffumask_fast.models.lora import Lora, lora_record
@@ -213,8 +214,10 @@ def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
     """Return the job that options ask for: what they leave open is the model's own.
 
     Raises:
-        DiffuMaskError: classes or a size that the model cannot draw, or that its engine was not exported for.
+        DiffuMaskError: a model that wants pictures, classes or a size that it cannot draw, or that its engine was not
+            exported for.
     """
+    check_draws_from_prompts(pipe.pipe)
     known = Vocabulary.named(pipe.info.classes) if pipe.info.classes else None
     vocabulary = Vocabulary.parse(options.classes, known, options.model, options.sub_classes)
     asked = options.size or (None, None)
