@@ -12,7 +12,8 @@ from diffusers import StableDiffusionPipeline
 from diffusers.utils import constants
 from loras import write_lora
 from safetensors.torch import load_file, save_file
-from test_generation import options, silent
+from test_generation import options as usual_options
+from test_generation import silent
 
 from diffumask_fast.dataset.verify import verify
 from diffumask_fast.errors import DiffuMaskError
@@ -24,6 +25,10 @@ from diffumask_fast.models.lora import find_loras, split_scale
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 PROMPT = "a photo of a dog on the grass"
+
+
+def options(out, model, **changes):
+    return usual_options(out, model, num=2, shard_size=2, steps=1, **changes)
 
 
 @pytest.fixture
@@ -85,36 +90,44 @@ def test_images_are_those_of_diffusers_and_no_layer_is_left(tiny_folder, loras, 
     assert np.array_equal(image(DiffuMaskPipeline.from_pretrained(tmp_path / "fused", device="cpu")), image(pipe))
 
 
+def spoil(file):
+    """Double a file's LoRA, under the same name."""
+    tensors = load_file(file)
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+
+
 def test_a_run_is_finished_with_the_files_that_began_it(tiny_folder, loras, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     out = tmp_path / "out"
     asked = options(out, tiny_folder, lora=[f"{loras[0]}:0.5", str(loras[1])])
-    assert run_generate(asked, silent)["drawn"] == 6
+    assert run_generate(asked, silent)["drawn"] == 2
     record = json.loads((out / "dataset.json").read_text())
     assert record["options"]["lora"] == ["style.safetensors:0.5", "pose.safetensors:1.0"]
     assert "peft" in record["environment"] and str(tmp_path) not in json.dumps(record)
     monkeypatch.chdir(loras[0].parent)
     same = options(out, tiny_folder, lora=["style.safetensors:.5", "pose.safetensors"])
-    assert run_generate(same, silent)["drawn"] == 0 and not verify(out)["faults"]
-    for other, words in [
-        ([str(loras[0]), str(loras[1])], "`lora` was .*0.5.* and is .*1.0"),
-        ([], "`lora` was .* and is not set now"),
-    ]:
-        with pytest.raises(DiffuMaskError, match=words):
-            run_generate(options(out, tiny_folder, lora=other), silent)
-    key = "dog-000000"
+    assert run_generate(same, silent)["drawn"] == 0
+    with pytest.raises(DiffuMaskError, match="`lora` was .* and is not set now"):
+        run_generate(options(out, tiny_folder), silent)
+    spoil(loras[1])
+    with pytest.raises(DiffuMaskError, match="`lora_sha256.pose.safetensors` was [0-9a-f]+"):
+        run_generate(asked, silent)
+
+
+@pytest.mark.slow
+def test_a_sample_is_drawn_again_from_the_files_that_drew_it(tiny_folder, loras, tmp_path):
+    pytest.importorskip("peft")
+    out, key, where = tmp_path / "out", "dog-000000", dict(model=str(tiny_folder), device="cpu")
+    run_generate(options(out, tiny_folder, lora=[f"{loras[0]}:0.5", str(loras[1])]), silent)
+    assert not verify(out)["faults"]
     with pytest.raises(DiffuMaskError, match="drawn with the LoRA style.safetensors: say by `lora` where it is now"):
-        rebuild(out, key, RebuildOptions(model=str(tiny_folder), device="cpu"))
-    where = dict(model=str(tiny_folder), device="cpu")
+        rebuild(out, key, RebuildOptions(**where))
     assert rebuild(out, key, RebuildOptions(**where, lora=list(map(str, loras))))["equal"]
     with pytest.raises(DiffuMaskError, match="drawn with 2 LoRA files, and `lora` names 1"):
         rebuild(out, key, RebuildOptions(**where, lora=[str(loras[0])]))
     with pytest.raises(DiffuMaskError, match="records the scales of its LoRA files: leave that of .*:0.7 out"):
         rebuild(out, key, RebuildOptions(**where, lora=[f"{loras[0]}:0.7", str(loras[1])]))
-    tensors = load_file(loras[1])
-    save_file({name: 2 * tensor for name, tensor in tensors.items()}, loras[1], metadata={"format": "pt"})
-    with pytest.raises(DiffuMaskError, match="`lora_sha256.pose.safetensors` was [0-9a-f]+"):
-        run_generate(asked, silent)
+    spoil(loras[1])
     with pytest.raises(
         DiffuMaskError, match="the LoRA pose.safetensors is not the file that drew .*: name that one by"
     ):

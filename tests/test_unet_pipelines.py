@@ -47,6 +47,7 @@ class Scores(TorchFunctionMode):
 def check(pipe, *, guided=True, **kwargs):
     """Draw plainly with a store of all scores, then with maps, then as a DiffuMaskPipeline."""
     pipe.set_progress_bar_config(disable=True)
+    kwargs = {"steps": 2, **kwargs}
     scores = Scores(pipe.unet)
     with scores:
         plain = draw(pipe, PROMPTS, **kwargs)
@@ -61,7 +62,7 @@ def check(pipe, *, guided=True, **kwargs):
     assert all(relative(a, b) < 1e-5 for a, b in zip(maps.levels.values(), truth, strict=True))
     assert all(relative(torch.full_like(one, 1 / TOKENS), one) > 0.1 for one in truth)
     assert np.array_equal(draw(pipe, PROMPTS, **kwargs), plain)
-    made = dict(num_inference_steps=kwargs.pop("steps", 3), output_type="np", **kwargs)
+    made = dict(num_inference_steps=kwargs.pop("steps"), output_type="np", **kwargs)
     out = DiffuMaskPipeline.from_pipe(pipe)(PROMPTS, PHRASES, generator=torch.Generator().manual_seed(0), **made)
     assert np.array_equal(out.images, plain) and out.masks.shape == plain.shape[:3]
     return plain, maps
@@ -88,10 +89,10 @@ def test_stable_diffusion_2_predicts_velocity(tiny_sd):
     plain, maps = check(pipe)
     assert plain.shape[1] == 96 and maps.store.sizes["0"] == (12, 12)
     pipe.scheduler = diffusers.DDIMScheduler(**NOISE)
-    assert not np.array_equal(draw(pipe, PROMPTS), plain)
+    assert not np.array_equal(draw(pipe, PROMPTS, steps=2), plain)
 
 
-@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("guided", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_sdxl_with_its_conditions(tiny_sdxl, guided):
     own = dict(original_size=(96, 96), target_size=(64, 64), crops_coords_top_left=(8, 0))
     check(tiny_sdxl, guided=guided, guidance_scale=5.0 if guided else 1.0, height=64, width=64, **own)
@@ -106,19 +107,18 @@ def test_sdxl_s_refiner(tokenizer, sdxl_parts):
     parts = {**sdxl_parts, "unet": sharpen(unet), "text_encoder": None, "tokenizer": None}
     rest = dict(requires_aesthetics_score=True, add_watermarker=False)
     pipe = new_pipe(diffusers.StableDiffusionXLImg2ImgPipeline, parts, **rest)
-    check(pipe, image=[PICTURE] * 2, strength=0.5, steps=6, aesthetic_score=7.0)
+    check(pipe, image=[PICTURE] * 2, strength=0.5, steps=4, aesthetic_score=7.0)
 
 
 def test_lcm_with_an_embedding_of_its_guidance(tiny_sd):
     pipe = with_unet(tiny_sd, diffusers.LatentConsistencyModelPipeline, time_cond_proj_dim=16)
     pipe.scheduler = diffusers.LCMScheduler(**{**NOISE, "clip_sample": False})
-    plain, maps = check(pipe, guided=False, steps=4, guidance_scale=8.0)
-    assert maps.store.calls == maps.store.num_calls == 4
-    assert not np.array_equal(draw(pipe, PROMPTS, steps=4, guidance_scale=2.0), plain)
+    plain, maps = check(pipe, guided=False, guidance_scale=8.0)
+    assert maps.store.calls == maps.store.num_calls == 2
+    assert not np.array_equal(draw(pipe, PROMPTS, steps=2, guidance_scale=2.0), plain)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
-@pytest.mark.parametrize("name", ["EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize(("name", "steps"), [("EulerAncestralDiscreteScheduler", 1), ("EulerDiscreteScheduler", 2)])
 def test_turbo_and_lightning(tiny_sdxl, name, steps):
     pipe = tiny_sdxl
     pipe.scheduler = getattr(diffusers, name)(**{k: v for k, v in NOISE.items() if k != "clip_sample"})
@@ -127,13 +127,13 @@ def test_turbo_and_lightning(tiny_sdxl, name, steps):
     assert maps.store.calls == maps.store.num_calls == steps
 
 
-@pytest.mark.parametrize("channels", [4, 9])
+@pytest.mark.parametrize("channels", [pytest.param(4, marks=pytest.mark.slow), 9])
 def test_inpainting(tiny_sd, channels):
     pipe = with_unet(tiny_sd, diffusers.StableDiffusionInpaintPipeline, in_channels=channels)
     check(pipe, image=PICTURE, mask_image=HALF, strength=0.8, steps=4)
 
 
-@pytest.mark.parametrize("guess_mode", [False, True])
+@pytest.mark.parametrize("guess_mode", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_controlnets(tiny_sd, guess_mode):
     nets = [diffusers.ControlNetModel.from_unet(tiny_sd.unet) for _ in range(2)]
     for net in nets:
@@ -142,7 +142,7 @@ def test_controlnets(tiny_sd, guess_mode):
     pipe = diffusers.StableDiffusionControlNetPipeline(**tiny_sd.components, **rest)
     images = [[PICTURE] * 2, [HALF.convert("RGB")] * 2]
     plain, _ = check(pipe, image=images, controlnet_conditioning_scale=[1.0, 0.5], guess_mode=guess_mode)
-    assert not np.array_equal(plain, draw(tiny_sd, PROMPTS))
+    assert not np.array_equal(plain, draw(tiny_sd, PROMPTS, steps=2))
 
 
 def test_t2i_adapters(tiny_sd):
@@ -153,11 +153,11 @@ def test_t2i_adapters(tiny_sd):
     parts = {name: part for name, part in tiny_sd.components.items() if name != "image_encoder"}
     pipe = diffusers.StableDiffusionAdapterPipeline(**parts, adapter=adapter, requires_safety_checker=False)
     plain, _ = check(pipe, image=[PICTURE] * 2)
-    assert not np.array_equal(plain, draw(tiny_sd, PROMPTS))
+    assert not np.array_equal(plain, draw(tiny_sd, PROMPTS, steps=2))
 
 
 def test_freeu(pipe):
-    before = draw(pipe, PROMPTS)
+    before = draw(pipe, PROMPTS, steps=2)
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
     plain, _ = check(pipe)
     assert not np.array_equal(plain, before)
@@ -179,9 +179,9 @@ def ip_adapter(unet, width=16, tokens=4):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_ip_adapters(pipe, masked):
-    before = draw(pipe, PROMPTS)
+    before = draw(pipe, PROMPTS, steps=2)
     num = 2 if masked else 1
     pipe.load_ip_adapter([ip_adapter(pipe.unet) for _ in range(num)], [""] * num, [""] * num, image_encoder_folder=None)
     pipe.set_ip_adapter_scale([0.7] * num)
@@ -192,12 +192,13 @@ def test_ip_adapters(pipe, masked):
     plain, _ = check(pipe, **seen)
     assert not np.array_equal(plain, before)
     pipe.unload_ip_adapter()
-    assert np.array_equal(draw(pipe, PROMPTS), before)
+    assert np.array_equal(draw(pipe, PROMPTS, steps=2), before)
 
 
+@pytest.mark.slow
 def test_a_lora_of_unet_and_text_encoder_and_what_may_become_of_it(pipe, tmp_path):
     pytest.importorskip("peft")
-    bare = draw(pipe, PROMPTS)
+    bare = draw(pipe, PROMPTS, steps=2)
     first = write_lora(tmp_path / "first.safetensors", pipe, encoder=True)
     second = write_lora(tmp_path / "second.safetensors", pipe, seed=5)
     pipe.load_lora_weights(first, adapter_name="first")
@@ -224,12 +225,12 @@ def test_loras_that_are_swapped_between_calls_of_one_collector(pipe, tmp_path):
     plain, found = [], []
     for file in files:
         pipe.load_lora_weights(file, adapter_name="style", hotswap=True)
-        plain.append(draw(pipe, PROMPTS))
+        plain.append(draw(pipe, PROMPTS, steps=2))
         with collect_maps(pipe, PHRASES) as maps:
-            draw(pipe, PROMPTS)
+            draw(pipe, PROMPTS, steps=2)
         found.append(maps.levels["0"])
     with collect_maps(pipe, PHRASES) as maps:
         for file, image, truth in zip(files, plain, found, strict=True):
             pipe.load_lora_weights(file, adapter_name="style", hotswap=True)
-            assert np.array_equal(draw(pipe, PROMPTS), image) and torch.equal(maps.levels["0"], truth)
+            assert np.array_equal(draw(pipe, PROMPTS, steps=2), image) and torch.equal(maps.levels["0"], truth)
     assert not np.array_equal(*plain) and not torch.equal(*found)

@@ -54,6 +54,6 @@ def check_draws_from_prompts(pipe: DiffusersPipeline) -> None:
         )
     if has_unet(pipe) and config.in_channels > config.out_channels:
         raise DiffuMaskError(
-            f"the UNet takes {config.in_channels} channels and gives {config.out_channels}, as those for inpainting do, "
-            "and a run has no picture to give it: name a text-to-image model"
+            f"the UNet takes {config.in_channels} channels and gives {config.out_channels}, as those for inpainting "
+            "do, and a run has no picture to give it: name a text-to-image model"
         )
