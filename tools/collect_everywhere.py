@@ -99,7 +99,8 @@ class Calls:
             told = (
                 f"{len(now)} calls, {self.collected} with maps; {len(apart)} of {len(kept.files)} plain ones compared"
             )
-        terminalreporter.write_line(f"{told}: at most {max(apart, default=0):.1e} apart, {sum(one == 0 for one in apart)} equal")
+        equal, most = sum(one == 0 for one in apart), max(apart, default=0)
+        terminalreporter.write_line(f"{told}: {equal} equal, the others at most {most:.1e} apart")
 
 
 def pixels(result):
