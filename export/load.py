@@ -73,7 +73,7 @@ def load_engine(
         raise DiffuMaskError(f"There is no engine {engine}: use torch, compile, {' or '.join(ENGINES)}.")
     if lora:
         raise DiffuMaskError(
-            f"the weights of `engine={engine}` are fixed: for `lora` use `engine=torch` or compile, or save the model "
+            f"the weights of `engine={engine}` are fixed: use `engine=torch` or compile with `lora`, or save the model "
             "with it as a folder and export that"
         )
     if engine_path is None:

@@ -190,7 +190,9 @@ def test_a_lora_that_changes_nothing_or_does_not_fit_is_refused(tiny_sdxl, tiny_
 
 
 def test_engines_fuse_or_refuse(tiny_folder, loras, tmp_path, monkeypatch):
-    with pytest.raises(DiffuMaskError, match="weights of `engine=onnx` are fixed: for `lora` use `engine=torch` or c"):
+    with pytest.raises(
+        DiffuMaskError, match="weights of `engine=onnx` are fixed: use `engine=torch` or compile with `lora`"
+    ):
         DiffuMaskPipeline.from_pretrained(tiny_folder, engine="onnx", engine_path=tmp_path, lora=str(loras[0]))
 
 

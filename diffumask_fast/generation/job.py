@@ -158,7 +158,7 @@ class Job:
         if pipe.weights != self.weights:
             raise DiffuMaskError(f"the weights of {self.model} are not those that the job was made with")
         if changed := self.changed_lora(pipe):
-            raise DiffuMaskError(f"the LoRA {changed} is not the file that the job was made with")
+            raise DiffuMaskError(f"the LoRA {changed} is not the file that the job was made with: give that one")
         return pipe
 
     def changed_lora(self, pipe: DiffuMaskPipeline) -> str | None:
