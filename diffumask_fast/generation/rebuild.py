@@ -160,7 +160,7 @@ def _loras(folder: Place, recorded: Mapping[str, Any], given: Sequence[str]) -> 
     named, places = [split_scale(text) for text in recorded.get("lora", ())], [split_scale(text) for text in given]
     if given and len(given) != len(named):
         raise DiffuMaskError(
-            f"{folder} was drawn with {len(named)} LoRA files, and `lora` names {len(given)}: give them all, in their order"
+            f"{folder} was drawn with {len(named)} LoRA files, and `lora` names {len(given)}: give all in their order"
         )
     if lost := [name for name, _ in named if not given and "/" not in name]:  # with a slash it is one of the hub
         raise DiffuMaskError(f"{folder} was drawn with the LoRA {lost[0]}: say by `lora` where it is now")
