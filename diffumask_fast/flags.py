@@ -72,11 +72,13 @@ def _flag(one: Field[Any], hint: Any, dash: str) -> inspect.Parameter:
     return inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=optional)
 
 
-def _kind(hint: Any, read: bool) -> tuple[type, str | None]:
+def _kind(hint: Any, read: bool) -> tuple[Any, str | None]:
     """Return what the command line reads, and what its help calls that where it is not the same.
 
     What an option's own reader checks is read as text, so that a bad value is refused in one way everywhere.
     """
+    if get_args(hint)[1:] == (...,):  # a flag that may be repeated
+        return list[str], "TEXT"
     kinds = set(get_args(hint) if isinstance(hint, UnionType) else (hint,)) - {type(None)}
     kind = kinds.pop()
     if kinds or get_origin(kind):

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 from diffumask_fast.models.find import ModelInfo, find_model, with_options
 from diffumask_fast.models.generators import Generators, generators_of
 from diffumask_fast.models.loading import check_size, check_whole, load_pipe, says_force_upcast, without_bars
+from diffumask_fast.models.lora import find_loras, lora_texts
 from diffumask_fast.models.scheduler import try_scheduler
 from diffumask_fast.options import checked, whole
 from diffumask_fast.prompts.request import Request
@@ -84,38 +86,37 @@ class DiffuMaskPipeline:
         revision: str | None = None,
         attention: str = "sdpa",
         model_options: str | Path | None = None,
+        lora: str | Sequence[str] = (),
     ) -> DiffuMaskPipeline:
         """Load the embedded model ("mini"), a diffusers folder or a hub id; safetensors only.
 
         Args:
             model: what to load.
-            engine: "torch"; "compile" for torch.compile and CUDA graphs; "onnx" for ONNX Runtime; "tensorrt" for either
-                flavour of it.
+            engine: "torch"; "compile" for torch.compile and CUDA graphs; "onnx" for ONNX Runtime; or "tensorrt".
             engine_path: folder that `diffumask-fast export` wrote, for the last two.
             dtype: "fp32", "fp16", "bf16" or a torch dtype; None is fp32 on the CPU and fp16 on CUDA, or the engine's.
             device: None is CUDA where there is one.
             revision: of a hub id.
-            attention: what draws the UNet's attention where no maps are wanted: "sdpa", or with engine "torch" on CUDA
-                "xformers".
-            model_options: file that `diffumask-fast calibrate` wrote, in place of the model folder's own options of
-                maps and masks.
+            attention: what draws where no maps are wanted: "sdpa", or with engine "torch" on CUDA "xformers".
+            model_options: file that `diffumask-fast calibrate` wrote, in place of the model folder's own options.
+            lora: safetensors files, folders or hub ids, "PATH_OR_HUB:SCALE"; they are fused into the weights.
 
         Raises:
-            DiffuMaskError: no such model, half-written or pickled weights, no such device, engine, dtype, attention or
-                file of options.
+            DiffuMaskError: no such model, half-written or pickled weights, no such device, engine, dtype, attention,
+                file of options or LoRA.
         """
         if attention != "sdpa":
             check_attention(attention, engine, resolve_device(device))
         if engine not in ("torch", "compile"):
             from diffumask_fast.export.load import load_engine
 
-            pipe, info, loaded = load_engine(model, engine, engine_path, dtype, device, revision)
+            pipe, info, loaded = load_engine(model, engine, engine_path, dtype, device, revision, lora)
             return cls(pipe, with_options(info, model_options), loaded)
         if engine_path is not None:
             raise DiffuMaskError(f"`engine={engine}` takes no `engine_path`: leave it out, or say `engine=onnx`.")
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
-        info = with_options(find_model(model, revision), model_options)
+        info = replace(with_options(find_model(model, revision), model_options), loras=find_loras(lora_texts(lora)))
         pipe = load_pipe(info, dtype, device)
         if dtype == torch.float16 and says_force_upcast(info.local_folder):
             pipe.vae.to(torch.float32)
@@ -167,7 +168,7 @@ class DiffuMaskPipeline:
     @property
     def tokenizer(self) -> Any:
         """The tokenizer among whose tokens a phrase must be."""
-        return getattr(self.pipe, family_of(self.pipe).tokenizer)
+        return getattr(self.pipe, family_of(self.pipe).tokenizer) or getattr(self.pipe, "tokenizer_2", None)
 
     def __call__(
         self,

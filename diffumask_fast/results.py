@@ -110,6 +110,7 @@ class Provenance:
             "dtype": str(denoising_model(pipe.pipe).dtype).removeprefix("torch."),
             "device": pipe.device.type,
             "engine": {"name": pipe.engine_name, **({"sha256": pipe.engine.sha256} if pipe.engine else {})},
+            **pipe.info.lora_record,
             "versions": {"diffumask_fast": __version__, **{name: version(name) for name in LIBRARIES}},
         }
         return cls(pipe.info.name, pipe.engine or pipe.info, facts | call)

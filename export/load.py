@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ def load_engine(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
+    lora: str | Sequence[str] = (),
 ) -> tuple[DiffusersPipeline, ModelInfo, Engine]:
     """Load a pipeline whose components are those of an engine; the model's folder need not have their weights.
 
@@ -63,12 +64,18 @@ def load_engine(
         dtype: None is that of the engine; another one is refused.
         device: None is CUDA where there is one that the engine can use.
         revision: of a hub id.
+        lora: none, for an engine's weights are fixed.
 
     Raises:
-        DiffuMaskError: no such engine, library, folder or device; an engine that is damaged or of other weights.
+        DiffuMaskError: no such engine, library, folder or device; a damaged engine, or one of other weights; a LoRA.
     """
     if engine not in ENGINES:
         raise DiffuMaskError(f"There is no engine {engine}: use torch, compile, {' or '.join(ENGINES)}.")
+    if lora:
+        raise DiffuMaskError(
+            f"the weights of `engine={engine}` are fixed: use `engine=torch` or compile with `lora`, or save the model "
+            "with it as a folder and export that"
+        )
     if engine_path is None:
         raise DiffuMaskError(f"`engine={engine}` needs `engine_path`, a folder that `diffumask-fast export` wrote.")
     folder = Path(engine_path).expanduser()

@@ -1,9 +1,15 @@
 """models/arguments.py: what a pipeline is called with, where the caller says nothing."""
 
 import pytest
-from diffusers import LatentConsistencyModelPipeline
+from conftest import make_unet, new_pipe
+from diffusers import FluxKontextPipeline, LatentConsistencyModelPipeline, StableDiffusionImg2ImgPipeline
+from test_generation import options, silent
 
-from diffumask_fast.models.arguments import steps_and_guidance
+from diffumask_fast.dropin.command import run as run_dropin
+from diffumask_fast.dropin.options import DropinOptions
+from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.generation.generate import run_generate
+from diffumask_fast.models.arguments import check_draws_from_prompts, steps_and_guidance
 
 
 @pytest.mark.parametrize(
@@ -24,3 +30,20 @@ def test_each_kind_of_pipeline_has_its_own(tiny_sd):
     assert steps_and_guidance(tiny_sd, {}) == {"num_inference_steps": 50, "guidance_scale": 7.5}
     lcm = LatentConsistencyModelPipeline(**tiny_sd.components, requires_safety_checker=False)
     assert steps_and_guidance(lcm, {}) == {"num_inference_steps": 4, "guidance_scale": 8.5}
+
+
+def test_a_run_refuses_a_pipeline_that_wants_pictures(tiny_sd, parts_of_flux, tmp_path):
+    pipe = StableDiffusionImg2ImgPipeline(**tiny_sd.components, requires_safety_checker=False)
+    pipe.save_pretrained(tmp_path / "model")
+    words = "StableDiffusionImg2ImgPipeline draws from a prompt and a picture, and a run has prompts alone"
+    with pytest.raises(DiffuMaskError, match=words):
+        run_generate(options(tmp_path / "out", tmp_path / "model"), silent)
+    asked = DropinOptions(classes="dog", output=tmp_path / "out", image_number=1, model=str(tmp_path / "model"))
+    with pytest.raises(DiffuMaskError, match=words):
+        run_dropin(asked)
+    assert not (tmp_path / "out").exists()
+    check_draws_from_prompts(tiny_sd)
+    tiny_sd.unet = make_unet(in_channels=9)
+    with pytest.raises(DiffuMaskError, match="the UNet takes 9 channels and gives 4, as those for inpainting do"):
+        check_draws_from_prompts(tiny_sd)
+    check_draws_from_prompts(new_pipe(FluxKontextPipeline, parts_of_flux))

@@ -141,6 +141,13 @@ def test_without_a_terminal_there_is_no_progress_bar(tmp_path):
         (["--engine", "warp"], ["warp"]),
         (["--classes", "dog", "--classes-per-image", "2"], ["2", "classes"]),
         (["--steps", "0"], ["--steps must be a whole number from 1 to 1000"]),
+        (["--lora", "no.safetensors"], ["there is no LoRA no.safetensors: give --lora a file"]),
+        (["--lora", __file__], ["test_cli.py is no file of safetensors", "pickle"]),
+        (["--lora", "a.safetensors", "--lora", "a.safetensors:0"], ["--lora must be PATH_OR_HUB[:SCALE]"]),
+        (
+            ["--lora", "a.safetensors", "--engine", "onnx"],
+            ["the weights of --engine onnx are fixed: use --engine torch or compile with --lora"],
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, arguments, words):

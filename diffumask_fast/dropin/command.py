@@ -14,6 +14,7 @@ from diffumask_fast.dropin.drawing import draw, plan_class
 from diffumask_fast.dropin.options import DropinOptions
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.flags import with_flags
+from diffumask_fast.models.arguments import check_draws_from_prompts
 from diffumask_fast.models.loading import without_bars
 from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.vocabulary import Vocabulary
@@ -35,6 +36,7 @@ def run(options: DropinOptions) -> None:
         raise DiffuMaskError(
             f"the paper's program draws with a UNet, and {info.identity} has a transformer: use diffumask-fast generate"
         )
+    check_draws_from_prompts(pipe.pipe)
     unknown = [name for name in vocabulary.names if info.classes and name not in info.classes]
     if unknown:
         say(f"{options.model} never learnt {', '.join(unknown)}: its images will show little.", sys.stderr)

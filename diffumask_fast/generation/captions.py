@@ -23,6 +23,7 @@ from diffumask_fast.generation.caption_index import Embed, index_path, read_or_m
 from diffumask_fast.generation.embedding import compares_texts, embed
 from diffumask_fast.generation.job import Job
 from diffumask_fast.generation.options import GenerateOptions
+from diffumask_fast.models.lora import lora_record
 from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.caption_file import CaptionFile
 from diffumask_fast.prompts.class_entry import ClassEntry
@@ -76,7 +77,7 @@ def with_captions(
         if method == "embedding" and job.weights is not None:
             phrases = [(entry.name, entry.phrases) for entry in job.recipe.vocabulary.entries]
             recipe = (phrases, job.recipe.classes_per_image, options.caption_filter)
-            index = index_path(source, job.weights, job.engine_sha256, *recipe)
+            index = index_path(source, job.weights, job.engine_sha256, *recipe, *lora_record(job.loras).values())
         with progress(None) as bar:
             task = bar.add_task("embedding captions", total=None)
 

@@ -26,6 +26,7 @@ from diffumask_fast.generation.generate import environment
 from diffumask_fast.generation.job import Job, make_job, open_pipe
 from diffumask_fast.generation.options import CAPTION_OPTIONS, GenerateOptions
 from diffumask_fast.models.loading import quietly
+from diffumask_fast.models.lora import absolute_text
 from diffumask_fast.prompts.vocabulary import is_file
 from diffumask_fast.results import Seconds
 
@@ -287,7 +288,7 @@ def _for_workers(options: GenerateOptions) -> GenerateOptions:
     absolute: dict[str, Any] = {
         name: str(path.resolve() if path.exists() else given[name]) for name, path in paths.items()
     }
-    return replace(options, part=None, **absolute)
+    return replace(options, part=None, lora=tuple(map(absolute_text, options.lora)), **absolute)
 
 
 def _options_of(text: str) -> GenerateOptions:

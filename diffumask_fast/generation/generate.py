@@ -286,6 +286,8 @@ def environment(pipe: DiffuMaskPipeline) -> dict[str, Any]:
         versions |= pipe.engine.libraries
     elif attention_of(denoising_model(pipe.pipe)) == "xformers":
         versions["xformers"] = metadata.version("xformers")
+    if pipe.info.loras:
+        versions["peft"] = metadata.version("peft")
     return {
         "device": name, "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability(),
         "diffumask_fast": __version__, **versions,

@@ -15,8 +15,10 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.options import NUM, GenerateOptions
 from diffumask_fast.generation.quota import first_round
 from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.models.arguments import check_draws_from_prompts
 from diffumask_fast.models.device import DTYPES
 from diffumask_fast.models.loading import check_size
+from diffumask_fast.models.lora import Lora, lora_record
 from diffumask_fast.models.scheduler import scheduler_name, set_scheduler, try_scheduler
 from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.planner import Plan, Recipe
@@ -52,6 +54,7 @@ class Job:
         mask: how masks are made of maps.
         shard_size: rows of a shard, the last one excepted; batches do not reach from shard to shard.
         accept_per_class: accepted images of each class, until which the recipe grows by rounds; None where it does not.
+        loras: files that are fused into the model's weights.
     """
 
     model: str
@@ -74,6 +77,12 @@ class Job:
     mask: MaskOptions
     shard_size: int
     accept_per_class: int | None = None
+    loras: tuple[Lora, ...] = ()
+
+    @property
+    def lora(self) -> tuple[str, ...]:
+        """The files and their scales, as `DiffuMaskPipeline.from_pretrained` takes them."""
+        return tuple(f"{lora.path}:{lora.scale!r}" for lora in self.loras)
 
     @property
     def num_shards(self) -> int:
@@ -92,7 +101,7 @@ class Job:
             "batch_size": self.batch_size, "steps": self.steps, "guidance_scale": self.guidance_scale,
             "scheduler": self.scheduler, "size": f"{self.height}x{self.width}",
             "dtype": str(DTYPES[self.dtype]).removeprefix("torch."), "engine": self.engine, **engine,
-            "attention": self.attention, **vars(self.maps), **vars(self.mask),
+            "attention": self.attention, **lora_record(self.loras), **vars(self.maps), **vars(self.mask),
         }  # fmt: skip
 
     @property
@@ -148,7 +157,14 @@ class Job:
         pipe = open_pipe(self, device)
         if pipe.weights != self.weights:
             raise DiffuMaskError(f"the weights of {self.model} are not those that the job was made with")
+        if changed := self.changed_lora(pipe):
+            raise DiffuMaskError(f"the LoRA {changed} is not the file that the job was made with: give that one")
         return pipe
+
+    def changed_lora(self, pipe: DiffuMaskPipeline) -> str | None:
+        """Return the name of a LoRA that is another file in a pipeline than in the job; None where all are the same."""
+        pairs = zip(self.loras, pipe.info.loras, strict=True)
+        return next((one.name for one, now in pairs if one.sha256 != now.sha256), None)
 
     def as_json(self) -> dict[str, Any]:
         """Return the job as JSON types."""
@@ -161,6 +177,7 @@ class Job:
             "recipe": Recipe.from_json(values["recipe"]),
             "maps": MapOptions(**values["maps"]),
             "mask": MaskOptions(**values["mask"]),
+            "loras": tuple(Lora(**lora) for lora in values["loras"]),
         }
         return cls(**{**values, **parts})
 
@@ -173,7 +190,7 @@ def open_pipe(options: GenerateOptions | Job, device: str) -> DiffuMaskPipeline:
     """
     pipe = DiffuMaskPipeline.from_pretrained(
         options.model, engine=options.engine, engine_path=options.engine_path, dtype=options.dtype, device=device,
-        revision=options.revision, attention=options.attention,
+        revision=options.revision, attention=options.attention, lora=options.lora,
         model_options=options.model_options if isinstance(options, GenerateOptions) else None,
     )  # fmt: skip
     if options.scheduler not in (None, type(pipe.pipe.scheduler).__name__):
@@ -213,8 +230,10 @@ def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
     """Return the job that options ask for: what they leave open is the model's own.
 
     Raises:
-        DiffuMaskError: classes or a size that the model cannot draw, or that its engine was not exported for.
+        DiffuMaskError: a model that wants pictures, classes or a size that it cannot draw, or that its engine was not
+            exported for.
     """
+    check_draws_from_prompts(pipe.pipe)
     known = Vocabulary.named(pipe.info.classes) if pipe.info.classes else None
     vocabulary = Vocabulary.parse(options.classes, known, options.model, options.sub_classes)
     asked = options.size or (None, None)
@@ -253,4 +272,5 @@ def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
         mask=pipe.info.mask_options(options.mask, steps),
         shard_size=shard_size,
         accept_per_class=quota,
+        loras=pipe.info.loras,
     )

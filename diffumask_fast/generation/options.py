@@ -8,6 +8,7 @@ from diffumask_fast.dataset.parts import Part, part_of
 from diffumask_fast.dataset.storage import Place, place
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.models.lora import lora_texts
 from diffumask_fast.options import Options, argument, left_open, number, one_of, option, pixel_size, whole
 from diffumask_fast.prompts.retrieval import FILTERS
 from diffumask_fast.prompts.vocabulary import SHIPPED
@@ -28,6 +29,11 @@ class GenerateOptions(Options):
     model: str = option("mini", "mini, a diffusers folder, or a hub id.")
     revision: str | None = option(None, "Revision of a hub id.")
     model_options: Path | None = option(None, "File that calibrate wrote, whose options are the model's own.")
+    lora: tuple[str, ...] = option(
+        (),
+        "Safetensors file, folder or hub id PATH_OR_HUB[:SCALE] to fuse into the weights; may be repeated.",
+        lora_texts,
+    )
     classes: str | None = option(None, f"dog,cat | {' | '.join(SHIPPED)} | FILE; all that the model lists, else voc.")
     sub_classes: str | int = option(
         "auto",
@@ -93,4 +99,7 @@ class RebuildOptions(Options):
 
     model: str | None = option(None, "Where the model that drew is now, for rebuild.")
     engine_path: Path | None = option(None, "Where the engine that drew is now, for rebuild.")
+    lora: tuple[str, ...] = option(
+        (), "Where a LoRA that drew is now, for rebuild; may be repeated, in their order.", lora_texts
+    )
     device: str = option("auto", "auto, cpu or cuda, for rebuild.")

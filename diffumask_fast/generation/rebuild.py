@@ -26,6 +26,7 @@ from diffumask_fast.generation.options import RebuildOptions
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.models.device import DTYPES
 from diffumask_fast.models.loading import quietly
+from diffumask_fast.models.lora import Lora, split_scale
 from diffumask_fast.options import MAX_PIXELS
 from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.class_entry import ClassEntry
@@ -150,6 +151,26 @@ def job_of(folder: Place, manifest: Mapping[str, Any], options: RebuildOptions) 
         maps=_made(MapOptions, recorded),
         mask=_made(MaskOptions, recorded),
         shard_size=recorded["shard_size"],
+        loras=_loras(folder, recorded, options.lora),
+    )
+
+
+def _loras(folder: Place, recorded: Mapping[str, Any], given: Sequence[str]) -> tuple[Lora, ...]:
+    """Return the LoRA files that a dataset records, each where it is now."""
+    named, places = [split_scale(text) for text in recorded.get("lora", ())], [split_scale(text) for text in given]
+    if given and len(given) != len(named):
+        raise DiffuMaskError(
+            f"{folder} was drawn with {len(named)} LoRA files, and `lora` names {len(given)}: give all in their order"
+        )
+    if lost := [name for name, _ in named if not given and "/" not in name]:  # with a slash it is one of the hub
+        raise DiffuMaskError(f"{folder} was drawn with the LoRA {lost[0]}: say by `lora` where it is now")
+    if other := [
+        text for text, (_, scale), (_, asked) in zip(given, named, places, strict=False) if asked not in (1, scale)
+    ]:
+        raise DiffuMaskError(f"{folder} records the scales of its LoRA files: leave that of {other[0]} out of `lora`")
+    hashes = recorded.get("lora_sha256", {})
+    return tuple(
+        Lora(name, place, scale, hashes[name]) for (name, scale), (place, _) in zip(named, places or named, strict=True)
     )
 
 
@@ -191,6 +212,8 @@ def _open(folder: Place, job: Job, options: RebuildOptions) -> DiffuMaskPipeline
         raise DiffuMaskError(
             f"the weights of {job.model} are not those that drew {folder}: name the model that did by `model`"
         )
+    if changed := job.changed_lora(pipe):
+        raise DiffuMaskError(f"the LoRA {changed} is not the file that drew {folder}: name that one by `lora`")
     if job.engine_sha256 not in (None, pipe.engine and pipe.engine.sha256):
         raise DiffuMaskError(f"{job.engine_path} is not the engine that drew {folder}: name that one by `engine_path`")
     return pipe

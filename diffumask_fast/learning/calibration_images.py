@@ -106,7 +106,10 @@ def _stored(run: Place, rows: list[Row], info: ModelInfo) -> CalibrationImages:
 
 
 def _redrawn(run: Place, rows: Mapping[int, Row], options: CalibrateOptions, on_drawn: OnDrawn) -> CalibrationImages:
-    job = job_of(run, read_manifest(run), RebuildOptions(model=_model(options.model)))
+    manifest = read_manifest(run)
+    if "lora" in manifest["options"]:
+        raise DiffuMaskError(f"{run} was drawn with a LoRA: calibrate by its stored maps (no `redraw`)")
+    job = job_of(run, manifest, RebuildOptions(model=_model(options.model)))
     job = replace(job, engine="torch", engine_path=None, engine_sha256=None)
     pipe = job.open(options.device)
     own = Choice(pipe.map_options(None, job.steps), pipe.info.mask_options(None, job.steps))

@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from diffumask_fast.attention.families import has_unet
+from diffumask_fast.attention.families import denoising_model, has_unet
+from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 from diffumask_fast.models.find import ModelInfo
 
 SCHEDULES = ("timesteps", "sigmas")
+PICTURES = {"image", "control_image", "mask_image"}  # a pipeline's arguments that must be given, where it has them
+ALSO_WITHOUT = ("FluxKontextPipeline",)
 
 
 def suited(info: ModelInfo, pipe: DiffusersPipeline) -> ModelInfo:
@@ -34,3 +37,23 @@ def steps_and_guidance(pipe: DiffusersPipeline, arguments: Mapping[str, Any]) ->
     if schedule is not None:
         found["num_inference_steps"] = len(schedule)
     return found
+
+
+def check_draws_from_prompts(pipe: DiffusersPipeline) -> None:
+    """Refuse a pipeline that wants a picture beside each prompt, for a run has none.
+
+    Raises:
+        DiffuMaskError: it wants one, or its UNet does.
+    """
+    kind, config = type(pipe), denoising_model(pipe).config
+    wanted = PICTURES & inspect.signature(kind.__call__).parameters.keys()
+    if wanted and kind.__name__ not in ALSO_WITHOUT:
+        raise DiffuMaskError(
+            f"{kind.__name__} draws from a prompt and a picture, and a run has prompts alone: name a text-to-image "
+            "model, or draw with DiffuMaskPipeline in Python, which takes the picture"
+        )
+    if has_unet(pipe) and config.in_channels > config.out_channels:
+        raise DiffuMaskError(
+            f"the UNet takes {config.in_channels} channels and gives {config.out_channels}, as those for inpainting "
+            "do, and a run has no picture to give it: name a text-to-image model"
+        )

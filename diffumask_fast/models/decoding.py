@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,11 +34,15 @@ def decodes_later(pipe: DiffusersPipeline) -> bool:
 
 
 def finished(output: Any, pipe: DiffusersPipeline) -> Tensor:
-    """Wait for what a pipeline's call gave.
+    """Wait for what a pipeline's call gave, and return it as a tensor.
+
+    A few pipelines (T2I-Adapter, Safe Stable Diffusion) give an array [B, H, W, 3] where a tensor is asked for.
 
     Raises:
-        DiffuMaskError: it is no tensor, for a few pipelines do not know other output types than their own.
+        DiffuMaskError: it is neither of the two, for a pipeline may not know other output types than its own.
     """
+    if isinstance(output, np.ndarray) and output.ndim == 4 and output.dtype.kind == "f":
+        return torch.from_numpy(output).movedim(3, 1).to(pipe._execution_device)
     if not isinstance(output, Tensor):
         raise DiffuMaskError(f"{type(pipe).__name__} gives its images not as tensors: use collect_maps with it.")
     _wait(output)

@@ -17,6 +17,7 @@ class DiffusersPipeline(Protocol):
     config: Any
     vae_scale_factor: int
     components: dict[str, Any]
+    _execution_device: Any  # also where a model is moved there for its own call alone
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Draw images."""

@@ -17,6 +17,7 @@ from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.errors import DiffuMaskError, first_line
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.models.hashing import OWN_OPTIONS, weight_hash
+from diffumask_fast.models.lora import Lora, lora_record
 from diffumask_fast.options import Options, checked, closed, number, whole
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -39,6 +40,7 @@ class ModelInfo:
         few_steps: number of steps -> options that are better for runs of at most so many; the smallest such number
             counts.
         scheduler: class name of the recommended scheduler; None means the folder's own.
+        loras: files that are fused into its weights.
     """
 
     name: str
@@ -50,6 +52,7 @@ class ModelInfo:
     mask: dict[str, Any] = field(default_factory=dict)
     few_steps: dict[int, dict[str, Any]] = field(default_factory=dict)
     scheduler: str | None = None
+    loras: tuple[Lora, ...] = ()
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -76,9 +79,14 @@ class ModelInfo:
         own = MaskOptions(**{name: value for name, value in best.items() if name in _names(MaskOptions)})
         return own if mask is None else closed(mask, own)
 
+    @property
+    def lora_record(self) -> dict[str, Any]:
+        """What is recorded of its LoRA files."""
+        return lora_record(self.loras)
+
     @cached_property
     def weights(self) -> str | None:
-        """SHA-256 of the folder's weights and configuration; all are read at the first use."""
+        """SHA-256 of the folder's weights and configuration, LoRA files apart; all are read at the first use."""
         return weight_hash(self.folder) if self.folder else None
 
     @property

@@ -17,6 +17,7 @@ from diffumask_fast.errors import DiffuMaskError, first_line
 from diffumask_fast.models.complete import load_models, try_tokenizers
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 from diffumask_fast.models.find import ModelInfo
+from diffumask_fast.models.lora import fuse_loras
 from diffumask_fast.models.scheduler import set_scheduler
 
 OF_T5 = ("text_encoder_3", "tokenizer_3")  # SD3 draws without them, with zeros in their place
@@ -26,14 +27,14 @@ def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **compo
     """Load a checked folder as the diffusers pipeline that it names, quietly and from safetensors alone.
 
     Args:
-        info: of the folder.
+        info: of the folder; the LoRA files that it names are fused into the weights.
         dtype: of the weights.
         device: of the pipeline.
         components: replacements of the folder's components, by name.
 
     Raises:
-        DiffuMaskError: diffusers cannot load it, a component is incomplete, a tokenizer does not fit, or its denoiser
-            is of a kind that gives no maps.
+        DiffuMaskError: diffusers cannot load it, a component is incomplete, a tokenizer or a LoRA does not fit, or its
+            denoiser is of a kind that gives no maps.
     """
     try:
         with quietly():
@@ -53,6 +54,8 @@ def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **compo
         ) from error
     if info.scheduler not in (None, type(pipe.scheduler).__name__):
         set_scheduler(pipe, info.scheduler)
+    with quietly():
+        fuse_loras(pipe, info.loras)
     return pipe.to(device)
 
 
