@@ -7,7 +7,7 @@ INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.
 export OMP_NUM_THREADS ?= 2
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo reproduce test-env test test-slow lint types tables gpu
+.PHONY: demo reproduce test-env test test-slow lint types tables dist gpu
 
 demo: .venv/.core
 	$(BIN)/diffumask-fast generate demo --num 24
@@ -35,6 +35,10 @@ types: test-env
 
 tables: test-env
 	$(BIN)/python -m diffumask_fast.bench.tables .
+
+dist: test-env
+	rm -rf dist
+	$(BIN)/python -m build
 
 gpu:
 	bash tools/gpu_run.sh a build/gpu-results/a
