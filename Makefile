@@ -7,7 +7,7 @@ INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.
 export OMP_NUM_THREADS ?= 2
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo reproduce test-env test test-slow lint types tables dist gpu
+.PHONY: demo reproduce test-env test test-slow lint types tables site dist gpu
 
 demo: .venv/.core
 	$(BIN)/diffumask-fast generate demo --num 24
@@ -21,7 +21,7 @@ test-env: .venv/.test
 test: test-env
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
-test-slow: test-env
+test-slow: test-env .venv/.docs
 	$(BIN)/pytest -m "slow and not gpu"
 
 lint: test-env types
@@ -35,6 +35,9 @@ types: test-env
 
 tables: test-env
 	$(BIN)/python -m diffumask_fast.bench.tables .
+
+site: .venv/.docs
+	$(BIN)/mkdocs build --strict
 
 dist: test-env
 	rm -rf dist
@@ -55,4 +58,8 @@ gpu:
 .venv/.test: pyproject.toml constraints.txt | .venv/bin/python
 	$(INSTALL) -e ".[test,bench,onnx,tensorrt-rtx]"
 	$(INSTALL) --no-deps attention-map-diffusers
+	@touch $@ .venv/.core
+
+.venv/.docs: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) -e ".[docs]"
 	@touch $@ .venv/.core

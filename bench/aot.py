@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 # What runs on tensor cores, in machine code: Ampere's and Ada's (everywhere in small tiles), Hopper's, Blackwell's.
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA")
+_WORDS = {".128": 4, ".64": 2, ".WIDE": 2}  # uniform registers that an instruction of such a name writes
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -24,7 +25,8 @@ class Needs:
     """What one compiled kernel needs: bytes of shared memory, registers of a thread, spilled bytes.
 
     `matrix` counts the tensor-core instructions of its machine code by name, as in {"HGMMA": 13}. `instructions` are
-    those that a warp issues for one turn of its main loop, or all of them if there is no loop.
+    those that a warp issues for one turn of its main loop, or all of them if there is no loop. `unset` are those that
+    read a uniform register which none before them has written: the assembler is at fault, and results are wrong.
     """
 
     shared: int
@@ -32,6 +34,7 @@ class Needs:
     spills: int
     matrix: dict[str, int]
     instructions: int
+    unset: list[str]
 
 
 def compile_for(
@@ -62,8 +65,8 @@ def compile_for(
     return Needs(compiled.metadata.shared, *_assemble(compiled.asm["ptx"], capability))
 
 
-def _assemble(ptx: str, capability: int) -> tuple[int, int, dict[str, int], int]:
-    """Return registers and spilled bytes as ptxas reports them (Triton asks a driver), and counts of instructions."""
+def _assemble(ptx: str, capability: int) -> tuple[int, int, dict[str, int], int, list[str]]:
+    """Return registers and spilled bytes as ptxas reports them (Triton asks a driver), and facts of the code."""
     tool = _TOOLS / ("ptxas" if capability < 100 else "ptxas-blackwell")
     target = _first(r"\.target (\w+)", ptx)
     with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +78,7 @@ def _assemble(ptx: str, capability: int) -> tuple[int, int, dict[str, int], int]
         int(_first(pattern, report)) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores")
     )
     counts = Counter(re.findall(rf"\b({'|'.join(MATRIX)})\b", code))
-    return registers, spills, dict(counts), turn(code)
+    return registers, spills, dict(counts), turn(code), unset(code)
 
 
 def _first(pattern: str, text: str) -> str:
@@ -115,6 +118,33 @@ def turn(code: str) -> int:
             if target and count - labels.get(target.group(1), count) > 100:
                 return count - labels[target.group(1)]
     return count
+
+
+def unset(code: str) -> list[str]:
+    """List the instructions that read a uniform register which no instruction above them writes.
+
+    Args:
+        code: what nvdisasm prints.
+
+    Example:
+        >>> unset("        /*0000*/ UIADD3 UR6, UP0, UR14, 0x20, URZ ;\\n        /*0010*/ EXIT ;")
+        ['UIADD3 UR6, UP0, UR14, 0x20, URZ']
+    """
+    written: set[int] = set()
+    found = []
+    for name, operands in re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)\s*([^;]*?)\s*;", code, re.M):
+        target = re.match(r"(?:U?P\w+, )?UR(\d+)(?!\w|\.?\])", operands)
+        sources = {int(number) for number in re.findall(r"\bUR(\d+)\b", operands[target.end() if target else 0 :])}
+        if descriptors := re.search(r"gdesc\[UR(\d+)\]", operands) if name.startswith("HGMMA") else None:
+            # of both tiles; of the second alone where the first is in the threads' registers
+            first, alone = int(descriptors.group(1)), re.match(r"R\d+, R\d+", operands)
+            sources = sources - {first} | set(range(first + 2 if alone else first, first + 4))
+        if not sources <= written:
+            found.append(f"{name} {operands}")
+        if target:
+            words = next((words for mark, words in _WORDS.items() if mark in name), 1)
+            written |= set(range(int(target.group(1)), int(target.group(1)) + words))
+    return found
 
 
 def _run(*command: object) -> subprocess.CompletedProcess[str]:

@@ -1,8 +1,8 @@
-"""Every kernel as it is launched by default: what `docs/notes/kernels.md` lists and the tests compile."""
+"""Every kernel as it is launched: what `docs/notes/kernels.md` lists and the tests compile."""
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from triton import JITFunction
 
 from diffumask_fast.bench.aot import Needs, compile_for
@@ -16,7 +16,6 @@ _SD15, _SD21, _SDXL = (MODELS[geometry].layers for geometry in ("sd15", "sd21", 
 # each head size, and of 64 channels the fewest and the most heads: layers that are compiled differently
 LAYERS = tuple(layer.shape for layer in (_SD15[0], _SD21[0], _SDXL[1], _SD15[1], _SD15[2]))
 PHRASES = 2
-_CPU = torch.device("cpu")  # a device without entries of its own: the defaults
 
 
 @dataclass(frozen=True)
@@ -28,26 +27,41 @@ class LaunchSpec:
     layer: tuple[int, int, int] = (0, 0, 0)
     keys: int = 0
 
-    def needs(self, capability: int) -> Needs:
-        """Compile it for two phrases, or 512 x 512 pixels, in its default launch configuration."""
+    def needs(self, capability: int, numbers: str = "fp32") -> Needs:
+        """Compile it for two phrases, or 512 x 512 pixels, as it is launched there.
+
+        Args:
+            capability: as in `compile_for`.
+            numbers: type of a Python number: "fp32", or "fp64" as torch compiles a call.
+        """
         if self.kernel in attend_triton.KERNELS:
             shape = dict(zip(("pixels", "heads", "head_dim"), self.layer, strict=True), keys=self.keys)
-            config = tuned.launch(self.kernel, _CPU, dtype=self.dtype, **shape)
+            config = _launch(self.kernel, capability, dtype=self.dtype, **shape)
             tile = {"block": config.pop("block"), "widest": config.pop("widest", MAX_KEYS)}
+            tile["narrowest"] = attend_triton.narrowest(tile["block"], f"sm_{capability}")
             fixed = attend_triton.constants(self.kernel, **shape, num=PHRASES, **tile)
-            kernel, types = attend_triton.KERNELS[self.kernel], attend_triton.types(self.kernel, self.dtype)
+            kernel = attend_triton.KERNELS[self.kernel]
+            types = _with(numbers, attend_triton.types(self.kernel, self.dtype))
             return compile_for(capability, kernel, types, {**fixed, "UPCAST": False}, **config)
         if self.kernel in _named(mean_field_triton.KERNELS):
             kernel = _named(mean_field_triton.KERNELS)[self.kernel]
-            config = tuned.launch("mean_field", _CPU, window=CRF["window"])
+            config = _launch("mean_field", capability, window=CRF["window"])
             fixed = mean_field_triton.constants(kernel, CANDIDATES, LABELS, CRF["window"], config)
             launch = {name: config[name] for name in ("num_warps", "num_stages")}
-            return compile_for(capability, kernel, mean_field_triton.types(kernel), fixed, **launch)
+            return compile_for(capability, kernel, _with(numbers, mean_field_triton.types(kernel)), fixed, **launch)
         kernel = _named(guided_filter_triton.KERNELS)[self.kernel]
-        config = tuned.launch("guided_filter", _CPU, height=512, width=512, radius=8)
+        config = _launch("guided_filter", capability, height=512, width=512, radius=8)
         fixed = {"NUM_MAPS": 4, "BLOCK_Y": config.pop("rows"), "BLOCK_X": config.pop("columns")}
         fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
-        return compile_for(capability, kernel, guided_filter_triton.types(kernel), fixed, **config)
+        return compile_for(capability, kernel, _with(numbers, guided_filter_triton.types(kernel)), fixed, **config)
+
+
+def _launch(kernel: str, capability: int, **facts: Any) -> dict[str, int]:
+    return dict(tuned.find(tuned.table(), kernel, [f"sm_{capability}"], facts)["launch"])
+
+
+def _with(numbers: str, types: dict[str, str]) -> dict[str, str]:
+    return {name: numbers if kind == "fp32" else kind for name, kind in types.items()}
 
 
 def _named(kernels: tuple[JITFunction, ...]) -> dict[str, JITFunction]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from diffumask_fast.dataset.derive import derive
 from diffumask_fast.dataset.reader import Row, read_manifest
 from diffumask_fast.dataset.remask import remask
 from diffumask_fast.dataset.schema import encode_png
+from diffumask_fast.dataset.writer import dump_manifest, write_file
 from diffumask_fast.generation.generate import run_generate
 from diffumask_fast.generation.options import GenerateOptions
 from diffumask_fast.learning.affinity import FOLDER as NETS
 from diffumask_fast.learning.affinity import make_affinity_masks
 from diffumask_fast.learning.class_lists import lookup
 from diffumask_fast.learning.evaluation import ORACLE, batches, evaluate, predict
-from diffumask_fast.learning.filtering import FOLDS, filter_dataset
+from diffumask_fast.learning.filtering import FOLDS, Recorded, filter_dataset
 from diffumask_fast.learning.options import (
     AffinityLearning,
     AffinityMaskOptions,
@@ -32,6 +33,7 @@ from diffumask_fast.learning.options import (
     LearnOptions,
     PruneOptions,
 )
+from diffumask_fast.learning.work_folder import BEGUN
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.mini.oracle import load_oracle
 from diffumask_fast.mini.world import write_world
@@ -195,24 +197,29 @@ class TrainingData:
                 options = MaskOptions(threshold="adaptive" if cut == "adaptive" else float(cut))
                 remask(self.path("synthetic"), out, options, progress=self.progress)
             case ["affinity", mask]:
-                self._share(out, NETS)
                 learning = AffinityLearning(mask=mask, seed=self.seed, dtype=self.learning.dtype)
                 made = AffinityMaskOptions(affinity=learning)
+                self._share(out, NETS, made)
                 make_affinity_masks(AffinityOptions(self.path("synthetic"), out, made), progress=self.progress)
             case ["pruned", alpha]:
-                self._share(out, FOLDS)
                 pruning = PruneOptions(alpha=float(alpha), learning=self.learning)
+                self._share(out, FOLDS, Recorded(pruning))
                 filter_dataset(FilterOptions(self.path("synthetic"), out, pruning), progress=self.progress)
             case _:
                 raise KeyError(name)
 
-    def _share(self, out: Path, models: str) -> None:
-        """Take over what was trained for another dataset of the same kind: it is trained once for all of them."""
+    def _share(self, out: Path, models: str, options: Options) -> None:
+        """Take over what was trained for another dataset of the same kind: it is trained once for all of them.
+
+        Their options differ only in what the training does not depend on: what becomes of affinity maps, and shares
+        that are pruned, of which earlier rounds leave out the same.
+        """
         trained = next((folder for folder in sorted(out.parent.glob(f"*/{models}")) if folder.parent != out), None)
         if trained is not None and not (out / models).exists():
             out.mkdir(exist_ok=True)
             shutil.rmtree(out / ".part", ignore_errors=True)
             shutil.copytree(trained, out / ".part")
+            write_file(out / ".part" / BEGUN, dump_manifest(asdict(options)))
             os.replace(out / ".part", out / models)
 
 

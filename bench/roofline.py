@@ -18,7 +18,7 @@ import torch
 from diffumask_fast.bench.launch_specs import compiled
 from diffumask_fast.bench.workspace_memory import IMPLS, workspace
 from diffumask_fast.kernels import tuned
-from diffumask_fast.kernels.attend_triton import constants, two_powers
+from diffumask_fast.kernels.attend_triton import NARROWEST, WGMMA, constants, two_powers
 from diffumask_fast.kernels.inputs import CANDIDATES, CRF, LABELS
 from diffumask_fast.kernels.shapes import KEYS, MODELS, STABLE_DIFFUSION, Layer, Model
 from diffumask_fast.own_files import check_own
@@ -28,8 +28,8 @@ BOUND = 0.002  # share of the UNet's time that maps may add
 WARP_PIXELS = 16  # query pixels of a warp in fp16
 # Machine instructions that a warp issues for one head of a layer, sm_90, without those for the maps
 ISSUED = {
-    "attend": {40: 494, 64: 460, 80: 792, 160: 1072},
-    "attend_maps": {40: 299, 64: 286, 80: 472, 160: 592},
+    "attend": {40: 463, 64: 462, 80: 848, 160: 1200},
+    "attend_maps": {40: 330, 64: 325, 80: 488, 160: 600},
 }
 COLUMN = 96  # machine instructions for one column, its loads and the store of a map among them
 PROPAGATED = 1024  # pixels of a level up to which self-attention carries the maps
@@ -84,9 +84,9 @@ class Cost:
         return memory + max(parts.values())
 
 
-def covered(size: int) -> int:
+def covered(size: int, narrowest: int = NARROWEST) -> int:
     """Return the padded number of keys or channels that the kernel computes: 80 for 77, 64 for 64."""
-    first, second = two_powers(size)
+    first, second = two_powers(size, narrowest=narrowest)
     return first if size <= first else first + second
 
 
@@ -109,7 +109,7 @@ def attention(layer: Layer) -> Cost:
     return Cost(
         2 * queries + 2 * keys,
         cache=2 * queries + 2 * blocks * keys,
-        fp16=4 * layer.heads * layer.pixels * covered(KEYS) * covered(layer.head_dim),
+        fp16=4 * layer.heads * layer.pixels * covered(KEYS) * covered(layer.head_dim, WGMMA),
         issue=layer.heads * layer.pixels / WARP_PIXELS * ISSUED["attend"][layer.head_dim],
     )
 
@@ -139,7 +139,7 @@ def maps_alone(layer: Layer, num: int) -> Cost:
     return maps(layer, num) + Cost(
         queries + keys,
         cache=queries + blocks * keys,
-        fp16=2 * layer.heads * layer.pixels * covered(KEYS) * covered(layer.head_dim),
+        fp16=2 * layer.heads * layer.pixels * covered(KEYS) * covered(layer.head_dim, WGMMA),
         issue=layer.heads * layer.pixels / WARP_PIXELS * ISSUED["attend_maps"][layer.head_dim],
     )
 

@@ -41,7 +41,7 @@ def row(
     if isinstance(value, Ratio):
         ratio = value
         config |= {"raw": round(ratio.raw, 5), "control_deviation": round(ratio.deviation, 5)}
-        config |= {"baseline_s": round(ratio.baseline_s, 5), "clock": ratio.clock}
+        config |= {"baseline_s": float(f"{ratio.baseline_s:.4g}"), "clock": ratio.clock}
         value, low, high, n = ratio.value, ratio.low, ratio.high, ratio.n
     low, high = value if low is None else low, value if high is None else high
     numbers = {key: round(float(number), 5) for key, number in (("value", value), ("low", low), ("high", high))}

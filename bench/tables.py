@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffumask_fast.bench.gpu_tables import gpu_tables
 from diffumask_fast.bench.regressions import read_rows
 from diffumask_fast.errors import DiffuMaskError
 
@@ -110,7 +111,7 @@ def protocol_page(rows: Sequence[dict]) -> str:
     return protocol_tables.all_tables(rows) + (f"\n\n![{text}]({Path(PROTOCOL_PLOT).name})" if rows else "")
 
 
-PAGES = {"README.md": summary, "docs/costs.md": all_tables}
+PAGES = {"README.md": summary, "docs/costs.md": all_tables, "docs/kernels.md": gpu_tables}
 
 
 def between_markers(text: str, tables: str) -> str:
@@ -132,6 +133,8 @@ def _sorted(rows: Sequence[dict]) -> list[dict]:
 
 def _line(one: dict) -> str:
     label, unit = LABELS.get(one["name"], one["name"]), "" if one["unit"] == "ratio" else f" {one['unit']}"
+    if case := one["config"].get("case"):
+        label += f": batch {one['config']['batch']}, attention by `{case}`"
     return f"| {label} | {one['value']:.3f}{unit} | {one['low']:.3f} to {one['high']:.3f} | {one['n']} |"
 
 

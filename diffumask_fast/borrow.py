@@ -20,9 +20,9 @@ VARIANTS = 128  # of one compiled function
 def patched(name: str, values: Mapping[Any, Any]) -> Iterator[None]:
     """Let an attribute of objects be other values inside the context; afterwards, also after an exception, their own.
 
-    Works on `__dict__`, which shadows a method of the class and a registered module alike. Before 2.13 torch compiles no
-    removal from there: compiled code puts the class's method into an object that had no attribute of its own, and its
-    caller takes that away with `without_traces`.
+    Works on `__dict__`, which shadows a method of the class and a registered module alike. torch 2.11 compiles no
+    removal from there: compiled code leaves in an object that had no attribute of its own the class's one, and its
+    caller takes that away by `without_traces`.
 
     Args:
         name: of the attribute.

@@ -31,10 +31,8 @@ MANY_BLOCKS = 64  # with so many blocks of pixels the heads are not split
 PROGRAMS = 66  # else one sample gets so many programs: a guided pair then fills 132 multiprocessors
 LOG2_E = 1.4426950408889634  # the kernels compute 2^x
 SUMMED = 1024  # values that one program of add_parts_kernel sums
-# Blocks of so many pixels are multiplied by wgmma. The parts of a head have at least as many channels then, so that all
-# tiles in shared memory are laid out alike (128 bytes a row): with two layouts at one address, the assembler of Triton
-# 3.6 and 3.7 (ptxas 12.8) reads a register that nothing has set.
-WGMMA = 64
+NARROWEST = 16  # channels of a matrix product
+WGMMA = 64  # from so many pixels on, Hopper multiplies tiles that it reads from shared memory by itself
 
 
 @triton.jit
@@ -120,6 +118,7 @@ def attend_kernel(
     BLOCK_D1: tl.constexpr, BLOCK_D2: tl.constexpr, BLOCK_K: tl.constexpr, ADD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Write the output of a group of heads, add their maps. Grid: (blocks of BLOCK_N pixels, B, HEADS / GROUP)."""
+    scale, factor = tl.cast(scale, tl.float32), tl.cast(factor, tl.float32)  # torch compiles numbers as fp64
     b, group = tl.program_id(1).to(tl.int64), tl.program_id(2)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_t1, offs_t2 = tl.arange(0, BLOCK_T1), BLOCK_T1 + tl.arange(0, BLOCK_T2)
@@ -177,6 +176,7 @@ def attend_maps_kernel(
     BLOCK_D1: tl.constexpr, BLOCK_D2: tl.constexpr, BLOCK_K: tl.constexpr, ADD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Add the maps of a group of heads. Grid: (blocks of BLOCK_N pixels, Bc, HEADS / GROUP)."""
+    scale, factor = tl.cast(scale, tl.float32), tl.cast(factor, tl.float32)  # torch compiles numbers as fp64
     b, group = tl.program_id(1).to(tl.int64), tl.program_id(2)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_t1, offs_t2 = tl.arange(0, BLOCK_T1), BLOCK_T1 + tl.arange(0, BLOCK_T2)
@@ -216,15 +216,22 @@ KERNELS = {"attend": attend_kernel, "attend_maps": attend_maps_kernel}
 
 @functools.cache
 def constants(
-    kernel: str, pixels: int, keys: int, heads: int, head_dim: int, num: int, block: int, widest: int = MAX_KEYS
+    kernel: str,
+    pixels: int,
+    keys: int,
+    heads: int,
+    head_dim: int,
+    num: int,
+    block: int,
+    widest: int = MAX_KEYS,
+    narrowest: int = NARROWEST,
 ) -> dict[str, int | bool]:
     """Return a kernel's compile-time arguments without UPCAST: a function of the layer alone, never of the batch.
 
     `widest` bounds the first part of the keys: fp32 products are unrolled, and 64 + 64 keys stay in registers where 128
-    spill.
+    spill. `narrowest` is what `narrowest` returns.
     """
     groups = _groups(pixels, heads, head_dim, block)
-    narrowest = WGMMA if block >= WGMMA else 16
     (t1, t2), (d1, d2) = two_powers(keys, widest), two_powers(head_dim, narrowest=narrowest)
     known = {
         "KEYS": keys, "HEADS": heads, "HEAD_DIM": head_dim, "COLUMNS": num, "GROUP": heads // groups, "BLOCK_N": block,
@@ -245,13 +252,23 @@ def _groups(pixels: int, heads: int, head_dim: int, block: int) -> int:
     return next((split for split in splits if blocks * split >= PROGRAMS), heads)
 
 
-def two_powers(size: int, widest: int | None = None, narrowest: int = 16) -> tuple[int, int]:
+def narrowest(block: int, architecture: str) -> int:
+    """Return the fewest channels of a part of a head.
+
+    On Hopper the tiles of a part of 64 channels or more are all laid out alike in shared memory, 128 bytes a row. With
+    two layouts at one address, the assembler that Triton 3.6 and 3.7 bring (ptxas 12.8) multiplies by a register that
+    nothing has set: maps are wrong, or the GPU reports an illegal access.
+    """
+    return WGMMA if architecture == "sm_90" and block >= WGMMA else NARROWEST
+
+
+def two_powers(size: int, widest: int | None = None, narrowest: int = NARROWEST) -> tuple[int, int]:
     """Cover a size with two powers of two, the first at most `widest`: 77 with 64 and 16.
 
     The second is at least `narrowest`; a size up to that is covered by the first alone.
     """
     if size <= narrowest:
-        return max(16, triton.next_power_of_2(size)), narrowest
+        return max(NARROWEST, triton.next_power_of_2(size)), narrowest
     first = 1 << (size.bit_length() - 1)
     first = min(first, widest or first)
     return first, max(narrowest, triton.next_power_of_2(max(size - first, 1)))
@@ -363,9 +380,9 @@ def _configured(
     """Return a kernel's compile-time arguments and launch options, and the number of groups of heads."""
     layer = {"pixels": q.shape[1], "keys": k.shape[1], "heads": heads, "head_dim": q.shape[2] // heads}
     config = dict(config) if config else tuned.launch(kernel, q.device, dtype=tuned.DTYPES[q.dtype], **layer)
-    fixed = constants(
-        kernel, **layer, num=columns.shape[2], block=config.pop("block"), widest=config.pop("widest", MAX_KEYS)
-    )
+    block, widest = config.pop("block"), config.pop("widest", MAX_KEYS)
+    channels = narrowest(block, tuned.names(q.device)[-1])
+    fixed = constants(kernel, **layer, num=columns.shape[2], block=block, widest=widest, narrowest=channels)
     upcast = interpreted() and q.dtype == torch.bfloat16  # the interpreter's bf16 is wrong
     return {**fixed, "UPCAST": upcast, **config}, heads // fixed["GROUP"]
 

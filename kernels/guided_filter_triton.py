@@ -121,6 +121,7 @@ def lines_kernel(
 
     The 3x3 covariance is factored as L D L^T, as in `guided_filter.py`. lines_ptr is [B, NUM_MAPS, 4, H, W].
     """
+    eps = tl.cast(eps, tl.float32)  # torch compiles numbers as fp64
     b, size = tl.program_id(1).to(tl.int64), height * width
     offs_y, offs_x = _tile(width, BLOCK_Y, BLOCK_X)
     mask = (offs_y < height) & (offs_x < width)

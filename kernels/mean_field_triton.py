@@ -31,6 +31,7 @@ def norm_kernel(
     guide_ptr, norm_ptr, height, width, dilation, space, colour, HALF: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """One over the root of the sum of a pixel's weights. Grid: (blocks, B)."""
+    space, colour = tl.cast(space, tl.float32), tl.cast(colour, tl.float32)  # torch compiles numbers as fp64
     size = height * width
     b, offs_n = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n, offs_y, offs_x = offs_n < size, offs_n // width, offs_n % width
@@ -56,6 +57,7 @@ def step_kernel(
 
     Grid: (blocks of BLOCK_N pixels, B, blocks of BLOCK_M candidates).
     """
+    space, colour, compat = (tl.cast(space, tl.float32), tl.cast(colour, tl.float32), tl.cast(compat, tl.float32))
     size = height * width
     b, offs_n = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None, None]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._library.triton import set_wrap_triton_enabled
 
 from diffumask_fast.errors import DiffuMaskError
@@ -30,6 +31,7 @@ LAYERS = [layer.shape for model in STABLE_DIFFUSION for layer in model.layers]
 IMAGES, PHRASES, SIDE = 8, 1, 512
 SIGN = '"when": {'  # in the first bytes of every table, however it is indented
 CALLS, REPLAYS = 20, 9  # calls in a graph, replays of the graph
+ROUNDING = 0.02  # of the largest value: implementations differ by no more, bf16 included
 RADII = {8: [1, 16], 32: [17, 4096]}  # of the guided filter: one cell of SD 1.5's finest map is 8 pixels
 
 
@@ -46,12 +48,20 @@ class Impl:
 class Case:
     """One shape: the facts that name it in the table, the implementations by name, and torch's own.
 
-    The entry of the first one's kernel says which is the fastest.
+    The entry of the first one's kernel says which is the fastest. `maps` is what every call adds to.
     """
 
     when: dict[str, Any]
     impls: dict[str, Impl]
     plain: Callable[[], object]
+    maps: Tensor | None = None
+
+    def result(self, workload: Callable[[], object]) -> list[Tensor]:
+        """Run a workload once on maps of zeros; return what it returns and the maps."""
+        if self.maps is not None:
+            self.maps.zero_()
+        made = (workload(), self.maps)
+        return [tensor.float().clone() for tensor in made if isinstance(tensor, Tensor)]
 
 
 def tune(
@@ -114,15 +124,23 @@ def warm(part: int, parts: int) -> None:
 
 
 def best(case: Case, milliseconds: Timer) -> dict[str, dict[str, Any]]:
-    """Return an entry for each kernel of a case: its fastest configuration that fits the device.
+    """Return an entry for each kernel of a case: its fastest configuration that fits the device and computes the same.
 
-    The first kernel's entry also has the times of all implementations, and says which was the fastest; torch's in a
-    tie.
+    A compiler can be wrong about a device: a configuration whose result is not torch's up to rounding is left out, and
+    logged. The first kernel's entry also has the times of all implementations, and says which was the fastest; torch's
+    in a tie.
     """
     entries: dict[str, dict[str, Any]] = {}
     us: dict[str, float] = {}
+    truth = case.result(case.plain)
+
+    def checked(workload: Callable[[], object]) -> float:
+        if not all(map(_close, case.result(workload), truth)):
+            raise ArithmeticError("its result is not torch's")
+        return milliseconds(workload)
+
     for name, impl in case.impls.items():
-        timed = [(_timed(impl, config, milliseconds), config) for config in impl.configs]
+        timed = [(_timed(impl, config, checked), config) for config in impl.configs]
         fitting = [(time, config) for time, config in timed if time is not None]
         fastest, config = min(fitting, key=lambda one: one[0], default=(None, impl.configs[0]))
         entries[impl.kernel] = {"when": case.when, "launch": config}
@@ -133,8 +151,12 @@ def best(case: Case, milliseconds: Timer) -> dict[str, dict[str, Any]]:
     return entries
 
 
+def _close(found: Tensor, truth: Tensor) -> bool:
+    return bool((found - truth).abs().max() <= ROUNDING * truth.abs().max())
+
+
 def _timed(impl: Impl, config: dict[str, int], milliseconds: Timer) -> float | None:
-    """Time a configuration; None where it asks for too much or a compiler fails, which is logged."""
+    """Time a configuration; None where it asks for too much, a compiler fails or it is wrong, which is logged."""
     try:
         return milliseconds(partial(impl.run, config))
     except Exception as error:  # Triton, its assembler and CUDA have no error in common
@@ -196,17 +218,19 @@ def _attend(
     q, k, v, select, maps = given.q, given.k, given.v, given.select, given.maps
     settings, scale = given.settings, head_dim**-0.5
 
-    def fused(config: dict[str, int]) -> None:
-        attend_triton.attend(q, k, v, select, maps, **settings, scale=scale, config=config)
+    def fused(config: dict[str, int]) -> Tensor:
+        return attend_triton.attend(q, k, v, select, maps, **settings, scale=scale, config=config)
 
-    def beside(config: dict[str, int]) -> None:
-        attend_sdpa.attend(q, k, v, None, heads=heads, scale=scale)
+    def beside(config: dict[str, int]) -> Tensor:
+        out, _ = attend_sdpa.attend(q, k, v, None, heads=heads, scale=scale)
         attend_triton.attend_maps(q[IMAGES:], k[IMAGES:], select, maps, heads=heads, scale=scale, config=config)
+        return out
 
-    def plain() -> None:
-        _, added = attend_sdpa.attend(q, k, v, select, **settings, scale=scale)
+    def plain() -> Tensor:
+        out, added = attend_sdpa.attend(q, k, v, select, **settings, scale=scale)
         assert added is not None
         maps.add_(added)
+        return out
 
     blocks: Iterable[tuple[int, int]] = ((64, 4), (128, 8), *(((32, 8),) if head_dim > 128 else ()))
     if not quick:
@@ -218,6 +242,7 @@ def _attend(
         {"dtype": tuned.DTYPES[dtype], "heads": heads, "head_dim": head_dim, "pixels": pixels, "keys": KEYS},
         {"triton": Impl("attend", configs, fused), "sdpa+maps": Impl("attend_maps", configs, beside)},
         plain,
+        maps,
     )
 
 

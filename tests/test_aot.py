@@ -32,9 +32,9 @@ SCRIPT = """
 import json, sys
 from diffumask_fast.bench.launch_specs import LaunchSpec
 for line in sys.stdin:
-    capability, (kernel, dtype, layer, keys) = json.loads(line)
-    needs = LaunchSpec(kernel, dtype, tuple(layer), keys).needs(capability)
-    print(json.dumps([needs.shared, needs.registers, needs.spills, needs.matrix, needs.instructions]))
+    capability, (kernel, dtype, layer, keys), numbers = json.loads(line)
+    needs = LaunchSpec(kernel, dtype, tuple(layer), keys).needs(capability, numbers)
+    print(json.dumps([needs.shared, needs.registers, needs.spills, needs.matrix, needs.instructions, needs.unset]))
 """
 
 
@@ -45,10 +45,10 @@ def expected_matrix(capability, spec):
     return {{90: "HGMMA", 100: "UTCHMMA"}.get(capability, "HMMA") if spec.keys <= 96 else "HMMA"}
 
 
-def compiled(cases):
-    """Compile (capability, spec) pairs in one process."""
+def compiled(cases, numbers="fp32"):
+    """Compile (capability, spec) pairs in one process, numbers passed as such."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    lines = "\n".join(json.dumps([capability, astuple(spec)]) for capability, spec in cases)
+    lines = "\n".join(json.dumps([capability, astuple(spec), numbers]) for capability, spec in cases)
     done = subprocess.run([sys.executable, "-c", SCRIPT], input=lines, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(zip(cases, map(json.loads, done.stdout.splitlines()), strict=True))
@@ -56,7 +56,8 @@ def compiled(cases):
 
 def check(results):
     """Hold what was compiled to its bounds."""
-    for (capability, spec), (shared, registers, spills, matrix, _) in results.items():
+    for (capability, spec), (shared, registers, spills, matrix, _, unset) in results.items():
+        assert not unset, (capability, spec, unset)
         assert 0 <= shared <= SHARED[capability] and 0 < registers <= 255, (capability, spec, shared, registers)
         shape = (spec.dtype, spec.layer[2], spec.keys) if spec.kernel == "attend" else None
         assert spills <= SPILLS.get(shape, {}).get(capability, 0), (capability, spec, spills)
@@ -73,6 +74,13 @@ def test_the_worst_cases_fit(worst):
     check(worst)
 
 
+def test_numbers_that_torch_compiles_as_fp64_change_nothing():
+    cases = [(90, spec) for spec in (WORST[0], LaunchSpec("attend_maps", "fp16", NARROW, KEYS), *WORST[-3:])]
+    cases += [(90, LaunchSpec("norm", "fp32"))]
+    for case, needs in compiled(cases, "fp64").items():
+        check({case: needs})
+
+
 def test_two_programs_fit_a_multiprocessor(worst):
     for (capability, spec), (shared, registers, *_) in worst.items():
         if spec.kernel == "attend" and spec.keys == KEYS:
@@ -80,7 +88,7 @@ def test_two_programs_fit_a_multiprocessor(worst):
 
 
 def test_the_account_counts_the_instructions_of_the_machine_code(worst):
-    for (capability, spec), (*_, instructions) in worst.items():
+    for (capability, spec), (*_, instructions, _) in worst.items():
         if capability != 90 or spec.kernel not in ISSUED or spec.keys != KEYS:
             continue
         pixels, heads, head_dim = spec.layer
