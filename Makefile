@@ -40,7 +40,7 @@ site: .venv/.docs
 	$(BIN)/mkdocs build --strict
 
 dist: test-env
-	rm -rf dist
+	rm -rf dist diffumask_fast.egg-info
 	$(BIN)/python -m build
 
 gpu:
