@@ -7,7 +7,7 @@ INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.
 export OMP_NUM_THREADS ?= 2
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo reproduce test-env test test-slow test-oldest test-pythons lint types tables site gpu
+.PHONY: demo reproduce test-env test test-slow test-oldest test-pythons lint types tables site dist gpu
 
 demo: .venv/.core
 	$(BIN)/diffumask-fast generate demo --num 24
@@ -53,6 +53,10 @@ tables: test-env
 
 site: .venv/.docs
 	$(BIN)/mkdocs build --strict
+
+dist: test-env
+	rm -rf dist diffumask_fast.egg-info
+	$(BIN)/python -m build
 
 gpu:
 	bash tools/gpu_run.sh a build/gpu-results/a

@@ -130,7 +130,7 @@ def train(options: TrainOptions, log: LogFlag = None, as_json: JsonFlag = False)
         say(json.dumps(summary))
     else:
         say(f"{summary['steps']} steps on {summary['images']} images; the loss is {summary['loss']:.3f}.")
-        say(f"Judge it with evaluate {shlex.quote(str(options.out))} DATA")
+        say(f"Judge it with diffumask-fast evaluate {shlex.quote(str(options.out))} DATA")
 
 
 @app.command("filter")

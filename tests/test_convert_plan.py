@@ -110,6 +110,15 @@ def coloured(tmp_path):
     return tmp_path / "coloured"
 
 
+def test_a_class_that_one_side_lacks_is_told(coloured, caplog):
+    planned(coloured), planned(coloured, val=0.5)
+    assert caplog.messages == []
+    planned(coloured, val=0.1)
+    assert [text.partition(",")[0] for text in caplog.messages] == ["val has no image of car"]
+    planned(coloured, val=0.9)
+    assert caplog.messages[1].startswith("train has no image of ")
+
+
 def test_numbers_have_their_classs_colour(coloured, tmp_path):
     plan, _ = planned(coloured)
     palette = palette_for(plan, {0: 0, 30: 1, 40: 2})

@@ -44,7 +44,7 @@ def test_a_folder_may_be_a_link(tmp_path):
 def test_no_data_there(tmp_path, name):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(DiffuMaskError, match=f"{name} holds no data: name a dataset that generate wrote, or a folder"):
+    with pytest.raises(DiffuMaskError, match=f"{name} holds no data: name a dataset .* import makes"):
         open_data(tmp_path / name)
 
 

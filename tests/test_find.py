@@ -40,6 +40,9 @@ def test_a_missing_model_is_one_sentence(tmp_path):
         find_model(tmp_path / "nowhere" / "deeper")
     with pytest.raises(DiffuMaskError, match="no model_index.json"):
         find_model(tmp_path)
+    (tmp_path / "sd15.safetensors").touch()
+    with pytest.raises(DiffuMaskError, match=r"sd15\.safetensors is a file and no model folder: .*from_single_file"):
+        find_model(tmp_path / "sd15.safetensors")
 
 
 def test_a_half_written_folder_is_refused(copy):

@@ -1,16 +1,20 @@
 import importlib.metadata
 import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
 import zipfile
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -21,6 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 MAPPED = {"kernels", "export", "bench"}
+RECORDS = "bench/results/"  # measured rows: of the repository, not of the program
+EXTRA = re.compile(r"diffumask-fast\[([a-z0-9,-]+)\]")
+needs_git = pytest.mark.skipif(
+    shutil.which("git") is None or not (ROOT / ".git").exists(), reason="git lists the tree, and this is no checkout"
+)
 
 
 def python(code: str, **environment: str) -> str:
@@ -89,8 +98,26 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_one_version() -> None:
-    assert diffumask_fast.__version__ == PROJECT["project"]["version"]
-    assert importlib.metadata.version("diffumask-fast") == diffumask_fast.__version__
+    version = diffumask_fast.__version__
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert importlib.metadata.version("diffumask-fast") == version
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == version
+    newest = re.search(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert newest and newest[1].split(",")[0] == version
+
+
+def test_the_classifiers_name_the_pythons_that_are_admitted() -> None:
+    admitted = SpecifierSet(PROJECT["project"]["requires-python"])
+    named = {line.split(" :: ")[-1] for line in PROJECT["project"]["classifiers"] if "Python :: 3." in line}
+    assert named == {f"3.{minor}" for minor in range(9, 20) if f"3.{minor}" in admitted}
+
+
+def test_every_extra_that_somebody_is_sent_to_exists() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    sources = [path for room in ("diffumask_fast", *sorted(MAPPED)) for path in (ROOT / room).rglob("*.py")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (*pages, *sources))
+    sent = {name for names in EXTRA.findall(text) for name in names.split(",")}
+    assert {"onnx", "ray", "s3"} <= sent <= set(PROJECT["project"]["optional-dependencies"])
 
 
 def test_constraints_pin_every_dependency_once() -> None:
@@ -131,42 +158,81 @@ def test_the_tests_ask_for_an_interpreter_that_takes_any_numpy_admitted() -> Non
     assert "3.6.0" not in tested["triton"].specifier and "3.7.0" in tested["triton"].specifier
 
 
-@pytest.mark.slow
-def test_wheel_holds_the_tree_and_runs(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+@needs_git
+def test_every_file_of_the_packages_is_listed() -> None:
+    assert set(package_files()) == {installed for path in tracked() if (installed := name_in_wheel(path))}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of an sdist, and of the wheel that was built from it."""
+    tree, folder = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
+    for path in tracked():  # and no egg-info, which remembers what older builds held
+        (tree / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, tree / path)
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(tree)]
     done = subprocess.run(build, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    wheel = next(tmp_path.glob("*.whl"))
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"diffumask_fast"}
-    missing = [name for name in package_files() if name not in names]
-    assert missing == []
-    assert [name for name in names if fnmatch(name, "*/mini/weights/*.safetensors")] != []
-    assert [name for name in names if fnmatch(name, "*/mini/assets/*.webp")] != []
+    return folder
 
+
+@needs_git
+@pytest.mark.slow
+def test_wheel_holds_the_packages_and_nothing_else(built: Path) -> None:
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+        licences = [name.partition("/licenses/")[2] for name in archive.namelist() if "/licenses/" in name]
+    assert sorted(names) == sorted(package_files())
+    assert sorted(licences) == sorted(PROJECT["project"]["license-files"])
+
+
+@needs_git
+@pytest.mark.slow
+def test_sdist_holds_the_repository(built: Path) -> None:
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = {entry.name.partition("/")[2] for entry in archive if entry.isfile()}
+    made = {name for name in names if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
+    assert names - made == tracked()
+
+
+@needs_git
+@pytest.mark.slow
+def test_wheel_draws_offline_in_an_environment_of_its_own(built: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "env", with_pip=False)
     fresh = tmp_path / "env" / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", str(fresh), "install", "-q", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run(pip, check=True, capture_output=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(fresh), "install", "-q", "--no-deps", "--no-index"]
+    subprocess.run([*pip, str(next(built.glob("*.whl")))], check=True, capture_output=True)
     # Everything but this project comes from the environment that runs the tests; its editable finder stays behind.
-    shared = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    shared = [path for path in sys.path if path.endswith("-packages")]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     code = (
-        f"import sys; sys.path += {shared.split(os.pathsep)!r}\n"
-        "import diffumask_fast, diffumask_fast.kernels, diffumask_fast.bench.harness, diffumask_fast.mini as mini\n"
-        "print(diffumask_fast.__file__, mini.folder())\n"
+        f"import sys; sys.path += {shared!r}\n"
+        "import diffumask_fast, diffumask_fast.bench.harness\n"
+        "print(diffumask_fast.__file__)\n"
         "from diffumask_fast.kernels import native\nnative.library()\n"
-        "from diffumask_fast.cli import main\nsys.argv = ['diffumask-fast', '--help']\nmain()"
+        "from diffumask_fast.cli import main\nsys.argv = ['diffumask-fast', 'generate', 'demo', '--num', '2']\nmain()"
     )
     done = subprocess.run([str(fresh), "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "env") in done.stdout.splitlines()[0]
-    assert "generate" in done.stdout
+    assert (tmp_path / "demo" / "data" / "shard-00000.parquet").is_file()
+
+
+def tracked() -> set[str]:
+    """Return the repository's files."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
+    return set(listed.stdout.split("\0")) - {""}
+
+
+def name_in_wheel(path: str) -> str | None:
+    """Return how the wheel calls a file of the repository; None where it is of no package."""
+    if path.startswith("diffumask_fast/"):
+        return path
+    return f"diffumask_fast/{path}" if path.split("/")[0] in MAPPED and not path.startswith(RECORDS) else None
 
 
 def package_files() -> list[str]:
-    """Return what the wheel must hold, as its names: every source and data file of the packages."""
+    """Return what pyproject.toml puts into the wheel, as its names there."""
     wanted = []
     for package in SETUPTOOLS["packages"]:
         folder = ROOT / SETUPTOOLS["package-dir"].get(package, package.replace(".", "/"))

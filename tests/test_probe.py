@@ -42,6 +42,8 @@ def test_a_number_of_accepted_images_is_the_least(tiny_folder, tmp_path):
     lines = list(describe(told))
     assert lines[0].startswith("at least 100 images in at least ") and lines[-1] == "Nothing was written."
     assert re.search(r"^\d+ images/h: at least \d+\.\d\d h for the 100 missing$", lines[1])
+    assert re.match(r"a probe of 4 images, in batches of 2: \d accepted$", lines[4])
+    assert " in at least 1 shard, by " in next(describe(told | {"shards": 1}))
     assert "  accept_per_class   50" in lines and "  batch_size         2" in lines
 
 

@@ -181,6 +181,7 @@ def test_train_and_evaluate_as_commands(made, tmp_path):
     assert json.loads(trained.stdout)["folder"] == out
     again = CliRunner().invoke(app, words)
     assert again.exit_code == 0 and "2 steps on 4 images" in again.stdout
+    assert f"Judge it with diffumask-fast evaluate {out} DATA" in again.stdout
     sheet = tmp_path / "worst.png"
     judged = CliRunner().invoke(app, ["evaluate", out, str(source), "--sheet", str(sheet)])
     assert judged.exit_code == 0 and "miou_with_background" in judged.stdout and "predicted as" in judged.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +18,8 @@ from diffumask_fast.dataset.shard_check import finished_shards
 from diffumask_fast.dataset.storage import Place
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.prompts.vocabulary import Vocabulary, palette_of, voc_palette
+
+logger = logging.getLogger(__name__)
 
 TRAIN, VAL = "train", "val"
 SPLITS = (TRAIN, VAL)
@@ -90,10 +93,13 @@ def make_plan(manifest: dict[str, Any], options: ConvertOptions) -> Plan:
         )
     paths = finished_shards(options.source, manifest)
     groups, ends, pairs, names = array("Q"), [0], set[tuple[int, str]](), set[int]()
+    shown, shown_in = array("B"), array("Q")  # class ids of all rows, and the group of each
     for path in paths:
         for row in picked(path, options, ("key", "prompt", "classes", "class_ids")):
             pairs.update(zip(row.class_ids, row.classes, strict=True))
             groups.append(group_of(row, options.seed))
+            shown.extend(row.class_ids)
+            shown_in.extend([groups[-1]] * len(row.class_ids))
             names.add(_hash(file_stem(row.key).casefold()))
             if len(names) < len(groups):
                 raise DiffuMaskError(f"{path}: the name {row.key} comes twice: give each row its own key")
@@ -103,6 +109,8 @@ def make_plan(manifest: dict[str, Any], options: ConvertOptions) -> Plan:
     classes = named_classes(manifest, sorted(pairs))
     check_classes(classes)
     validation = choose(Counter(groups), options.val)
+    if validation:
+        _warn_of_missing_classes(classes, zip(shown, shown_in, strict=True), validation)
     flags = [[group in validation for group in groups[low:high]] for low, high in zip(ends, ends[1:], strict=False)]
     counts = [{TRAIN: len(some) - sum(some), VAL: sum(some)} for some in flags]
     return Plan(
@@ -161,6 +169,23 @@ def choose(sizes: Mapping[int, int], share: float) -> frozenset[int]:
     if len(chosen) == len(sizes):
         chosen.remove(max(chosen))
     return frozenset(chosen or {min(sizes, key=lambda group: (sizes[group], group))})
+
+
+def _warn_of_missing_classes(
+    classes: Mapping[int, str], shown: Iterable[tuple[int, int]], validation: frozenset[int]
+) -> None:
+    held: dict[str, set[int]] = {split: set() for split in SPLITS}
+    for class_id, group in shown:
+        held[VAL if group in validation else TRAIN].add(class_id)
+    for split, other in ((VAL, TRAIN), (TRAIN, VAL)):
+        absent = [classes[class_id] for class_id in sorted(held[other] - held[split])]
+        if absent:
+            more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+            logger.warning(
+                "%s has no image of %s%s, for images of one prompt stay together and there are few prompts: take "
+                "another seed or a larger share, or draw with more scenes, views or templates",
+                split, ", ".join(absent[:5]), more,
+            )  # fmt: skip
 
 
 def number_classes(classes: Mapping[int, str], how: str) -> dict[int, int]:

@@ -66,12 +66,14 @@ def describe(estimate: dict[str, Any]) -> Iterator[str]:
     """Yield what `run_probe` found, in lines."""
     least = "at least " if estimate["is_least"] else ""
     seconds = [f"{stage} {value:.3f}" for stage, value in estimate["seconds"].items() if stage != "all"]
-    yield f"{least}{estimate['images']} images in {least}{estimate['shards']} shards, by {estimate['model']}"
+    shards = f"{estimate['shards']} shard{'s' if estimate['shards'] > 1 else ''}"
+    yield f"{least}{estimate['images']} images in {least}{shards}, by {estimate['model']}"
     hours = f"{least}{estimate['hours']:.2f} h for the {estimate['missing']} missing"
     yield f"{estimate['images_per_hour']} images/h: {hours}"
     yield f"{least}{_size(estimate['bytes'])} on disk, {_size(estimate['bytes_per_shard'])} a shard"
     yield f"seconds an image: {', '.join(seconds)}"
-    yield f"{estimate['accepted']} of {estimate['probed']} images accepted, in batches of {estimate['batch_size']}"
+    probe = f"a probe of {estimate['probed']} images, in batches of {estimate['batch_size']}"
+    yield f"{probe}: {estimate['accepted']} accepted"
     for section in ("options", "environment"):
         yield section
         for name, value in estimate[section].items():

@@ -99,7 +99,7 @@ def open_data(
             return layout(path, split, max_pixels)
     raise DiffuMaskError(
         f"{path} holds no data: name a dataset that generate wrote, or a folder with JPEGImages and SegmentationClass "
-        "(VOC's layout) or leftImg8bit and gtFine (Cityscapes')"
+        "(VOC's layout) or leftImg8bit and gtFine (Cityscapes'); of COCO's layout import makes a dataset"
     )
 
 

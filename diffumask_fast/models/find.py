@@ -121,6 +121,11 @@ def find_model(model: str | Path, revision: str | None = None, held: Collection[
         folder = Path(model).expanduser().resolve()
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not str(model).startswith("."):
         folder = _download(str(model), revision)
+    elif Path(model).expanduser().is_file():
+        raise DiffuMaskError(
+            f"{model} is a file and no model folder: make one of it by diffusers' "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)."
+        )
     else:
         raise DiffuMaskError(
             f"There is no model folder {model}: give mini, a diffusers folder or a hub id (owner/name)."
