@@ -234,7 +234,8 @@ class _Stream:
         return event
 
 
-def _parameter(cls: type, data: Tensor | None = None, requires_grad: bool = True) -> Tensor:
+def _parameter(cls: type, data: Tensor | None = None, requires_grad: bool = True, **_: Any) -> Tensor:
+    # accelerate makes a parameter again out of the attributes of another, `on_cuda` among them
     made = _NEW_PARAMETER(cls, data, requires_grad)
     made.on_cuda = data is not None and on_cuda(data)
     return made
