@@ -69,7 +69,7 @@ def test_every_value_is_read_by_our_own_options(name):
     places = ["abc"] * sum(flag.param_type_name == "argument" for flag in command.params)
     context = command.make_context(name, [*given, *places])
     values = [context.params[flag.name] for flag in flags]
-    assert {str(one) for value in values for one in (value if isinstance(value, list) else [value])} <= {"abc"}
+    assert {str(one) for value in values for one in (value if isinstance(value, list | tuple) else [value])} <= {"abc"}
 
 
 @dataclass(frozen=True)
