@@ -11,7 +11,7 @@ from dataclasses import astuple
 
 import pytest
 
-from diffumask_fast.bench.aot import SHARED, turn
+from diffumask_fast.bench.aot import SHARED, turn, unset
 from diffumask_fast.bench.launch_specs import CAPABILITIES, LAYERS, PHRASES, LaunchSpec, launch_specs
 from diffumask_fast.bench.roofline import COLUMN, ISSUED, WARP_PIXELS, grid
 from diffumask_fast.kernels.shapes import KEYS, STABLE_DIFFUSION, Layer
@@ -56,8 +56,8 @@ def compiled(cases, numbers="fp32"):
 
 def check(results):
     """Hold what was compiled to its bounds."""
-    for (capability, spec), (shared, registers, spills, matrix, _, unset) in results.items():
-        assert not unset, (capability, spec, unset)
+    for (capability, spec), (shared, registers, spills, matrix, _, wrong) in results.items():
+        assert not wrong, (capability, spec, wrong)
         assert 0 <= shared <= SHARED[capability] and 0 < registers <= 255, (capability, spec, shared, registers)
         shape = (spec.dtype, spec.layer[2], spec.keys) if spec.kernel == "attend" else None
         assert spills <= SPILLS.get(shape, {}).get(capability, 0), (capability, spec, spills)
@@ -120,3 +120,13 @@ def test_a_turn_is_the_first_long_loop_and_not_a_wait():
     assert turn(code([*head[:-1], "@P1 EXIT", head[-1]])) == 152
     # a wait behind the end
     assert turn(code([*head[:-1], "EXIT", "SYNCS", head[-1]])) == 153
+
+
+def test_a_register_that_nothing_has_set_is_seen():
+    def code(*body):
+        return "\n".join(f"        /*{16 * at:04x}*/ {line} ;" for at, line in enumerate(body))
+
+    wide, both, second = "ULDC.64 UR4, c[0x0][0x210]", "HGMMA R8, gdesc[UR4], RZ", "HGMMA R8, R24, gdesc[UR4].tnspB, RZ"
+    assert unset(code(wide, "UMOV UR6, UR4", "UMOV UR7, UR5", both, second)) == []
+    assert unset(code("UMOV UR6, URZ", "UMOV UR7, URZ", both, second)) == [both]
+    assert unset(code(wide, "UIADD3 UR6, UP0, UR14, 0x20, URZ")) == ["UIADD3 UR6, UP0, UR14, 0x20, URZ"]

@@ -3,8 +3,9 @@
 import copy
 
 import pytest
+import torch
 
-from diffumask_fast.borrow import patched_but_in_copies
+from diffumask_fast.borrow import patched, patched_but_in_copies, without_traces
 
 
 class Plain:
@@ -36,3 +37,17 @@ def test_it_is_taken_out_after_an_exception():
     with pytest.raises(KeyError), patched_but_in_copies("method", owner, "ours"):
         raise KeyError
     assert vars(owner) == {"other": [1]}
+
+
+def test_compiled_code_leaves_nothing_behind():
+    layer, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def doubled(x):
+        with patched("forward", {layer: lambda x: 2 * x}):
+            return layer(x)
+
+    for _ in range(2):
+        with without_traces("forward", [layer]):
+            assert torch.equal(doubled(x), 2 * x)
+        assert "forward" not in vars(layer)
