@@ -286,7 +286,7 @@ def _for_workers(options: GenerateOptions) -> GenerateOptions:
         del given["classes"]
     paths = {name: Path(value).expanduser() for name, value in given.items() if value is not None}
     absolute: dict[str, Any] = {
-        name: str(path.resolve() if path.exists() else given[name]) for name, path in paths.items()
+        name: str(path.absolute() if path.exists() else given[name]) for name, path in paths.items()
     }
     return replace(options, part=None, lora=tuple(map(absolute_text, options.lora)), **absolute)
 
