@@ -179,7 +179,9 @@ def fuse_loras(pipe: Any, loras: Sequence[Lora]) -> None:
             pipe.unload_lora_weights()
     except (ValueError, RuntimeError, NotImplementedError) as error:
         told = ", ".join(lora.name for lora in loras)
-        raise DiffuMaskError(f"diffusers cannot fuse {told} ({first_line(error)[:200]}): leave it out, or give a smaller scale") from error
+        raise DiffuMaskError(
+            f"diffusers cannot fuse {told} ({first_line(error)[:200]}): leave it out, or give a smaller scale"
+        ) from error
 
 
 def _need_peft() -> None:
@@ -219,7 +221,9 @@ def _load(pipe: Any, name: str, lora: Lora) -> None:
             f"the LoRA {lora.name} fits this model's text encoder alone, and {left} of its {num} layers are of another "
             "model: give one that was made for it"
         )
-    logger.warning("%d of the %d layers of the LoRA %s are none of this model's, and are left out", left, num, lora.name)
+    logger.warning(
+        "%d of the %d layers of the LoRA %s are none of this model's, and are left out", left, num, lora.name
+    )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.errors import DiffuMaskError, in_one_line
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 
 TRAILING = "-trailing"
@@ -76,7 +76,7 @@ def try_scheduler(pipe: DiffusersPipeline, steps: int) -> int:
             (pair, calls), (again, _) = (_steps(pipe.scheduler, steps, seeds=(0, 1)) for _ in range(2))
             alone, _ = _steps(pipe.scheduler, steps, seeds=(1,))
     except Exception as error:  # each scheduler fails in its own way
-        cause = " ".join(str(error).split())[:200] or type(error).__name__
+        cause = in_one_line(error)
         raise DiffuMaskError(
             f"The scheduler {name} cannot draw in {steps} steps ({cause}): use more steps or another scheduler."
         ) from error
