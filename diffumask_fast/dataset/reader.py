@@ -189,8 +189,8 @@ def open_shard(path: Place) -> Iterator[pq.ParquetFile]:
         if isinstance(error, FileNotFoundError) or isinstance(error, OSError) and error.errno is not None:
             raise DiffuMaskError(f"{path} cannot be opened: {error.strerror or 'it is gone'}") from error
         raise DamagedShard(
-            f"{path} cannot be read ({in_one_line(error, 100)}): run the command again that wrote the dataset, it makes "
-            "this shard anew"
+            f"{path} cannot be read ({in_one_line(error, 100)}): run the command again that wrote the dataset, it "
+            "makes this shard anew"
         ) from error
 
 

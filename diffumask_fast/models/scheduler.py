@@ -44,7 +44,7 @@ def set_scheduler(pipe: DiffusersPipeline, name: str) -> None:
     if "clip_sample" in taken:  # latents are not pixels: DDIM's default would clip them to -1..1
         changes["clip_sample"] = config.get("clip_sample", False)
     if base != name:
-        if "timestep_spacing" not in taken:
+        if "timestep_spacing" not in taken or wanted.__name__ in FEW_STEPS:  # which take theirs from their training's
             raise DiffuMaskError(f"The scheduler {base} spaces its timesteps in one way: leave out {TRAILING}.")
         changes["timestep_spacing"] = "trailing"
     pipe.scheduler = wanted.from_config(config, **changes)
