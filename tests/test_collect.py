@@ -192,6 +192,18 @@ def test_textual_inversion_of_several_tokens(tiny_sd):
         draw(pipe, "a <toy> on the sofa")
     assert [c.nonzero().flatten().tolist() for c in pipe_select(pipe, "a <toy> on the sofa")] == [[2, 3], [6]]
     assert (maps.levels["0"].amax(-1) > 0).all()
+    for phrase in ("toy", "<TOY>"):  # the same word, of all its vectors
+        with collect_maps(pipe, [phrase]) as other:
+            draw(pipe, "a <toy> on the sofa")
+        assert torch.equal(other.levels["0"][:, 0], maps.levels["0"][:, 0])
+
+
+@pytest.mark.parametrize("indices", [[5], [["5"]], [[5.0]], [[True]], 5, "5", [[[5]], [5]], None])
+def test_token_indices_of_another_form_are_refused(tiny_sd, indices):
+    embeds = torch.zeros(1, 77, 32)
+    words = "give token_indices=" if indices is None else "token_indices are .*: give a list of token positions"
+    with pytest.raises(DiffuMaskError, match=words), collect_maps(tiny_sd, ["dog"], token_indices=indices):
+        draw(tiny_sd, None, prompt_embeds=embeds, negative_prompt_embeds=embeds)
 
 
 def pipe_select(pipe, prompt):

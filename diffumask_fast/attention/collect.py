@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from numbers import Integral
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -242,10 +243,23 @@ class Collector:
 def _indices_per_prompt(indices: TokenIndices, rows: list[list[str]]) -> list[list[list[int]]]:
     """Bring token_indices to one list for each prompt, and check that they fit the phrases."""
     given: Any = indices  # for all prompts, or for each
-    flat = all(isinstance(i, int) for phrase in given for i in phrase)
-    out = [[list(phrase) for phrase in row] for row in ([given] * len(rows) if flat else given)]
+    flat = _is_list(given) and all(map(_are_positions, given))
+    if not flat and not (_is_list(given) and all(_is_list(row) and all(map(_are_positions, row)) for row in given)):
+        raise DiffuMaskError(
+            f"token_indices are {given!r}: give a list of token positions for each phrase, such as [[5], [8, 9]], or "
+            "a list of such lists, one for each prompt"
+        )
+    out = [[[int(i) for i in phrase] for phrase in row] for row in ([given] * len(rows) if flat else given)]
     if [len(row) for row in out] != [len(row) for row in rows]:
         raise DiffuMaskError(
             f"token_indices are for {[len(row) for row in out]} phrases, there are {[len(row) for row in rows]}"
         )
     return out
+
+
+def _are_positions(given: Any) -> bool:
+    return _is_list(given) and all(isinstance(one, Integral) and not isinstance(one, bool) for one in given)
+
+
+def _is_list(given: Any) -> bool:
+    return isinstance(given, Sequence) and not isinstance(given, str | bytes)
