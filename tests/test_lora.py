@@ -3,6 +3,7 @@
 import json
 import pickle
 import sys
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -21,7 +22,7 @@ from diffumask_fast.generation.generate import run_generate
 from diffumask_fast.generation.job import Job, make_job, open_pipe
 from diffumask_fast.generation.options import GenerateOptions, RebuildOptions
 from diffumask_fast.generation.rebuild import rebuild
-from diffumask_fast.models.lora import absolute_text, find_loras, split_scale
+from diffumask_fast.models.lora import absolute_text, find_loras, lora_texts, split_scale
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 PROMPT = "a photo of a dog on the grass"
@@ -50,14 +51,18 @@ def test_texts():
     assert split_scale("a/b.safetensors:0.5") == ("a/b.safetensors", 0.5)
     assert split_scale("owner/name") == ("owner/name", 1.0) and split_scale("x:-1e-1") == ("x", -0.1)
     assert split_scale("c:/d.safetensors") == ("c:/d.safetensors", 1.0)
+    assert lora_texts(Path("a") / "b") == lora_texts([Path("a/b")]) == ("a/b",)
     assert GenerateOptions("out", lora="a:2").lora == ("a:2",) and GenerateOptions("out", lora=["a", "b"]).lora == (
         "a",
         "b",
     )
 
 
-@pytest.mark.parametrize("text", ["", ":0.5", "a:0", "a:nan", "a:inf", 3])
+@pytest.mark.parametrize("text", ["", ":0.5", "a:0", "a:nan", "a:inf", 3, None])
 def test_what_is_no_lora_s_text(text):
+    for given in (text, [text]):
+        with pytest.raises(DiffuMaskError, match="`lora` must be PATH_OR_HUB"):
+            DiffuMaskPipeline.from_pretrained(device="cpu", lora=given)
     with pytest.raises(
         DiffuMaskError, match=r"`lora` must be PATH_OR_HUB\[:SCALE\], with a finite number other than 0"
     ):

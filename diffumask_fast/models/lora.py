@@ -51,8 +51,9 @@ def lora_record(loras: Sequence[Lora]) -> dict[str, Any]:
 
 
 def lora_texts(value: Any) -> tuple[str, ...]:
-    """Read one or several texts PATH_OR_HUB[:SCALE]; a ValueError says what is allowed."""
-    texts = (value,) if isinstance(value, str) else tuple(value)
+    """Read one or several texts or paths PATH_OR_HUB[:SCALE]; a ValueError says what is allowed."""
+    given = [value] if isinstance(value, str | Path) else value if isinstance(value, list | tuple) else [None]
+    texts = tuple(str(text) if isinstance(text, Path) else text for text in given)
     for text in texts:
         source, scale = split_scale(text) if isinstance(text, str) else ("", 0.0)
         if not source or scale == 0 or not math.isfinite(scale):

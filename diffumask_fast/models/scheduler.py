@@ -78,7 +78,7 @@ def try_scheduler(pipe: DiffusersPipeline, steps: int) -> int:
     except Exception as error:  # each scheduler fails in its own way
         cause = in_one_line(error)
         raise DiffuMaskError(
-            f"The scheduler {name} cannot draw in {steps} steps ({cause}): use more steps or another scheduler."
+            f"The scheduler {name} cannot draw in {steps} steps ({cause}): use other steps or another scheduler."
         ) from error
     if not (torch.equal(pair, again) and torch.allclose(pair[1:], alone, rtol=1e-4, atol=1e-4)):
         raise DiffuMaskError(
