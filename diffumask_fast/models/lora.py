@@ -52,13 +52,14 @@ def lora_record(loras: Sequence[Lora]) -> dict[str, Any]:
 
 def lora_texts(value: Any) -> tuple[str, ...]:
     """Read one or several texts or paths PATH_OR_HUB[:SCALE]; a ValueError says what is allowed."""
-    given = [value] if isinstance(value, str | Path) else value if isinstance(value, list | tuple) else [None]
-    texts = tuple(str(text) if isinstance(text, Path) else text for text in given)
-    for text in texts:
-        source, scale = split_scale(text) if isinstance(text, str) else ("", 0.0)
+    given = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(text, str | Path) for text in given):
+        raise ValueError(ALLOWED)
+    for text in map(str, given):
+        source, scale = split_scale(text)
         if not source or scale == 0 or not math.isfinite(scale):
             raise ValueError(ALLOWED)
-    return texts
+    return tuple(map(str, given))
 
 
 def split_scale(text: str) -> tuple[str, float]:
