@@ -115,9 +115,7 @@ def test_every_scheduler_that_is_named_works(pipe):
 def test_too_few_steps_are_refused(pipe):
     set_scheduler(pipe, "pndm")
     try_scheduler(pipe, 4)
-    with pytest.raises(
-        DiffuMaskError, match="scheduler pndm cannot draw in 3 steps .*: use other steps or another"
-    ):
+    with pytest.raises(DiffuMaskError, match="scheduler pndm cannot draw in 3 steps .*: use other steps or another"):
         try_scheduler(pipe, 3)
 
 
