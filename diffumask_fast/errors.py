@@ -27,8 +27,20 @@ class DiffuMaskError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, its name where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first line of an error's text, with the next where it ends in a colon; its name where there is none.
+
+    What another library has in backticks is no parameter of ours, and gets quotes.
+    """
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    if first.endswith(":") and rest:
+        first = f"{first} {rest[0].strip()}"
+    return first.replace("`", "'")
+
+
+def in_one_line(error: BaseException, most: int = 200) -> str:
+    """Return so many characters of an error's text in one line, its name where it has none; backticks as above."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:most].replace("`", "'")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

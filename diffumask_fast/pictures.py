@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.errors import DiffuMaskError, in_one_line
 from diffumask_fast.options import MAX_PIXELS, MOST_PIXELS
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow's other decoders see no untrusted bytes
@@ -37,7 +37,7 @@ def decode_picture(source: bytes | Path, name: object = None, *, max_pixels: int
     except Image.DecompressionBombError:
         size = f"more than {MOST_PIXELS} pixels"
     except Exception as error:  # a decoder fails in many ways
-        cause = " ".join(str(error).split())[:100] or type(error).__name__
+        cause = in_one_line(error, 100)
         raise DiffuMaskError(f"{name} cannot be decoded ({cause}): bring the file back as it was") from error
     raise DiffuMaskError(
         f"{name} has {size}, more than {max_pixels} pixels: leave it out, or raise `max_pixels` (up to {MOST_PIXELS})"

@@ -27,7 +27,7 @@ from diffumask_fast.engines.worker import IN_FLIGHT, StreamWorker, Turn
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.make import make_masks, quantise_maps
 from diffumask_fast.masks.options import MaskOptions
-from diffumask_fast.models.arguments import SCHEDULES, steps_and_guidance, suited
+from diffumask_fast.models.arguments import SCHEDULES, check_arguments, steps_and_guidance, suited
 from diffumask_fast.models.decoding import decode, decodes_later, finished, timed_decoding
 from diffumask_fast.models.device import fitting_batch, resolve_device, resolve_dtype
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
@@ -86,7 +86,7 @@ class DiffuMaskPipeline:
         revision: str | None = None,
         attention: str = "sdpa",
         model_options: str | Path | None = None,
-        lora: str | Sequence[str] = (),
+        lora: str | Path | Sequence[str | Path] = (),
     ) -> DiffuMaskPipeline:
         """Load the embedded model ("mini"), a diffusers folder or a hub id; safetensors only.
 
@@ -116,7 +116,8 @@ class DiffuMaskPipeline:
             raise DiffuMaskError(f"`engine={engine}` takes no `engine_path`: leave it out, or say `engine=onnx`.")
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
-        info = replace(with_options(find_model(model, revision), model_options), loras=find_loras(lora_texts(lora)))
+        loras = find_loras(checked("lora", lora, lora_texts))
+        info = replace(with_options(find_model(model, revision), model_options), loras=loras)
         pipe = load_pipe(info, dtype, device)
         if dtype == torch.float16 and says_force_upcast(info.local_folder):
             pipe.vae.to(torch.float32)
@@ -205,6 +206,7 @@ class DiffuMaskPipeline:
         """
         if output_type not in ("pil", "np", "pt"):
             raise DiffuMaskError(f"There is no mask for output_type {output_type}: use pil, np or pt, or collect_maps.")
+        check_arguments(self.pipe, kwargs)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
         if not prompts and kwargs.get("prompt_embeds") is None:
             raise DiffuMaskError("There is nothing to draw: give at least one prompt.")
@@ -296,6 +298,7 @@ class DiffuMaskPipeline:
         """
         if taken := kwargs.keys() & TAKEN:
             raise DiffuMaskError(f"stream takes {', '.join(sorted(taken))} from its requests: leave it out.")
+        check_arguments(self.pipe, kwargs)
         steps = steps_and_guidance(self.pipe, self.info.defaults | kwargs)["num_inference_steps"]
         options = self.map_options(maps, steps), self.info.mask_options(mask, steps)
         return self._draw_batches(batches, *options, num_phrases, use_negative_prompts, kwargs)

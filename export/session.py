@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.errors import DiffuMaskError, in_one_line
 
 # The numbers that ONNX gives the element types.
 ELEMENTS = {torch.float32: 1, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}
@@ -86,7 +86,7 @@ class OnnxSession:
         try:
             self._session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
-            cause = " ".join(str(error).split())[:200]
+            cause = in_one_line(error)
             advice = "export it again" if len(installed()) < 2 else f"{REMOVE}, then {INSTALL}"
             raise DiffuMaskError(f"ONNX Runtime cannot run {path} on {device} ({cause}): {advice}.") from error
         if device.type == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():

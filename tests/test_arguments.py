@@ -9,7 +9,8 @@ from diffumask_fast.dropin.command import run as run_dropin
 from diffumask_fast.dropin.options import DropinOptions
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.generate import run_generate
-from diffumask_fast.models.arguments import check_draws_from_prompts, steps_and_guidance
+from diffumask_fast.models.arguments import check_arguments, check_draws_from_prompts, steps_and_guidance
+from diffumask_fast.pipeline import DiffuMaskPipeline
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,27 @@ def test_each_kind_of_pipeline_has_its_own(tiny_sd):
     assert steps_and_guidance(tiny_sd, {}) == {"num_inference_steps": 50, "guidance_scale": 7.5}
     lcm = LatentConsistencyModelPipeline(**tiny_sd.components, requires_safety_checker=False)
     assert steps_and_guidance(lcm, {}) == {"num_inference_steps": 4, "guidance_scale": 8.5}
+
+
+class Custom(StableDiffusionImg2ImgPipeline):
+    """A pipeline of somebody else, which may take more than it names."""
+
+
+def test_what_a_pipeline_would_pass_over_is_refused(tiny_sd):
+    check_arguments(tiny_sd, {"num_inference_steps": 4, "height": 64, "callback": None, "guidance_rescale": 0.7})
+    for name, near in (("steps", "num_inference_steps"), ("heigth", "height"), ("nonsense", None)):
+        told = f"takes no {name}: leave it out, " + (f"or say {near}, as" if near else "as")
+        with pytest.raises(DiffuMaskError, match=told):
+            check_arguments(tiny_sd, {name: 4})
+    check_arguments(Custom(**tiny_sd.components, requires_safety_checker=False), {"steps": 4})
+    for wrong in (0, -1, 1.5, None):
+        with pytest.raises(DiffuMaskError, match="`num_inference_steps` must be a whole number from 1 on"):
+            check_arguments(tiny_sd, {"num_inference_steps": wrong})
+    pipe = DiffuMaskPipeline.from_pipe(tiny_sd)
+    with pytest.raises(DiffuMaskError, match="takes no steps"):
+        pipe("a dog", ["dog"], steps=4)
+    with pytest.raises(DiffuMaskError, match="takes no steps"):
+        pipe.stream([], steps=4)
 
 
 def test_a_run_refuses_a_pipeline_that_wants_pictures(tiny_sd, parts_of_flux, tmp_path):

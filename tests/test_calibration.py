@@ -135,7 +135,7 @@ def test_options_of_a_file(made, tiny_folder, tmp_path):
     assert vars(job.maps) == {name: summary["after"][name] for name in ("aggregation", "propagate")}
     assert job.mask == MaskOptions(eps=0.5)
     file.write_text('{"mask": {"threshold": 3}}')
-    with pytest.raises(DiffuMaskError, match="is damaged .*`threshold` must be"):
+    with pytest.raises(DiffuMaskError, match="is damaged .*'threshold' must be"):
         DiffuMaskPipeline.from_pretrained(tiny_folder, device="cpu", model_options=file)
     with pytest.raises(DiffuMaskError, match="there is no file"):
         DiffuMaskPipeline.from_pretrained(tiny_folder, device="cpu", model_options=tmp_path / "none.json")
@@ -170,7 +170,7 @@ def test_a_file_keeps_what_it_has_for_other_numbers_of_steps(made, tmp_path):
     assert known["mask"] == {"eps": 0.5} and known["few_steps"]["4"] == {"threshold": 0.6} and "classes" not in known
     assert known["few_steps"].keys() == {"2", "4"}
     out.write_text('{"few_steps": {"4": {"threshold": 6}}}')
-    with pytest.raises(DiffuMaskError, match="options.json is damaged .*`threshold` must be"):
+    with pytest.raises(DiffuMaskError, match="options.json is damaged .*'threshold' must be"):
         calibrate(replace(asked, redraw=False, out=out))
 
 

@@ -247,7 +247,8 @@ def test_a_folder_is_no_class_list(classes, tmp_path, monkeypatch):
 
 def test_options_mean_the_same_in_another_folder(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_folder.parent)
-    Path("names.txt").write_text("dog\n")
+    Path("blob").write_text("dog\n")
+    Path("names.txt").symlink_to("blob")  # what a suffix says is the link's own
     Path("own.json").write_text("{}")
     mask = replace(GenerateOptions.mask, threshold=0.3)  # what is left out stays the model's own
     given = options(tmp_path, tiny_folder.name, classes="names.txt", mask=mask, model_options=Path("own.json"))

@@ -1,5 +1,6 @@
 import copy
 import gc
+import threading
 from types import SimpleNamespace
 
 import diffusers
@@ -191,6 +192,18 @@ def test_textual_inversion_of_several_tokens(tiny_sd):
         draw(pipe, "a <toy> on the sofa")
     assert [c.nonzero().flatten().tolist() for c in pipe_select(pipe, "a <toy> on the sofa")] == [[2, 3], [6]]
     assert (maps.levels["0"].amax(-1) > 0).all()
+    for phrase in ("toy", "<TOY>"):  # the same word, of all its vectors
+        with collect_maps(pipe, [phrase]) as other:
+            draw(pipe, "a <toy> on the sofa")
+        assert torch.equal(other.levels["0"][:, 0], maps.levels["0"][:, 0])
+
+
+@pytest.mark.parametrize("indices", [[5], [["5"]], [[5.0]], [[True]], 5, "5", [[[5]], [5]], None])
+def test_token_indices_of_another_form_are_refused(tiny_sd, indices):
+    embeds = torch.zeros(1, 77, 32)
+    words = "give token_indices=" if indices is None else "token_indices are .*: give a list of token positions"
+    with pytest.raises(DiffuMaskError, match=words), collect_maps(tiny_sd, ["dog"], token_indices=indices):
+        draw(tiny_sd, None, prompt_embeds=embeds, negative_prompt_embeds=embeds)
 
 
 def pipe_select(pipe, prompt):
@@ -392,6 +405,40 @@ def test_a_pipeline_that_is_stopped_says_so(tiny_sd, recording, caplog, propagat
     with collect_maps(tiny_sd, ["dog"]) as maps:
         draw(tiny_sd, PROMPTS[0])
     assert maps.store.is_complete and "UNet calls" not in caplog.text
+
+
+def test_an_error_is_all_that_is_said_of_a_call_that_fails(tiny_sd, caplog):
+    def fail(pipe, step, timestep, tensors):
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"), collect_maps(tiny_sd, ["dog"]) as maps:
+        draw(tiny_sd, PROMPTS[0], callback_on_step_end=fail)
+    assert (maps.store.calls, maps.store.num_calls) == (1, 3) and not caplog.text
+
+
+def test_a_call_in_another_thread_does_not_take_the_place_of_the_one_that_runs(tiny_sd, caplog):
+    with collect_maps(tiny_sd, ["dog"]) as maps:
+        draw(tiny_sd, PROMPTS[0])
+    alone, began = maps.levels, threading.Event()
+    beside = threading.Thread(target=lambda: (began.wait(60), draw(tiny_sd, "a dog and a cat", seed=5)))
+
+    def wait(pipe, step, timestep, tensors):
+        if step == 0:
+            began.set()
+            beside.join(60)
+        return tensors
+
+    beside.start()
+    with collect_maps(tiny_sd, ["dog"]) as maps:
+        draw(tiny_sd, PROMPTS[0], callback_on_step_end=wait)
+    assert (maps.store.calls, maps.store.num_calls) == (3, 3)
+    assert all(torch.equal(level, alone[key]) for key, level in maps.levels.items())
+    assert "in two threads at once" in caplog.text
+    with collect_maps(tiny_sd, ["dog"]) as maps:  # from another thread alone
+        beside = threading.Thread(target=draw, args=(tiny_sd, PROMPTS[0]))
+        beside.start()
+        beside.join(60)
+    assert all(torch.equal(level, alone[key]) for key, level in maps.levels.items())
 
 
 def test_a_unet_of_another_kind_is_refused_by_name(tiny_sd):

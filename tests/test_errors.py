@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diffumask_fast.errors import DiffuMaskError, first_line
+from diffumask_fast.errors import DiffuMaskError, first_line, in_one_line
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("diffumask_fast", "kernels", "export", "bench")
@@ -23,6 +23,13 @@ def test_parameters_become_flags():
 
 def test_the_first_line_of_an_error_without_text_is_its_name():
     assert [first_line(ValueError(text)) for text in ("", " \n ", "\none\ntwo")] == ["ValueError", "ValueError", "one"]
+
+
+def test_the_first_line_of_an_error_has_what_its_colon_promises_and_no_parameter():
+    assert first_line(ValueError("Error(s):\n\tsize mismatch for to_q\nmore")) == "Error(s): size mismatch for to_q"
+    told = DiffuMaskError(f"it does not fit ({first_line(ValueError('You set `ignore_sizes` to `False`'))})")
+    assert told.as_flags() == "it does not fit (You set 'ignore_sizes' to 'False')"
+    assert in_one_line(ValueError("a\n  `b` c"), 5) == "a 'b'" and in_one_line(OSError()) == "OSError"
 
 
 def messages_with_flags(text: str) -> Iterator[str]:

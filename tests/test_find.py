@@ -79,7 +79,12 @@ def test_a_damaged_diffumask_json_is_one_sentence(copy):
 
 @pytest.mark.parametrize(
     "mask, words",
-    [({"threshold": 2}, "`threshold` must be"), ({"sharpness": 1}, "sharpness is no option"), ({}, "'classes'")],
+    [
+        ({"threshold": 2}, "'threshold' must be"),
+        ({"sharpness": 1}, "sharpness is no option"),
+        ({}, "no 'classes'"),
+        (None, "None is no JSON object"),
+    ],
 )
 def test_options_that_are_none_are_refused(copy, mask, words):
     (copy / "diffumask.json").write_text(json.dumps({"mask": mask}))
@@ -90,7 +95,8 @@ def test_options_that_are_none_are_refused(copy, mask, words):
 @pytest.mark.parametrize(
     "changes",
     [{"classes": "dog"}, {"classes": [1]}, {"scenes": {"on the grass": "dog"}}, {"num_inference_steps": 0},
-     {"num_inference_steps": 2.5}, {"guidance_scale": float("nan")}, {"mask": {"fill_holes": "no"}}],
+     {"num_inference_steps": 2.5}, {"guidance_scale": float("nan")}, {"mask": {"fill_holes": "no"}}, {"scheduler": 5},
+     {"scenes": []}],
     ids=str,
 )  # fmt: skip
 def test_settings_of_another_kind_are_refused(copy, changes):
@@ -149,8 +155,9 @@ def test_few_steps_have_options_of_their_own(copy, tmp_path):
 
 @pytest.mark.parametrize(
     ("few", "words"),
-    [({"0": {}}, "`few_steps` must be a whole number"), ({"many": {}}, "`few_steps` must be"), ([], "'items'"),
-     ({"2": {"threshold": 2}}, "`threshold` must be"), ({"2": {"sharpness": 1}}, "sharpness is no option")],
+    [({"0": {}}, "'few_steps' must be a whole number"), ({"many": {}}, "'few_steps' must be"), ([], "no JSON object"),
+     ({"2": {"threshold": 2}}, "'threshold' must be"), ({"2": {"sharpness": 1}}, "sharpness is no option"),
+     ({"2": None}, "None is no JSON object"), ({"2": {}, "02": {}}, "few_steps has one number of steps twice")],
     ids=str,
 )  # fmt: skip
 def test_options_of_few_steps_that_are_none_are_refused(copy, few, words):

@@ -19,7 +19,11 @@ def test_a_generator_is_taken_as_it_is():
 
 @pytest.mark.parametrize(
     ("seeds", "generator", "words"),
-    [([1], torch.Generator(), "give one of them"), ([1, 2], None, "1 images and 2 seeds")],
+    [
+        ([1], torch.Generator(), "give one of them"),
+        ([1, 2], None, "1 images and 2 seeds"),
+        *((wrong, None, "seeds are .*: give a list of whole numbers") for wrong in (5, [1.5], ["1"], "1")),
+    ],
 )
 def test_what_does_not_fit_is_refused(seeds, generator, words):
     with pytest.raises(DiffuMaskError, match=words):

@@ -3,6 +3,7 @@
 import json
 import pickle
 import sys
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -21,7 +22,7 @@ from diffumask_fast.generation.generate import run_generate
 from diffumask_fast.generation.job import Job, make_job, open_pipe
 from diffumask_fast.generation.options import GenerateOptions, RebuildOptions
 from diffumask_fast.generation.rebuild import rebuild
-from diffumask_fast.models.lora import find_loras, split_scale
+from diffumask_fast.models.lora import absolute_text, find_loras, lora_texts, split_scale
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 PROMPT = "a photo of a dog on the grass"
@@ -50,14 +51,18 @@ def test_texts():
     assert split_scale("a/b.safetensors:0.5") == ("a/b.safetensors", 0.5)
     assert split_scale("owner/name") == ("owner/name", 1.0) and split_scale("x:-1e-1") == ("x", -0.1)
     assert split_scale("c:/d.safetensors") == ("c:/d.safetensors", 1.0)
+    assert lora_texts(Path("a") / "b") == lora_texts([Path("a/b")]) == ("a/b",)
     assert GenerateOptions("out", lora="a:2").lora == ("a:2",) and GenerateOptions("out", lora=["a", "b"]).lora == (
         "a",
         "b",
     )
 
 
-@pytest.mark.parametrize("text", ["", ":0.5", "a:0", "a:nan", "a:inf", 3])
+@pytest.mark.parametrize("text", ["", ":0.5", "a:0", "a:nan", "a:inf", 3, None])
 def test_what_is_no_lora_s_text(text):
+    for given in (text, [text]):
+        with pytest.raises(DiffuMaskError, match="`lora` must be PATH_OR_HUB"):
+            DiffuMaskPipeline.from_pretrained(device="cpu", lora=given)
     with pytest.raises(
         DiffuMaskError, match=r"`lora` must be PATH_OR_HUB\[:SCALE\], with a finite number other than 0"
     ):
@@ -90,10 +95,10 @@ def test_images_are_those_of_diffusers_and_no_layer_is_left(tiny_folder, loras, 
     assert np.array_equal(image(DiffuMaskPipeline.from_pretrained(tmp_path / "fused", device="cpu")), image(pipe))
 
 
-def spoil(file):
-    """Double a file's LoRA, under the same name."""
+def spoil(file, factor=2.0):
+    """Multiply a file's LoRA, under the same name."""
     tensors = load_file(file)
-    save_file({name: 2 * tensor for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    save_file({name: factor * tensor for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
 
 
 def test_a_run_is_finished_with_the_files_that_began_it(tiny_folder, loras, tmp_path, monkeypatch):
@@ -189,6 +194,25 @@ def test_a_lora_that_changes_nothing_or_does_not_fit_is_refused(tiny_sdxl, tiny_
     assert "8 of the 80 layers of the LoRA some.safetensors are none of this model's, and are left out" in caplog.text
 
 
+def test_a_lora_of_which_the_text_encoder_alone_fits_is_refused(tiny_sd, tiny_folder, loras, tmp_path):
+    pytest.importorskip("peft")
+    tensors = load_file(loras[0])
+    other = tmp_path / "other.safetensors"
+    save_file({n.replace("unet.", "transformer."): t for n, t in tensors.items()}, other, metadata={"format": "pt"})
+    with pytest.raises(DiffuMaskError, match="fits this model's text encoder alone, and 80 of its 84 layers are of"):
+        DiffuMaskPipeline.from_pretrained(tiny_folder, device="cpu", lora=str(other))
+    encoder = write_lora(tmp_path / "encoder.safetensors", tiny_sd, unet=False, encoder=True)
+    DiffuMaskPipeline.from_pretrained(tiny_folder, device="cpu", lora=str(encoder))
+
+
+@pytest.mark.parametrize(("factor", "scale"), [(float("nan"), 1), (1, 1e300)])
+def test_a_lora_that_makes_weights_that_are_no_numbers_is_refused(tiny_folder, loras, factor, scale):
+    pytest.importorskip("peft")
+    spoil(loras[0], factor)
+    with pytest.raises(DiffuMaskError, match="cannot fuse style.safetensors .*: leave it out, or give a smaller scale"):
+        DiffuMaskPipeline.from_pretrained(tiny_folder, device="cpu", lora=f"{loras[0]}:{scale}")
+
+
 def test_engines_fuse_or_refuse(tiny_folder, loras, tmp_path, monkeypatch):
     with pytest.raises(
         DiffuMaskError, match="weights of `engine=onnx` are fixed: use `engine=torch` or compile with `lora`"
@@ -217,5 +241,11 @@ def test_a_file_of_the_hub(loras, monkeypatch):
     assert find_loras(["owner/name/pose.safetensors"])[0].name == "owner/name/pose.safetensors"
     with pytest.raises(DiffuMaskError, match="other.bin is no file of safetensors"):
         find_loras(["owner/name/other.bin"])
+    (loras[0].parent / "blob").write_bytes(loras[0].read_bytes())  # the hub's cache has links to files without suffix
+    (loras[0].parent / "link.safetensors").symlink_to("blob")
+    [linked] = find_loras(["owner/name/link.safetensors"])
+    [again] = find_loras([f"{linked.path}:{linked.scale}"])
+    assert (again.path, again.sha256) == (linked.path, linked.sha256) and linked.path.endswith("link.safetensors")
+    assert absolute_text(f"{linked.path}:2") == f"{linked.path}:2.0"
     with pytest.raises(DiffuMaskError, match=r"owner/gone/a.safetensors is neither a LoRA here nor .* the hub \(404\)"):
         find_loras(["owner/gone/a.safetensors"])

@@ -102,6 +102,9 @@ def test_wrong_phrases_are_named(tokenizer):
         phrase_columns(tokenizer, ["a dog"], ["a", "dog"], length=77, pad_to=1)
     with pytest.raises(PhraseNotFound):
         phrase_columns(tokenizer, ["a dog"], [""], length=77)
+    for wrong in (None, 5, [5], [None], b"dog", [["dog", 5]], [b"dog"]):
+        with pytest.raises(DiffuMaskError, match="give a list of words|give words of the prompt"):
+            phrase_columns(tokenizer, ["a dog"], wrong, length=77)
 
 
 def test_given_positions_are_checked():

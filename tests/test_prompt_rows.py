@@ -1,5 +1,7 @@
 """attention/prompt_rows.py: rows of the prompts in pipelines of other people, whatever the order."""
 
+import copy
+
 import diffusers
 import numpy as np
 import pytest
@@ -163,6 +165,15 @@ def test_embeddings_that_are_given_are_found(tiny_sd, recording):
     select = phrase_columns(tiny_sd.tokenizer, PROMPTS, ["dog"], length=77).repeat_interleave(2, 0)
     for found, truth in zip(maps.levels.values(), recorder.maps(select, slice(4, 8)), strict=True):
         assert relative(found, truth) < 1e-5
+
+
+@pytest.mark.parametrize("guidance", [1, 7.5])
+def test_embeddings_that_are_no_numbers_are_said(tiny_sd, guidance):
+    tiny_sd.text_encoder = copy.deepcopy(tiny_sd.text_encoder)
+    next(tiny_sd.text_encoder.parameters()).data.fill_(float("nan"))
+    with pytest.raises(DiffuMaskError, match="encodes texts to values that are no numbers .*: use `dtype=fp32`"):
+        with collect_maps(tiny_sd, ["dog"]):
+            draw(tiny_sd, PROMPTS[0], guidance_scale=guidance)
 
 
 @pytest.mark.parametrize("skip", [None, 1])

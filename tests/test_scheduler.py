@@ -32,7 +32,7 @@ def test_the_scheduler_that_suits_a_model_best_is_its_own(tiny_folder, tmp_path)
         pipe = load_pipe(find_model(folder), torch.float32, torch.device("cpu"))
         assert type(pipe.scheduler).__name__ == used
     (folder / "diffumask.json").write_text(json.dumps(known | {"scheduler": "nonsense"}))
-    with pytest.raises(DiffuMaskError, match="no scheduler nonsense"):
+    with pytest.raises(DiffuMaskError, match="model/diffumask.json: There is no scheduler nonsense"):
         load_pipe(find_model(folder), torch.float32, torch.device("cpu"))
 
 
@@ -73,6 +73,9 @@ def test_trailing_timesteps_begin_with_the_noisiest(pipe, name):
 def test_trailing_timesteps_that_a_scheduler_cannot_have_are_refused(pipe):
     with pytest.raises(DiffuMaskError, match="scheduler dpmsolversinglestep spaces .* one way: leave out -trailing"):
         set_scheduler(pipe, "dpmsolversinglestep-trailing")
+    for name in ("lcm", "tcd"):
+        with pytest.raises(DiffuMaskError, match=f"scheduler {name} spaces its timesteps in one way"):
+            set_scheduler(pipe, f"{name}-trailing")
     with pytest.raises(DiffuMaskError, match="There is no scheduler nonsense-trailing for .*, lcm, .*tcd"):
         set_scheduler(pipe, "nonsense-trailing")
 
@@ -112,7 +115,7 @@ def test_every_scheduler_that_is_named_works(pipe):
 def test_too_few_steps_are_refused(pipe):
     set_scheduler(pipe, "pndm")
     try_scheduler(pipe, 4)
-    with pytest.raises(DiffuMaskError, match="scheduler pndm cannot draw in 3 steps .*: use more steps or another"):
+    with pytest.raises(DiffuMaskError, match="scheduler pndm cannot draw in 3 steps .*: use other steps or another"):
         try_scheduler(pipe, 3)
 
 

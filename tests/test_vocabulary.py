@@ -5,7 +5,15 @@ import pytest
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.learning.layouts import CITYSCAPES
 from diffumask_fast.prompts.class_entry import ClassEntry
-from diffumask_fast.prompts.vocabulary import Vocabulary, is_file, names_in, palette_of, phrases_and_ids, voc_palette
+from diffumask_fast.prompts.vocabulary import (
+    Vocabulary,
+    is_file,
+    names_in,
+    names_of,
+    palette_of,
+    phrases_and_ids,
+    voc_palette,
+)
 
 MINI = Vocabulary.named(["aeroplane", "dog", "cat", "pottedplant"])
 
@@ -264,3 +272,9 @@ def test_colours():
         Vocabulary((red, ClassEntry(4, "yak", "yak", colour=(255, 0, 0))))
     with pytest.raises(DiffuMaskError, match="gnu and yak have the same colour"):
         Vocabulary((ClassEntry(3, "gnu", "gnu", colour=(0, 0, 128)), ClassEntry(4, "yak", "yak")))
+
+
+@pytest.mark.parametrize("classes", [5, [5], [None]])
+def test_classes_of_another_form_are_refused(classes):
+    with pytest.raises(DiffuMaskError, match="classes are .*: give a list of names for each prompt"):
+        names_of(["a dog"], classes, 1)

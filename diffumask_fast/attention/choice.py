@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import XFormersAttnProcessor
 
-from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.errors import DiffuMaskError, in_one_line
 
 ATTENTIONS = ("sdpa", "xformers")
 INSTEAD = "use `attention=sdpa`"
@@ -41,7 +41,7 @@ def set_attention(unet: Any, attention: str) -> None:
     try:
         unet.enable_xformers_memory_efficient_attention()
     except Exception as error:  # it computes a first product, and its errors have no common base
-        cause = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        cause = in_one_line(error)
         raise DiffuMaskError(f"xformers does not work here ({cause}): {INSTEAD}.") from error
 
 

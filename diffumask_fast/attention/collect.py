@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from numbers import Integral
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ from diffumask_fast.attention.options import Aggregation, MapOptions, Propagate
 from diffumask_fast.attention.phrases import per_prompt, token_columns
 from diffumask_fast.attention.pipeline_call import PipelineCall
 from diffumask_fast.attention.prompt_rows import prompt_rows
-from diffumask_fast.attention.running import is_called_back, running_call
+from diffumask_fast.attention.running import is_called_back, is_in_another_thread, running_call
 from diffumask_fast.attention.store import MapStore, PhraseMaps
 from diffumask_fast.attention.tap import Levels
 from diffumask_fast.errors import DiffuMaskError
@@ -103,7 +104,7 @@ class Collector:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._borrowed.close()
-        self._end_call()
+        self._end_call(told=kind is None)
         if kind is None:
             self.store  # noqa: B018, raises when nothing was captured
 
@@ -139,6 +140,9 @@ class Collector:
             self._seen = "prompts were encoded, but not by a call of the pipeline"
             return
         outer = None if self._call is None else self._call.frame
+        if outer is not None and is_in_another_thread(outer):
+            logger.warning("the pipeline draws in two threads at once, and the maps are of the call that began first")
+            return
         prompts, asked = as_list(encoded.arguments.get("prompt")), frame.f_locals.get("prompt")
         if frame is outer and asked is None and prompts != self._prompts:
             raise DiffuMaskError(
@@ -224,12 +228,12 @@ class Collector:
             )
         return noise_pred
 
-    def _end_call(self) -> None:
-        """Keep the maps of the pipeline's last call, and let its tensors go."""
+    def _end_call(self, told: bool = True) -> None:
+        """Keep the maps of the pipeline's last call, and let its tensors go; a user is told when there are too few."""
         if self._call is None:
             return
         self._store, self._seen, self._call = self._call.store, self._call.seen, None
-        if self._store is not None and self._store.calls and not self._store.is_complete:
+        if told and self._store is not None and self._store.calls and not self._store.is_complete:
             logger.warning(
                 "the maps are of %d of %d %s calls: the pipeline was stopped, or drew other prompts in the rest",
                 self._store.calls, self._store.num_calls, self._family.word,
@@ -239,10 +243,23 @@ class Collector:
 def _indices_per_prompt(indices: TokenIndices, rows: list[list[str]]) -> list[list[list[int]]]:
     """Bring token_indices to one list for each prompt, and check that they fit the phrases."""
     given: Any = indices  # for all prompts, or for each
-    flat = all(isinstance(i, int) for phrase in given for i in phrase)
-    out = [[list(phrase) for phrase in row] for row in ([given] * len(rows) if flat else given)]
+    flat = _is_list(given) and all(map(_are_positions, given))
+    if not flat and not (_is_list(given) and all(_is_list(row) and all(map(_are_positions, row)) for row in given)):
+        raise DiffuMaskError(
+            f"token_indices are {given!r}: give a list of token positions for each phrase, such as [[5], [8, 9]], or "
+            "a list of such lists, one for each prompt"
+        )
+    out = [[[int(i) for i in phrase] for phrase in row] for row in ([given] * len(rows) if flat else given)]
     if [len(row) for row in out] != [len(row) for row in rows]:
         raise DiffuMaskError(
             f"token_indices are for {[len(row) for row in out]} phrases, there are {[len(row) for row in rows]}"
         )
     return out
+
+
+def _are_positions(given: Any) -> bool:
+    return _is_list(given) and all(isinstance(one, Integral) and not isinstance(one, bool) for one in given)
+
+
+def _is_list(given: Any) -> bool:
+    return isinstance(given, Sequence) and not isinstance(given, str | bytes)

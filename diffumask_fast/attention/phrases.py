@@ -1,6 +1,6 @@
 """From a phrase to its token columns: whole words among the token ids that were encoded."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -37,8 +37,13 @@ def per_prompt(phrases: str | Sequence[str] | Sequence[Sequence[str]], num: int)
     Raises:
         DiffuMaskError: the number of lists is not the number of prompts.
     """
+    if not isinstance(phrases, Iterable) or isinstance(phrases, bytes):
+        raise DiffuMaskError(f"phrases are {phrases!r}: give a list of words of the prompt, such as ['dog']")
     phrases = [phrases] if isinstance(phrases, str) else list(phrases)
     words = [p for p in phrases if isinstance(p, str)]
+    for row in [words, *(p for p in phrases if not isinstance(p, str))]:
+        if not isinstance(row, list | tuple) or not all(isinstance(one, str) for one in row):
+            raise DiffuMaskError(f"{row!r} is no phrase, nor a list of phrases: give words of the prompt")
     if len(words) == len(phrases):
         return [list(words) for _ in range(num)]
     if words:

@@ -51,6 +51,11 @@ def prompt_rows(pipe: Any, encoded: Encoded, segments: Segments) -> PromptRows:
             f"{type(pipe).__name__} encoded {num} prompts, {copies} images of each, to {shapes}, and which rows of "
             "them are of the prompts is not known: use another pipeline"
         )
+    if any(block.isnan().any() for block in blocks):
+        raise DiffuMaskError(
+            f"{type(pipe).__name__} encodes texts to values that are no numbers (weights that are damaged, or too "
+            "large for fp16), so no image could be drawn: use `dtype=fp32`, or fetch the model again"
+        )
     at = 0 if len(blocks) == 1 else _at_prompts(pipe, encoded, blocks, segments(blocks[0].shape[1]))
     if at is None:
         raise DiffuMaskError(

@@ -6,6 +6,7 @@ The stack tells it as well, for each thread by itself, and nothing has to be put
 
 import inspect
 import sys
+import threading
 from types import FrameType
 from typing import Any
 
@@ -29,6 +30,16 @@ def is_called_back(pipe: Any, frame: FrameType, outer: FrameType) -> bool:
     while at is not None and at is not outer:
         at = at.f_back
     return at is not None and _call_around(pipe, frame.f_back) is not outer
+
+
+def is_in_another_thread(frame: FrameType) -> bool:
+    """Tell whether a function is running now, in a thread that is not ours."""
+    for thread, at in sys._current_frames().items():
+        while thread != threading.get_ident() and at is not None:
+            if at is frame:
+                return True
+            at = at.f_back  # type: ignore[assignment]
+    return False
 
 
 def _call_around(pipe: Any, frame: FrameType | None) -> FrameType | None:

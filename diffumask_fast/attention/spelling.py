@@ -81,7 +81,11 @@ class Speller:
         positions: list[tuple[int, ...]] = []
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         begun: tuple[int, ...] = ()  # the tokens of a character that is not complete yet
+        further = self._further_vectors(ids)
         for position, piece in enumerate(self._pieces(ids)):
+            if position in further:  # it says what the first one says
+                positions = [(*one, position) if further[position] in one else one for one in positions]
+                continue
             for byte in piece:
                 found = decoder.decode(bytes((byte,)))
                 begun = (*begun, position) if begun[-1:] != (position,) else begun
@@ -96,6 +100,17 @@ class Speller:
                 if found:
                     begun = (position,) if decoder.getstate()[0] else ()
         return Spelt("".join(characters), positions)
+
+    def _further_vectors(self, ids: Sequence[int]) -> dict[int, int]:
+        """Return the positions of a textual inversion's vectors after its first -> the position of that."""
+        found, first = {}, 0
+        tokens = self.tokenizer.convert_ids_to_tokens(list(ids))
+        for position, one in enumerate(ids):
+            if one in self.added and position and tokens[position] == f"{tokens[first]}_{position - first}":
+                found[position] = first
+            else:
+                first = position
+        return found
 
     def _pieces(self, ids: Sequence[int]) -> Iterator[bytes]:
         """Give the utf-8 of each token, with spaces between words in the place of the tokenizer's marks."""

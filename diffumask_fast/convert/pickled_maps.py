@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.errors import DiffuMaskError, in_one_line
 
 STEPS = frozenset(
     "PROTO FRAME STOP MARK MEMOIZE PUT BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD "
@@ -88,7 +88,7 @@ def read_maps(path: Path, most_bytes: int = 2**28) -> dict[int, np.ndarray]:
             raise ValueError(f"it has more than {most_bytes} bytes")
         return _maps(path.read_bytes())
     except Exception as error:  # what a damaged pickle fails with is of many kinds
-        cause = " ".join(str(error).split())[:100] or type(error).__name__
+        cause = in_one_line(error, 100)
         raise DiffuMaskError(
             f"{path} is no dictionary of maps and nothing else ({cause}): import what the paper's program wrote"
         ) from error

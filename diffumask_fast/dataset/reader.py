@@ -21,7 +21,7 @@ from diffumask_fast.dataset.schema import (
     decode_png,
 )
 from diffumask_fast.dataset.storage import Place, place
-from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.errors import DiffuMaskError, in_one_line
 from diffumask_fast.options import MAX_PIXELS
 from diffumask_fast.show import caption_of, sample_html
 
@@ -189,13 +189,9 @@ def open_shard(path: Place) -> Iterator[pq.ParquetFile]:
         if isinstance(error, FileNotFoundError) or isinstance(error, OSError) and error.errno is not None:
             raise DiffuMaskError(f"{path} cannot be opened: {error.strerror or 'it is gone'}") from error
         raise DamagedShard(
-            f"{path} cannot be read ({_cause(error)}): run the command again that wrote the dataset, it makes this "
-            "shard anew"
+            f"{path} cannot be read ({in_one_line(error, 100)}): run the command again that wrote the dataset, it "
+            "makes this shard anew"
         ) from error
-
-
-def _cause(error: Exception) -> str:
-    return " ".join(str(error).split())[:100] or type(error).__name__
 
 
 def rows_of(batch: pa.RecordBatch, path: Place, max_pixels: int) -> Iterator[Row]:

@@ -19,7 +19,7 @@ import torch
 from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.borrow import patched, patched_environment
 from diffumask_fast.dataset.folder import differences
-from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.errors import DiffuMaskError, first_line, in_one_line
 from diffumask_fast.generation.draw import Row, draw_shards
 from diffumask_fast.generation.embedding import compares_texts, embed
 from diffumask_fast.generation.generate import environment
@@ -248,7 +248,7 @@ class Cluster:
         """Start a worker in the place of one that was lost, with a shard or before it had begun."""
         self._losses[index] += 1
         what = "before it had begun" if index is None else f"with shard {index}"
-        cause = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        cause = first_line(error).rstrip(".")
         if self._losses[index] > MOST_LOSSES:
             raise DiffuMaskError(
                 f"{self._losses[index]} workers of Ray were lost {what} ({cause}): see what ended them, often memory, "
@@ -286,7 +286,7 @@ def _for_workers(options: GenerateOptions) -> GenerateOptions:
         del given["classes"]
     paths = {name: Path(value).expanduser() for name, value in given.items() if value is not None}
     absolute: dict[str, Any] = {
-        name: str(path.resolve() if path.exists() else given[name]) for name, path in paths.items()
+        name: str(path.absolute() if path.exists() else given[name]) for name, path in paths.items()
     }
     return replace(options, part=None, lora=tuple(map(absolute_text, options.lora)), **absolute)
 
@@ -323,7 +323,7 @@ def _join(ray: Any, options: GenerateOptions) -> None:
         with patched_environment(STATISTICS, os.environ.get(STATISTICS, "0")):  # nothing is sent unless one wants it
             ray.init(address=options.ray, **settings)
     except Exception as error:  # Ray has no class of its own for what goes wrong here
-        cause = " ".join(str(error).split())[:200]
+        cause = in_one_line(error)
         raise DiffuMaskError(
             f"no Ray cluster can be joined at `ray={options.ray}` ({cause}): try again, set RAY_AUTH_MODE=token where "
             "the cluster wants a token, or use another address"

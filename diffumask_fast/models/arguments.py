@@ -5,15 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 from diffumask_fast.attention.families import denoising_model, has_unet
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 from diffumask_fast.models.find import ModelInfo
+from diffumask_fast.options import checked, whole
 
 SCHEDULES = ("timesteps", "sigmas")
 PICTURES = {"image", "control_image", "mask_image"}  # a pipeline's arguments that must be given, where it has them
+OLD = ("callback", "callback_steps")  # that some take without naming them
+RENAMED = {"steps": "num_inference_steps", "size": "height"}  # as the command line has them
 ALSO_WITHOUT = ("FluxKontextPipeline",)
 
 
@@ -37,6 +41,28 @@ def steps_and_guidance(pipe: DiffusersPipeline, arguments: Mapping[str, Any]) ->
     if schedule is not None:
         found["num_inference_steps"] = len(schedule)
     return found
+
+
+def check_arguments(pipe: DiffusersPipeline, arguments: Mapping[str, Any]) -> None:
+    """Refuse what a pipeline would pass over in silence, or fail of in its midst.
+
+    Args:
+        pipe: to be called.
+        arguments: of the call, by name.
+
+    Raises:
+        DiffuMaskError: the pipeline is diffusers' own and has no such argument, or the number of steps is none.
+    """
+    kind = type(pipe)
+    known = {*inspect.signature(kind.__call__).parameters, *OLD}
+    if kind.__module__.startswith("diffusers.") and (unknown := arguments.keys() - known):
+        name = min(unknown)
+        near = get_close_matches(RENAMED.get(name, name), known, 1)
+        raise DiffuMaskError(
+            f"{kind.__name__} takes no {name}: leave it out{f', or say {near[0]}' if near else ''}, as diffusers has it"
+        )
+    if "num_inference_steps" in arguments:
+        checked("num_inference_steps", arguments["num_inference_steps"], whole(1))
 
 
 def check_draws_from_prompts(pipe: DiffusersPipeline) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from diffumask_fast.attention.options import MapOptions
-from diffumask_fast.errors import DiffuMaskError, first_line
+from diffumask_fast.errors import DiffuMaskError, first_line, in_one_line
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.models.hashing import OWN_OPTIONS, weight_hash
 from diffumask_fast.models.lora import Lora, lora_record
@@ -205,7 +205,7 @@ def with_options(info: ModelInfo, path: str | Path | None) -> ModelInfo:
     if not path.is_file():
         raise DiffuMaskError(f"there is no file {path}: give `model_options` what calibrate wrote")
     with _reading(path, "give `model_options` what calibrate wrote"):
-        known = json.loads(path.read_text("utf-8"))
+        known = _named(json.loads(path.read_text("utf-8")))
         if not known.keys() & set(MEASURED):
             raise ValueError(f"it has no {' or '.join(MEASURED)}")
         return replace(info, **_measured(known))
@@ -231,11 +231,13 @@ def own_options(named: Mapping[str, Any]) -> dict[str, Any]:
 
 def _measured(known: Mapping[str, Any]) -> dict[str, Any]:
     """Return `mask` and `few_steps` of a file of options, each checked."""
-    few = {
-        checked("few_steps", most, whole(1, 1000)): own_options(named)
-        for most, named in known.get("few_steps", {}).items()
-    }
-    return {"mask": own_options(known.get("mask", {})), "few_steps": few}
+    given = [
+        (checked("few_steps", most, whole(1, 1000)), own_options(_named(named)))
+        for most, named in _named(known.get("few_steps", {})).items()
+    ]
+    if len(few := dict(given)) < len(given):
+        raise ValueError("few_steps has one number of steps twice")
+    return {"mask": own_options(_named(known.get("mask", {}))), "few_steps": few}
 
 
 def _read_info(name: str, folder: Path) -> ModelInfo:
@@ -243,15 +245,25 @@ def _read_info(name: str, folder: Path) -> ModelInfo:
     if not path.exists():
         return ModelInfo(name, folder)
     with _reading(path, "fetch the model again or delete that file"):
-        known = json.loads(path.read_text("utf-8"))
+        known = _named(json.loads(path.read_text("utf-8")))
         measured = _measured(known)
         if "classes" not in known and any(measured.values()):  # calibrate wrote it beside a model without such a file
             return ModelInfo(name, folder, **measured)
         classes = _texts(known["classes"])
         steps = checked("num_inference_steps", known["num_inference_steps"], whole(1, 1000))
         guidance = checked("guidance_scale", known["guidance_scale"], number())
-        scenes = {scene: _texts(names) for scene, names in known["scenes"].items()}
-        return ModelInfo(name, folder, classes, scenes, steps, guidance, scheduler=known.get("scheduler"), **measured)
+        scenes = {scene: _texts(names) for scene, names in _named(known["scenes"]).items()}
+        scheduler = known.get("scheduler")
+        if not isinstance(scheduler, str | None):
+            raise ValueError(f"scheduler is {scheduler!r}, no name")
+        return ModelInfo(name, folder, classes, scenes, steps, guidance, scheduler=scheduler, **measured)
+
+
+def _named(value: Any) -> dict[str, Any]:
+    """Return a JSON object, which has values by name."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r} is no JSON object")
+    return value
 
 
 def _texts(value: Any) -> tuple[str, ...]:
@@ -265,8 +277,9 @@ def _texts(value: Any) -> tuple[str, ...]:
 def _reading(path: Path, advice: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, DiffuMaskError) as error:
-        raise DiffuMaskError(f"{path} is damaged ({error}): {advice}.") from error
+    except (OSError, ValueError, KeyError, RecursionError, DiffuMaskError) as error:
+        why = f"it has no {error}" if isinstance(error, KeyError) else in_one_line(error)
+        raise DiffuMaskError(f"{path} is damaged ({why}): {advice}.") from error
 
 
 def _names(kind: type[Options]) -> set[str]:

@@ -17,6 +17,7 @@ from diffumask_fast.errors import DiffuMaskError, first_line
 from diffumask_fast.models.complete import load_models, try_tokenizers
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 from diffumask_fast.models.find import ModelInfo
+from diffumask_fast.models.hashing import OWN_OPTIONS
 from diffumask_fast.models.lora import fuse_loras
 from diffumask_fast.models.scheduler import set_scheduler
 
@@ -53,7 +54,10 @@ def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **compo
             f"{info.name} is of a kind without maps ({error}): use a Stable Diffusion model up to 3.5, or FLUX.1."
         ) from error
     if info.scheduler not in (None, type(pipe.scheduler).__name__):
-        set_scheduler(pipe, info.scheduler)
+        try:
+            set_scheduler(pipe, info.scheduler)
+        except DiffuMaskError as error:
+            raise DiffuMaskError(f"{info.local_folder / OWN_OPTIONS}: {error}") from error
     with quietly():
         fuse_loras(pipe, info.loras)
     return pipe.to(device)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffumask_fast.attention.families import denoising_model
 from diffumask_fast.errors import DiffuMaskError, first_line
 
 logger = logging.getLogger("diffumask_fast")
@@ -50,13 +51,15 @@ def lora_record(loras: Sequence[Lora]) -> dict[str, Any]:
 
 
 def lora_texts(value: Any) -> tuple[str, ...]:
-    """Read one or several texts PATH_OR_HUB[:SCALE]; a ValueError says what is allowed."""
-    texts = (value,) if isinstance(value, str) else tuple(value)
-    for text in texts:
-        source, scale = split_scale(text) if isinstance(text, str) else ("", 0.0)
+    """Read one or several texts or paths PATH_OR_HUB[:SCALE]; a ValueError says what is allowed."""
+    given = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(text, str | Path) for text in given):
+        raise ValueError(ALLOWED)
+    for text in map(str, given):
+        source, scale = split_scale(text)
         if not source or scale == 0 or not math.isfinite(scale):
             raise ValueError(ALLOWED)
-    return texts
+    return tuple(map(str, given))
 
 
 def split_scale(text: str) -> tuple[str, float]:
@@ -72,7 +75,7 @@ def absolute_text(text: str) -> str:
     """Return PATH_OR_HUB[:SCALE] so that it means the same in another working directory."""
     source, scale = split_scale(text)
     path = Path(source).expanduser()
-    return f"{path.resolve()}:{scale!r}" if path.exists() else text
+    return f"{path.absolute()}:{scale!r}" if path.exists() else text  # the target of a link may have no suffix
 
 
 def find_loras(texts: Sequence[str]) -> tuple[Lora, ...]:
@@ -102,7 +105,7 @@ def _find(source: str, scale: float) -> Lora:
         raise DiffuMaskError(f"there is no LoRA {source}: give `lora` a file, its folder, or a hub id (owner/name)")
     _check(path)
     with path.open("rb") as file:
-        return Lora(name, str(path.resolve()), scale, hashlib.file_digest(file, "sha256").hexdigest())
+        return Lora(name, str(path.absolute()), scale, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def _only_file(folder: Path | str, names: Sequence[str]) -> str:
@@ -174,11 +177,13 @@ def fuse_loras(pipe: Any, loras: Sequence[Lora]) -> None:
     try:
         with _unheard():
             pipe.set_adapters(names, [lora.scale for lora in loras])
-            pipe.fuse_lora(adapter_names=names)
+            pipe.fuse_lora(adapter_names=names, safe_fusing=True)
             pipe.unload_lora_weights()
     except (ValueError, RuntimeError, NotImplementedError) as error:
         told = ", ".join(lora.name for lora in loras)
-        raise DiffuMaskError(f"diffusers cannot fuse {told} ({first_line(error)[:200]}): leave it out") from error
+        raise DiffuMaskError(
+            f"diffusers cannot fuse {told} ({first_line(error)[:200]}): leave it out, or give a smaller scale"
+        ) from error
 
 
 def _need_peft() -> None:
@@ -210,11 +215,17 @@ def _load(pipe: Any, name: str, lora: Lora) -> None:
     layers = list(_layers(pipe, name))
     if not any(layer.get_delta_weight(name).any() for layer in layers):
         raise DiffuMaskError(f"the LoRA {lora.name} changes nothing of this model: give one that was made for it")
-    if (left := len(_named(path)) - len(layers)) > 0:
-        logger.warning(
-            "%d of the %d layers of the LoRA %s are none of this model's, and are left out", left, left + len(layers),
-            lora.name,
-        )  # fmt: skip
+    num = len(_named(path))
+    if (left := num - len(layers)) <= 0:
+        return
+    if set(layers).isdisjoint(denoising_model(pipe).modules()):  # families share their text encoders
+        raise DiffuMaskError(
+            f"the LoRA {lora.name} fits this model's text encoder alone, and {left} of its {num} layers are of another "
+            "model: give one that was made for it"
+        )
+    logger.warning(
+        "%d of the %d layers of the LoRA %s are none of this model's, and are left out", left, num, lora.name
+    )
 
 
 @contextmanager

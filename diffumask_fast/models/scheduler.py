@@ -11,7 +11,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.errors import DiffuMaskError, in_one_line
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 
 TRAILING = "-trailing"
@@ -44,7 +44,7 @@ def set_scheduler(pipe: DiffusersPipeline, name: str) -> None:
     if "clip_sample" in taken:  # latents are not pixels: DDIM's default would clip them to -1..1
         changes["clip_sample"] = config.get("clip_sample", False)
     if base != name:
-        if "timestep_spacing" not in taken:
+        if "timestep_spacing" not in taken or wanted.__name__ in FEW_STEPS:  # which take theirs from their training's
             raise DiffuMaskError(f"The scheduler {base} spaces its timesteps in one way: leave out {TRAILING}.")
         changes["timestep_spacing"] = "trailing"
     pipe.scheduler = wanted.from_config(config, **changes)
@@ -76,9 +76,9 @@ def try_scheduler(pipe: DiffusersPipeline, steps: int) -> int:
             (pair, calls), (again, _) = (_steps(pipe.scheduler, steps, seeds=(0, 1)) for _ in range(2))
             alone, _ = _steps(pipe.scheduler, steps, seeds=(1,))
     except Exception as error:  # each scheduler fails in its own way
-        cause = " ".join(str(error).split())[:200] or type(error).__name__
+        cause = in_one_line(error)
         raise DiffuMaskError(
-            f"The scheduler {name} cannot draw in {steps} steps ({cause}): use more steps or another scheduler."
+            f"The scheduler {name} cannot draw in {steps} steps ({cause}): use other steps or another scheduler."
         ) from error
     if not (torch.equal(pair, again) and torch.allclose(pair[1:], alone, rtol=1e-4, atol=1e-4)):
         raise DiffuMaskError(

@@ -215,6 +215,8 @@ def names_of(
         return names
     if isinstance(classes, str):
         classes = [classes]
+    if not isinstance(classes, Iterable) or not all(isinstance(one, str | list | tuple) for one in classes):
+        raise DiffuMaskError(f"classes are {classes!r}: give a list of names for each prompt, such as [['dog']].")
     rows = [[row] if isinstance(row, str) else list(row) for row in classes]
     if all(isinstance(row, str) for row in classes):
         rows = [[str(row) for row in classes]]
