@@ -107,17 +107,17 @@ class DiffuMaskPipeline:
         """
         if attention != "sdpa":
             check_attention(attention, engine, resolve_device(device))
+        texts = checked("lora", lora, lora_texts)
         if engine not in ("torch", "compile"):
             from diffumask_fast.export.load import load_engine
 
-            pipe, info, loaded = load_engine(model, engine, engine_path, dtype, device, revision, lora)
+            pipe, info, loaded = load_engine(model, engine, engine_path, dtype, device, revision, texts)
             return cls(pipe, with_options(info, model_options), loaded)
         if engine_path is not None:
             raise DiffuMaskError(f"`engine={engine}` takes no `engine_path`: leave it out, or say `engine=onnx`.")
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
-        loras = find_loras(checked("lora", lora, lora_texts))
-        info = replace(with_options(find_model(model, revision), model_options), loras=loras)
+        info = replace(with_options(find_model(model, revision), model_options), loras=find_loras(texts))
         pipe = load_pipe(info, dtype, device)
         if dtype == torch.float16 and says_force_upcast(info.local_folder):
             pipe.vae.to(torch.float32)

@@ -53,7 +53,7 @@ def load_engine(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
-    lora: str | Sequence[str] = (),
+    lora: Sequence[str] = (),
 ) -> tuple[DiffusersPipeline, ModelInfo, Engine]:
     """Load a pipeline whose components are those of an engine; the model's folder need not have their weights.
 
