@@ -90,9 +90,14 @@ def run_images(options: CalibrateOptions, judge: DataJudge, info: ModelInfo, on_
 
 
 def _stored(run: Place, rows: list[Row], info: ModelInfo) -> CalibrationImages:
-    recorded = read_manifest(run)["options"]
+    manifest = read_manifest(run)
+    recorded, model = manifest["options"], {"id": None, "weights": None, **manifest["model"]}
     if "aggregation" not in recorded or any(row.maps is None for row in rows):
         raise DiffuMaskError(f"{run} stores no maps to make masks of: name what generate wrote by `run`")
+    if model["weights"] not in (None, info.weights):
+        raise DiffuMaskError(
+            f"{run} was drawn by {model['id']}, and the weights of {info.name} are others: name the model that drew it"
+        )
     maps = MapOptions(recorded["aggregation"], recorded["propagate"])
     samples = [
         CalibrationSample(row.key, tuple(row.classes), tuple(row.class_ids), row.image, {maps: row.maps})
@@ -104,6 +109,7 @@ def _stored(run: Place, rows: list[Row], info: ModelInfo) -> CalibrationImages:
         "let the images be drawn again to try others."
     )
     facts = {name: recorded[name] for name in RECORDED if name in recorded}
+    facts = {"model": model["id"], "weights": model["weights"], **facts}
     return CalibrationImages(samples, Choice(maps, info.mask_options(None, facts.get("steps"))), facts, fixed)
 
 
