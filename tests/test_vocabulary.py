@@ -122,7 +122,9 @@ def test_bad_files_are_refused(tmp_path, text, word):
 def test_unreadable_file(tmp_path):
     path = tmp_path / "binary.txt"
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DiffuMaskError, match="cannot read the class list .*UTF-8 with one class a line"):
+    with pytest.raises(
+        DiffuMaskError, match="binary.txt, line 1: the text is not in UTF-8: give .* with one class a line"
+    ):
         Vocabulary.from_file(path)
     for name in ("nofile.txt", "lists/nofile", str(tmp_path / "no.csv")):
         with pytest.raises(DiffuMaskError, match="nofile|no.csv") as caught:
