@@ -84,7 +84,7 @@ def test_lists_of_names_are_the_whole_public_list(tmp_path):
 def test_ids_that_would_pass_for_cocos_are_told(tmp_path, caplog):
     named = {12: "dog", 21: "traffic light"}
     converted(dataset(tmp_path / "a", classes=named), tmp_path / "b", "coco")
-    assert "category ids are this dataset's and not COCO's" in caplog.text and "like=coco" in caplog.text
+    assert "category ids are this dataset's and not COCO's" in caplog.text and "--like coco" in caplog.text
     caplog.clear()
     converted(tmp_path / "a", tmp_path / "c", "coco", like="coco")
     converted(tmp_path / "a", tmp_path / "d", "mmseg")

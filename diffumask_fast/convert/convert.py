@@ -83,8 +83,8 @@ def _numbers(plan: Plan, manifest: Mapping[str, Any], options: ConvertOptions) -
     theirs = public_names("coco", how).items() if how == "own" else ()
     if theirs and set(plan.classes.values()) <= {name for _, name in theirs} and not plan.classes.items() <= theirs:
         logger.warning(
-            "category ids are this dataset's and not COCO's, though all names are COCO's: give like=coco to mix the "
-            "files with COCO's own"
+            "category ids are this dataset's and not COCO's, though all names are COCO's: to mix the files with COCO's "
+            "own, convert with --like coco"
         )
     return numbers
 
