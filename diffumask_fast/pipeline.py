@@ -112,7 +112,7 @@ class DiffuMaskPipeline:
             from diffumask_fast.export.load import load_engine
 
             pipe, info, loaded = load_engine(model, engine, engine_path, dtype, device, revision, texts)
-            return cls(pipe, with_options(info, model_options), loaded)
+            return cls(pipe, with_options(info, model_options, loaded.weights), loaded)
         if engine_path is not None:
             raise DiffuMaskError(f"`engine={engine}` takes no `engine_path`: leave it out, or say `engine=onnx`.")
         device = resolve_device(device)

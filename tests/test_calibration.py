@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from diffumask_fast.learning.calibration_trials import Choice, Trials
 from diffumask_fast.learning.options import CalibrateOptions
 from diffumask_fast.masks.make import make_masks
 from diffumask_fast.masks.options import MaskOptions
-from diffumask_fast.models.find import ModelInfo, find_model
+from diffumask_fast.models.find import ModelInfo, find_model, with_options
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 HAND = MapOptions("1", "none"), MaskOptions(threshold=0.7, refine="none")  # what the masks by hand agree with
@@ -141,12 +142,38 @@ def test_options_of_a_file(made, tiny_folder, tmp_path):
         DiffuMaskPipeline.from_pretrained(tiny_folder, device="cpu", model_options=tmp_path / "none.json")
 
 
+def test_a_file_of_another_model_is_refused_and_one_that_does_not_say_is_told(made, tmp_path, caplog):
+    asked, summary, weights = made
+    file = tmp_path / "options.json"
+    known = json.loads(Path(asked.model, "diffumask.json").read_text())
+    file.write_text(json.dumps(known))
+    with pytest.raises(DiffuMaskError, match="was calibrated for model, and the weights of mini are others: name"):
+        DiffuMaskPipeline.from_pretrained("mini", device="cpu", model_options=file)
+    with pytest.raises(DiffuMaskError, match="was calibrated for model"):
+        calibrate(CalibrateOptions("mini", "mini-oracle", out=file))
+    info = find_model("mini")
+    assert with_options(info, file, weights).few_steps == {2: summary["after"]}  # an engine's weights count
+    assert caplog.text == ""
+    del known["calibration"]["images_drawn_by"]
+    file.write_text(json.dumps(known))
+    assert with_options(info, file).few_steps and "does not say for which model" in caplog.text
+    caplog.clear()
+    file.write_text(json.dumps({"few_steps": known["few_steps"]}))
+    assert with_options(info, file).few_steps and caplog.text == ""
+
+
+def test_stored_maps_of_another_model_are_refused(made, tmp_path):
+    with pytest.raises(DiffuMaskError, match="was drawn by model, and the weights of mini are others: name the model"):
+        calibrate(replace(made[0], model="mini", redraw=False, out=tmp_path / "out.json"))
+
+
 def test_stored_maps_and_the_lines_of_the_command(made, tmp_path):
     asked, summary, _ = made
     out = tmp_path / "again.json"
     where = ["--run", asked.run, "--no-redraw", "--device", "cpu", "--out", out]
     lines = program("calibrate", asked.model, "--judge", asked.judge, *where).stdout.splitlines()
     known = json.loads(out.read_text())
+    assert known["calibration"]["images_drawn_by"]["weights"] == find_model(asked.model).weights
     few = known["few_steps"]["2"]
     assert known["calibration"]["before_sha256"] == "" and few["aggregation"] == "paper"  # as the maps are
     assert known["calibration"]["switched"] or few == {**summary["after"], "aggregation": "paper",

@@ -15,7 +15,10 @@ from diffumask_fast.attention.options import MapOptions
 from diffumask_fast.dataset.reader import read_rows
 from diffumask_fast.dataset.schema import encode_png
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.generation.captions import with_captions
 from diffumask_fast.generation.generate import run_generate
+from diffumask_fast.generation.job import make_job, open_pipe
+from diffumask_fast.generation.options import GenerateOptions, PromptOptions
 from diffumask_fast.learning.calibration_images import new_images, run_images
 from diffumask_fast.learning.calibration_judges import SegmenterJudge, open_judge
 from diffumask_fast.learning.options import CalibrateOptions
@@ -113,3 +116,41 @@ def test_new_images_are_those_of_a_plan(tiny_folder):
     assert images.facts["seed"] == 3 and images.facts["size"] == "32x32" and images.own.maps == MapOptions("paper", 1)
     with pytest.raises(DiffuMaskError, match="mini-oracle does not know zebra"):
         new_images(replace(wanted, classes="zebra,dog"), SegmenterJudge("mini-oracle", CPU), lambda *_: None)
+
+
+def test_images_are_drawn_from_prompts_as_generate_makes_them(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "captions.txt").write_text("\n".join(f"the dog {number}" for number in range(12)))
+    words = PromptOptions("none", captions=tmp_path / "captions.txt", retrieval="words")
+    wanted = CalibrateOptions(
+        str(tiny_folder), "mini-oracle", classes="dog,cat", prompts=words, num=16, steps=2, seed=3, size="32x32",
+        device="cpu", batch_size=8, work=tmp_path / "work",
+    )  # fmt: skip
+    asked, judge = [], SegmenterJudge("mini-oracle", CPU)
+
+    def drawn(pipe, job, requests, *others):
+        asked[:] = requests
+        return []
+
+    monkeypatch.setattr("diffumask_fast.learning.calibration_images.draw_samples", drawn)
+    new_images(wanted, judge, lambda *_: None)
+    assert {one.prompt for one in asked if one.classes == ("dog",)} <= {f"Photo of the dog {n}" for n in range(12)}
+    assert not any("Photo of the" in one.prompt for one in asked if one.classes == ("cat",))
+    run = GenerateOptions(
+        tmp_path / "run", str(tiny_folder), classes="dog,cat", prompts=words, num=16, steps=2, seed=3, size="32x32",
+        device="cpu", batch_size=8,
+    )  # fmt: skip
+    pipe = open_pipe(run, "cpu")
+    job = with_captions(make_job(run, pipe), words, pipe)
+    assert asked == list(job.plan(pipe))
+    counts = {}
+    for kinds in ("auto", "none"):
+        new_images(replace(wanted, prompts=PromptOptions(kinds)), judge, lambda *_: None)
+        counts[kinds] = sum("a photo of a dog " in one.prompt or "a photo of a cat " in one.prompt for one in asked)
+    assert counts["auto"] < counts["none"] == 16
+
+
+def test_prompts_are_not_for_images_that_are_there(made, tiny_folder, tmp_path):
+    for words, name in ((PromptOptions(3), "sub_classes"), (PromptOptions(captions=tmp_path / "c.txt"), "captions")):
+        with pytest.raises(DiffuMaskError, match=f"are there already: leave out `{name}`"):
+            images_of(asked(made, tiny_folder, prompts=words))

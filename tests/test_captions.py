@@ -17,7 +17,7 @@ from diffumask_fast.generation import captions as module
 from diffumask_fast.generation.embedding import embed
 from diffumask_fast.generation.generate import run_generate
 from diffumask_fast.generation.job import make_job, open_pipe
-from diffumask_fast.generation.options import GenerateOptions, RebuildOptions
+from diffumask_fast.generation.options import PromptOptions, RebuildOptions
 from diffumask_fast.generation.probe import run_probe
 from diffumask_fast.generation.rebuild import rebuild
 from diffumask_fast.masks.options import MaskOptions
@@ -77,17 +77,17 @@ def test_the_nearest_captions_are_taken_and_embedded_once(tiny_folder, tmp_path,
     run = asked(tmp_path / "a", tiny_folder, file, retrieval="auto", classes="dog")
     pipe = open_pipe(run, "cpu")
     job = make_job(run, pipe)
-    found = module.with_captions(job, run, pipe).recipe.retrieved
+    found = module.with_captions(job, run.prompts, pipe).recipe.retrieved
     assert found.method == "embedding" and list(map(len, embedded)) == [31, 1] and len(found.captions[0][1]) == 31
     texts = [prompt.removeprefix("Photo of ") for prompt in found.captions[0][1]]
     scores = embed(pipe, texts).astype("float32") @ embed(pipe, ["a photo of a dog"])[0].astype("float32")
     assert (scores[:-1] > scores[1:] - 2e-3).all() and scores[0] > scores[-1] + 2e-3
     del embedded[:]
     fewer = asked(tmp_path / "a", tiny_folder, file, retrieval="embedding", classes="dog", captions_per_class=11)
-    assert module.with_captions(job, fewer, pipe).recipe.retrieved.captions[0][1] == found.captions[0][1][:11]
+    assert module.with_captions(job, fewer.prompts, pipe).recipe.retrieved.captions[0][1] == found.captions[0][1][:11]
     assert list(map(len, embedded)) == [1]
     file.write_text(file.read_text() + "\na dog on a box")
-    assert len(module.with_captions(job, run, pipe).recipe.retrieved.captions[0][1]) == 32
+    assert len(module.with_captions(job, run.prompts, pipe).recipe.retrieved.captions[0][1]) == 32
 
 
 def test_a_run_goes_on_where_the_file_is_gone(tiny_folder, tmp_path, file, caplog):
@@ -240,8 +240,8 @@ def test_rounds_and_a_dry_run_take_captions_too(tiny_folder, tmp_path, file):
 def test_options_without_a_file_are_refused(tmp_path):
     for changes in ({"retrieval": "words"}, {"captions_per_class": 5}, {"caption_filter": "none"}):
         with pytest.raises(DiffuMaskError, match=f"`{next(iter(changes))}` is of no use without a file of captions"):
-            GenerateOptions(tmp_path, **changes)
+            PromptOptions(**changes)
     with pytest.raises(DiffuMaskError, match="local path"):
-        GenerateOptions(tmp_path, captions=Path("s3://bucket/captions.txt"))
+        PromptOptions(captions=Path("s3://bucket/captions.txt"))
     with pytest.raises(DiffuMaskError, match="one of auto, embedding, words"):
-        GenerateOptions(tmp_path, captions=tmp_path / "a.txt", retrieval="near")
+        PromptOptions(captions=tmp_path / "a.txt", retrieval="near")

@@ -116,7 +116,17 @@ CLASS = '[[class]]\nname = "dog"\n'
         (CLASS + 'colour = "#808080"\n[[class]]\nname = "car"\n', 4, "dog and car have the same colour"),
         (CLASS + '[scenes]\n"on a road" = []\n"in a box" = ["cat"]\n', 5, "'in a box' suits 'cat', which is no"),
         (CLASS + "[scenes]\nhere = 3\n", 4, "here is a list of texts"),
-        ("", 1, "no class is named"),
+        (CLASS + "\n" + CLASS, 4, "clash, for they have one name: rename or remove one"),
+        (CLASS + '\n[[class]]\nname = "gnome"\nid = 12\n', 4, "both have the id 12: give one of them another"),
+        (CLASS + 'phrases = ["hound"]\n[[class]]\nname = "cat"\nphrases = ["cat", "Dog"]\n', 4, "'dog' stands for dog"),
+        (CLASS + 'phrases = ["do\u200bg"]\n', 1, "the letter U.200B, which is not seen: remove it"),
+        (CLASS + 'phrases = ["\ufeffdog"]\n', 1, r"U.FEFF"),
+        (CLASS + 'phrases = ["\\u202edog", "do\\u0007g"]\n', 1, r"U.202E"),
+        (CLASS + 'scenes = ["in a\u00adway"]\n', 1, r"U.00AD"),
+        (CLASS + 'phrases = ["\u0301"]\n', 1, "empty phrase"),
+        ('[[class]]\nname = "ignored"\n', 1, "'ignored' cannot be a class, for formats call pixels so"),
+        ("# nothing\n", 0, "street.toml names no class: give a text file"),
+        ("", 0, "street.toml names no class"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named_by_line(tmp_path, text, line, word):
@@ -124,7 +134,7 @@ def test_mistakes_are_named_by_line(tmp_path, text, line, word):
     with pytest.raises(DiffuMaskError, match=word) as caught:
         Vocabulary.from_file(path)
     assert "\n" not in str(caught.value)
-    assert not text or str(caught.value).startswith(f"{path}, line {line}: ")
+    assert not line or str(caught.value).startswith(f"{path}, line {line}: ")
 
 
 def test_mistakes_of_text_files_are_named_by_line_as_well(tmp_path):
@@ -132,6 +142,35 @@ def test_mistakes_of_text_files_are_named_by_line_as_well(tmp_path):
         path = write(tmp_path, text, "list.txt")
         with pytest.raises(DiffuMaskError, match=re.escape(f"{path}, line {line}: ")):
             Vocabulary.from_file(path)
+
+
+def test_a_text_file_has_whole_quotes_ids_of_few_digits_and_utf8(tmp_path):
+    for data, line, words in (
+        (b'dog\n"cat\nbird\n', 2, "the line is no class .unexpected end of data"),
+        (b"dog\n" + b"9" * 5000 + b",x,x\n", 2, "is no class: write as name"),
+        ("dog\ncaf\xe9\n".encode("latin1"), 2, "the text is not in UTF-8: give"),
+    ):
+        (path := tmp_path / "list.txt").write_bytes(data)
+        with pytest.raises(DiffuMaskError, match=re.escape(f"{path}, line {line}: ") + ".*" + words):
+            Vocabulary.from_file(path)
+
+
+def test_150_classes_of_all_scripts_with_any_line_ends(tmp_path):
+    for end in ("\n", "\r\n", "\r"):
+        text = "# ours\n\n".replace("\n", end) + end.join(
+            f'[[class]]{end}name = "thing {n}" #{end}id = {n}{end}phrases = ["thing{n}", "caf\u00e9 {n}", "\u7269{n}"]'
+            for n in range(1, 151)
+        )
+        path = tmp_path / "many.toml"
+        path.write_bytes("\ufeff".encode() + text.encode())
+        made = Vocabulary.from_file(path)
+        assert made.ids == tuple(range(1, 151)) and made.find("a Thing7, \u7269150, cafe\u0301 15") == [
+            "thing 7", "thing 150", "thing 15",
+        ]  # fmt: skip
+    path.write_text(
+        '[[class]]\nname = "\u05db\u05dc\u05d1"\nphrases = ["\u0645\u06cc\u200c\u0648\u0647", "\U0001f415"]\n', "utf-8"
+    )
+    assert Vocabulary.from_file(path).find("a \U0001f415 here") == ["\u05db\u05dc\u05d1"]
 
 
 def test_what_is_no_file_is_said(tmp_path):

@@ -25,7 +25,7 @@ from diffumask_fast.dataset.schema import SCHEMA
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.cluster import DRIVERS, Cluster, Worker, _for_workers, _options_of, _place
 from diffumask_fast.generation.generate import run_generate
-from diffumask_fast.generation.options import GenerateOptions
+from diffumask_fast.generation.options import GenerateOptions, PromptOptions
 from diffumask_fast.generation.ray import Drawer
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import closed
@@ -252,8 +252,12 @@ def test_options_mean_the_same_in_another_folder(tiny_folder, tmp_path, monkeypa
     Path("own.json").write_text("{}")
     mask = replace(GenerateOptions.mask, threshold=0.3)  # what is left out stays the model's own
     given = options(tmp_path, tiny_folder.name, classes="names.txt", mask=mask, model_options=Path("own.json"))
-    asked = _for_workers(given)
-    assert asked.model == str(tiny_folder) and asked.classes == str(tiny_folder.parent / "names.txt")
+    asked = _for_workers(replace(given, prompts=PromptOptions(3, Path("captions.txt"))))
+    assert (
+        asked.prompts == PromptOptions(3)
+        and asked.model == str(tiny_folder)
+        and asked.classes == str(tiny_folder.parent / "names.txt")
+    )
     assert asked.model_options == str(tiny_folder.parent / "own.json")
     assert _for_workers(options(tmp_path, "mini")) == options(tmp_path, "mini")
     assert _for_workers(options(tmp_path, "mini", engine_path=Path("nowhere"))).engine_path == "nowhere"

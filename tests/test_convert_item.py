@@ -15,6 +15,7 @@ from diffumask_fast.dataset.schema import encode_png, make_row
 from diffumask_fast.errors import DiffuMaskError
 
 NUMBERS = {0: 0, 12: 1, 21: 2}
+NAMES = {0: "background", 1: "dog", 2: "traffic light"}
 
 
 def row(**changes):
@@ -27,7 +28,7 @@ def decoded(data):
 
 @pytest.mark.parametrize("image_format", ["png", "webp"])
 def test_png_and_webp_are_without_loss(image_format):
-    item = make_item(row(), "train", 7, image_format, NUMBERS)
+    item = make_item(row(), "train", 7, image_format, NUMBERS, NAMES)
     assert (
         decoded(item.image) == drawn(3).image
     ).all() and item.file_name == f"dog+traffic-light-000003.{image_format}"
@@ -35,11 +36,11 @@ def test_png_and_webp_are_without_loss(image_format):
 
 def test_what_is_stored_so_already_is_copied():
     stored = make_row(drawn(3))["image"]["bytes"]
-    assert make_item(row(), "train", 1, "png", NUMBERS).image == stored
+    assert make_item(row(), "train", 1, "png", NUMBERS, NAMES).image == stored
     stream = io.BytesIO()
     Image.fromarray(drawn(3).image).save(stream, "JPEG", quality=70)
     picture = {"bytes": stream.getvalue(), "path": "x.jpg"}
-    assert make_item(row(image=picture), "train", 1, "jpg", NUMBERS).image == stream.getvalue()
+    assert make_item(row(image=picture), "train", 1, "jpg", NUMBERS, NAMES).image == stream.getvalue()
 
 
 @pytest.mark.parametrize("image_format", ["jpg", "webp"])
@@ -69,14 +70,14 @@ def test_what_a_format_does_not_hold_is_one_sentence(image_format, size, xmp):
 
 
 def test_numbers_of_classes_and_ignored_pixels():
-    item, mask = make_item(row(), "val", 7, "png", NUMBERS), drawn(3).mask
+    item, mask = make_item(row(), "val", 7, "png", NUMBERS, NAMES), drawn(3).mask
     expected = np.select([mask == 12, mask == 21, mask == 255], [1, 2, 255], 0)
     assert (item.mask == expected).all() and item.present() == [1, 2] and (mask == 255).any()
     assert item.classes == {1: "dog", 2: "traffic light"} and item.facts["seed"] == 3
 
 
 def test_facts_are_json():
-    item = make_item(row(quality=[float("nan"), 0.1 + 0.2]), "val", 7, "png", NUMBERS)
+    item = make_item(row(quality=[float("nan"), 0.1 + 0.2]), "val", 7, "png", NUMBERS, NAMES)
     assert json.loads(json.dumps(dict(item.facts), allow_nan=False))["quality"] == [None, 0.3]
 
 
@@ -106,12 +107,17 @@ def test_palette_and_grey():
 def test_rows_that_do_not_fit_are_refused(changes, sentence):
     fitting = {**make_row(drawn(0)), **changes}
     with pytest.raises(DiffuMaskError, match=sentence):
-        make_item(Row(fitting), "train", 1, "png", NUMBERS)
+        make_item(Row(fitting), "train", 1, "png", NUMBERS, NAMES)
 
 
 def test_a_picture_too_large_is_refused_before_it_is_decoded():
     bomb = encode_png(np.zeros((3000, 3000, 3), np.uint8))
     with pytest.raises(DiffuMaskError, match="3000x3000, more than 1000000 pixels"):
         make_item(
-            Row({**make_row(drawn(0)), "image": {"bytes": bomb, "path": ""}}, None, 10**6), "train", 1, "jpg", NUMBERS
+            Row({**make_row(drawn(0)), "image": {"bytes": bomb, "path": ""}}, None, 10**6),
+            "train",
+            1,
+            "jpg",
+            NUMBERS,
+            NAMES,
         )

@@ -30,7 +30,7 @@ def test_hostile_class_names_are_refused(name):
 
 
 def test_a_class_that_would_be_taken_for_ignored_pixels_is_refused():
-    with pytest.raises(DiffuMaskError, match="a class named ignored would be taken for pixels to ignore"):
+    with pytest.raises(DiffuMaskError, match="'ignored' cannot be a class, for formats call pixels so"):
         check_classes({0: "background", 3: "ignored"})
 
 

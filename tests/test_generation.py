@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import json
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation import generate, job
 from diffumask_fast.generation.generate import run_generate, tell_new_names
 from diffumask_fast.generation.job import make_job, open_pipe
-from diffumask_fast.generation.options import GenerateOptions, RebuildOptions
+from diffumask_fast.generation.options import GenerateOptions, PromptOptions, RebuildOptions
 from diffumask_fast.generation.rebuild import rebuild
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.pipeline import DiffuMaskPipeline
@@ -35,7 +36,8 @@ def silent(total):
 
 def options(out, model, **changes):
     settings = dict(model=str(model), classes="dog,cat", num=6, steps=2, shard_size=4, device="cpu", batch_size="2")
-    return GenerateOptions(out, **settings | changes)
+    prompts = {one.name: changes.pop(one.name) for one in fields(PromptOptions) if one.name in changes}
+    return GenerateOptions(out, prompts=PromptOptions(**prompts), **settings | changes)
 
 
 def test_the_record_holds_resolved_options_and_no_paths(tiny_folder, tmp_path):

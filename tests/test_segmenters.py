@@ -160,12 +160,17 @@ def test_files_that_are_not_as_train_wrote_them(name, tmp_path):
         load_segmenter(tmp_path / "a")
 
 
-def test_a_head_of_other_classes_begins_anew(tmp_path):
+def test_a_head_of_other_classes_begins_anew_and_that_is_told(tmp_path, caplog):
     torch.manual_seed(0)
     first = new_segmenter(str(tiny_model("segformer", tmp_path / "start")), CLASSES, 64)
     first.save(tmp_path / "first", {})
     others = {0: "background", 3: "dog", 5: "car"}  # as many, in another order
-    heads = [new_segmenter(str(tmp_path / "first"), classes, 64).model for classes in (CLASSES, others)]
+    heads = [new_segmenter(str(tmp_path / "first"), CLASSES, 64).model]
+    assert caplog.messages == []
+    heads.append(new_segmenter(str(tmp_path / "first"), others, 64).model)
+    assert [text.partition("first ")[2] for text in caplog.messages] == [
+        "has other classes than the data: its last layer, which tells them, begins anew"
+    ]
     kept, anew = (
         torch.equal(head.decode_head.classifier.weight, first.model.decode_head.classifier.weight) for head in heads
     )

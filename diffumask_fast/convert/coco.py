@@ -1,7 +1,8 @@
 """COCO: one annotation for each class of an image, its pixels as run-length code, so that holes and parts are exact.
 
-Category ids are the dataset's class ids. Ignored pixels are a crowd annotation (`iscrowd` 1) of each class of their
-image: a detection there counts neither for nor against; `"ignore": 1` tells `import` what they are.
+Category ids are the dataset's class ids, or a public dataset's (`like`). Ignored pixels are a crowd annotation
+(`iscrowd` 1) of each class of their image: a detection there counts neither for nor against; `"ignore": 1` tells
+`import` what they are.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from diffumask_fast.convert.formats import Job, Records
 from diffumask_fast.convert.item import IGNORE, Item
 from diffumask_fast.convert.plan import Shard
 from diffumask_fast.convert.target import folder, put_file, write_list
+from diffumask_fast.prompts.public_ids import supercategory
 
 NUMBERING = "own"
 IDS = 512  # annotation ids of an image: twice its classes at most
@@ -32,7 +34,11 @@ def write_items(job: Job, shard: Shard, items: Iterable[Item]) -> Iterator[dict[
 
 def write_lists(job: Job, records: Records) -> None:
     """Write the annotations of each split."""
-    categories = [{"id": number, "name": name, "supercategory": name} for number, name in job.classes.items() if number]
+    categories = [
+        {"id": number, "name": name, "supercategory": supercategory(number) if job.like == "coco" else name}
+        for number, name in job.classes.items()
+        if number
+    ]
     for split in job.splits:
         lists: dict[str, Iterable[Any]] = {
             "images": (record["image"] for record in records(split)),

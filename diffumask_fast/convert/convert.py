@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -21,10 +22,14 @@ from diffumask_fast.convert.formats import WITH_MAPS, Format, Job, format_named
 from diffumask_fast.convert.item import Item, make_item
 from diffumask_fast.convert.options import ConvertOptions
 from diffumask_fast.convert.plan import SPLITS, Plan, Shard, Split, make_plan, number_classes, palette_for, picked
+from diffumask_fast.convert.public import numbers_like, public_names
 from diffumask_fast.convert.target import Target, digest, join, write_part
 from diffumask_fast.dataset.derive import check_apart
 from diffumask_fast.dataset.reader import read_manifest
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.prompts.vocabulary import voc_palette
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ("key", "image", "mask", "classes", "class_ids", "prompt", "negative_prompt", "seed", "quality")
 MAPS = ("maps", "map_sizes")
@@ -57,16 +62,31 @@ def convert(
     check_apart(source, out)
     manifest = read_manifest(source)
     record = {name: getattr(options, name) for name in ("to", "val", "seed", "image_format", "all")}
+    record |= {"like": options.like} if options.like else {}
     with Target(out, record | {"source": digest(manifest)}) as target:
         if (counts := target.finished) is None:
             plan = make_plan(manifest, options)
-            numbers = number_classes(plan.classes, format_named(options.to).NUMBERING)
+            numbers = _numbers(plan, manifest, options)
             target.begin()
             counts = dict(plan.counts)
             written = _fill(target, plan, numbers, options, progress)
             target.finish(counts)
     rate = round(written / (time.perf_counter() - start), 2)
     return {"folder": str(out), "format": options.to, "images": sum(counts.values()), **counts, "images_per_s": rate}
+
+
+def _numbers(plan: Plan, manifest: Mapping[str, Any], options: ConvertOptions) -> dict[int, int]:
+    how = format_named(options.to).NUMBERING
+    if options.like:
+        return numbers_like(options.like, how, plan.classes, manifest["classes"])
+    numbers = number_classes(plan.classes, how)
+    theirs = public_names("coco", how).items() if how == "own" else ()
+    if theirs and set(plan.classes.values()) <= {name for _, name in theirs} and not plan.classes.items() <= theirs:
+        logger.warning(
+            "category ids are this dataset's and not COCO's, though all names are COCO's: to mix the files with COCO's "
+            "own, convert with --like coco"
+        )
+    return numbers
 
 
 def _fill(
@@ -79,11 +99,12 @@ def _fill(
     """Write what is missing; return the number of images in it."""
     job = Job(
         out=options.out,
-        classes={number: plan.classes[class_id] for class_id, number in numbers.items()},
+        classes=_names(plan, numbers, options),
         splits=tuple(split for split in SPLITS if plan.counts[split]),
         image_format=options.image_format,
         images=sum(plan.counts.values()),
-        palette=palette_for(plan, numbers),
+        palette=voc_palette() if options.like else palette_for(plan, numbers),
+        like=options.like,
     )
     tasks = [_Task(job, options, plan.split, shard, numbers) for shard in plan.shards if not target.done(shard.index)]
     with progress(len(plan.shards)) as bar:
@@ -92,6 +113,13 @@ def _fill(
             bar.advance(bar_task)
     format_named(options.to).write_lists(job, lambda split: target.records(len(plan.shards), split))
     return sum(task.shard.count for task in tasks)
+
+
+def _names(plan: Plan, numbers: Mapping[int, int], options: ConvertOptions) -> dict[int, str]:
+    """Return number in the files -> name."""
+    if options.like:
+        return public_names(options.like, format_named(options.to).NUMBERING)
+    return {number: plan.classes[class_id] for class_id, number in numbers.items()}
 
 
 @dataclass(frozen=True)
@@ -113,7 +141,9 @@ class _Task:
         path, columns = self.shard.path, COLUMNS + (MAPS if self.options.to in WITH_MAPS else ())
         for number, row in enumerate(picked(path, self.options, columns), self.shard.first):
             try:
-                item = make_item(row, self.split.of(row), number, self.options.image_format, self.numbers)
+                item = make_item(
+                    row, self.split.of(row), number, self.options.image_format, self.numbers, self.job.classes
+                )
             except DiffuMaskError as error:
                 raise error if str(path) in str(error) else DiffuMaskError(f"{path}: {error}") from error
             yield item

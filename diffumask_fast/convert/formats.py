@@ -25,6 +25,7 @@ class Job:
         image_format: jpg, png or webp.
         images: their number, over all splits.
         palette: 768 numbers, the colour of each number in the files.
+        like: see `options.ConvertOptions`.
     """
 
     out: Path
@@ -33,6 +34,7 @@ class Job:
     image_format: str
     images: int
     palette: list[int]
+    like: str | None = None
 
 
 class Format(Protocol):

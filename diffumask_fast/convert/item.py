@@ -69,7 +69,9 @@ class Item:
         return [number for number in np.unique(self.mask).tolist() if number not in (0, IGNORE)]
 
 
-def make_item(row: Row, split: str, number: int, image_format: str, numbers: Mapping[int, int]) -> Item:
+def make_item(
+    row: Row, split: str, number: int, image_format: str, numbers: Mapping[int, int], names: Mapping[int, str]
+) -> Item:
     """Make an item of a row.
 
     Args:
@@ -78,6 +80,7 @@ def make_item(row: Row, split: str, number: int, image_format: str, numbers: Map
         number: of the item.
         image_format: jpg, png or webp.
         numbers: class id of the dataset -> number in the format.
+        names: number in the format -> name.
 
     Raises:
         DiffuMaskError: a picture is damaged or too large, image and mask differ in size, an id is no class, or maps
@@ -94,7 +97,8 @@ def make_item(row: Row, split: str, number: int, image_format: str, numbers: Map
     if "maps" in row.values and maps is None:
         raise DiffuMaskError(f"{row.key} has no maps, and this format holds maps: take another one")
     facts = {"key": row.key, "prompt": row.prompt, "negative_prompt": row.negative_prompt, "seed": row.seed}
-    facts |= {"classes": row.classes, "quality": [_json_number(value) for value in row.quality]}
+    classes = {numbers[class_id]: names[numbers[class_id]] for class_id in row.class_ids}
+    facts |= {"classes": list(classes.values()), "quality": [_json_number(value) for value in row.quality]}
     return Item(
         name=file_stem(row.key),
         split=split,
@@ -103,7 +107,7 @@ def make_item(row: Row, split: str, number: int, image_format: str, numbers: Map
         picture=picture,
         image_format=image_format,
         mask=_renumbered(row, numbers),
-        classes={numbers[class_id]: name for class_id, name in zip(row.class_ids, row.classes, strict=True)},
+        classes=classes,
         facts=facts,
         maps=maps,
     )

@@ -11,6 +11,7 @@ from typing import Any
 from diffumask_fast.convert.formats import Job, Records
 from diffumask_fast.convert.item import Item, mask_png
 from diffumask_fast.convert.plan import Shard
+from diffumask_fast.convert.public import IGNORES_ZERO
 from diffumask_fast.convert.target import folder, put_file, write_lines
 
 NUMBERING = "compact"
@@ -32,12 +33,14 @@ def write_lists(job: Job, records: Records) -> None:
 
 
 def _config(job: Job) -> Iterator[str]:
-    colours = [job.palette[3 * number : 3 * number + 3] for number in job.classes]
+    reduced = job.like in IGNORES_ZERO  # 0 becomes 255 and all others one less, as in those datasets' own configs
+    names = {number: name for number, name in job.classes.items() if number or not reduced}
+    colours = [job.palette[3 * number : 3 * number + 3] for number in names]
     yield "# Give `pipeline` and loaders in your own config; data_root is where this folder lies."
-    yield f"metainfo = dict(classes={tuple(job.classes.values())!r}, palette={colours!r})"
+    yield f"metainfo = dict(classes={tuple(names.values())!r}, palette={colours!r})"
     for split in job.splits:
         yield f"{split}_dataset = dict("
         yield "    type='BaseSegDataset', data_root='.',"
         yield f"    data_prefix=dict(img_path='img_dir/{split}', seg_map_path='ann_dir/{split}'),"
         yield f"    img_suffix='.{job.image_format}', seg_map_suffix='.png',"
-        yield "    metainfo=metainfo, reduce_zero_label=False)"
+        yield f"    metainfo=metainfo, reduce_zero_label={reduced})"

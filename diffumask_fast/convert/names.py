@@ -67,8 +67,6 @@ def check_classes(classes: Mapping[int, str]) -> None:
     for number, name in classes.items():
         if number:
             ClassEntry(number, name, name)
-        if name == IGNORED:
-            raise DiffuMaskError(f"a class named {name} would be taken for pixels to ignore: give it another name")
 
 
 def inside(root: Path, name: object) -> Path:

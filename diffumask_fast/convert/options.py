@@ -7,6 +7,7 @@ from typing import Literal
 from diffumask_fast.dataset.storage import Place, place
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.options import Options, ReadOptions, argument, number, one_of, option, required, whole
+from diffumask_fast.prompts.public_ids import PUBLIC
 
 FORMATS = (
     "voc", "mmseg", "coco", "coco-panoptic", "yolo", "webdataset", "imagefolder", "label-studio", "lance",
@@ -23,6 +24,8 @@ class ConvertOptions(Options):
         source: a finished dataset.
         out: folder of the files.
         to: one of `FORMATS`; docs/formats.md describes them.
+        like: one of `PUBLIC`: classes have the numbers and names of that public dataset's files, so that both can be
+            mixed; None numbers them as docs/formats.md says.
         val: share of the images that are for validation. Images of one prompt are never on both sides.
         seed: of the split.
         image_format: of the images; masks are PNG always. A picture that is stored so already is copied byte by byte.
@@ -37,6 +40,9 @@ class ConvertOptions(Options):
     source: Place = argument("Dataset to convert.", "IN", place)
     out: Path = argument("Folder of the files; run again to finish it.")
     to: str = required(f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}.", one_of(*FORMATS))
+    like: str | None = option(
+        None, f"Numbers and names of the classes as in {', '.join(PUBLIC[:-1])} or {PUBLIC[-1]}.", one_of(*PUBLIC)
+    )
     val: float = option(0.0, "Share of the images for validation; split by prompt.", number(0, 0.9))
     seed: int = option(0, "Of the split.", whole(0, 2**63 - 1))
     image_format: Literal["jpg", "png", "webp"] = option(
@@ -50,6 +56,8 @@ class ConvertOptions(Options):
         super().__post_init__()
         if self.to == "reference" and (self.val or self.image_format != "jpg"):
             raise DiffuMaskError("`to=reference` has JPEG images and no splits: leave out `image_format` and `val`")
+        if self.to == "reference" and self.like not in (None, "voc"):
+            raise DiffuMaskError(f"`to=reference` has VOC's classes alone: leave out `like={self.like}`")
 
 
 @dataclass(frozen=True)

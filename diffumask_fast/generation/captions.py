@@ -22,7 +22,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.caption_index import Embed, index_path, read_or_make
 from diffumask_fast.generation.embedding import compares_texts, embed
 from diffumask_fast.generation.job import Job
-from diffumask_fast.generation.options import GenerateOptions
+from diffumask_fast.generation.options import PromptOptions
 from diffumask_fast.models.lora import lora_record
 from diffumask_fast.pipeline import DiffuMaskPipeline
 from diffumask_fast.prompts.caption_file import CaptionFile
@@ -43,8 +43,9 @@ _JOIN = "\n"  # of class names in an index
 
 def with_captions(
     job: Job,
-    options: GenerateOptions,
+    options: PromptOptions,
     pipe: DiffuMaskPipeline | Cluster,
+    folder: Place | None = None,
     progress: Callable[[int | None], Progress] = lambda total: Progress(disable=True),
 ) -> Job:
     """Return the job with captions of the file that the options name, if they name one.
@@ -55,6 +56,7 @@ def with_captions(
         job: without captions.
         options: the flags.
         pipe: whose text encoder tells which captions are near to a class.
+        folder: of the run; None where there is none.
         progress: makes a progress bar, which counts the captions that are embedded.
 
     Raises:
@@ -65,9 +67,9 @@ def with_captions(
     method, path = options.retrieval, Path(options.captions).expanduser()
     if method == "auto":
         method = "embedding" if _compares_texts(pipe) else "words"
-    kept = _kept(job, options, method)
+    kept = _kept(job, options, method, folder) if folder is not None else None
     if kept is not None and not path.exists():
-        logger.warning("%s is gone: the captions that %s has kept are taken", path, options.out)
+        logger.warning("%s is gone: the captions that %s has kept are taken", path, folder)
         return _with(job, kept)
     file = CaptionFile(path)
     source = file.sha256()
@@ -150,9 +152,8 @@ def kept_captions(folder: Place, manifest: Mapping[str, Any]) -> Retrieved | Non
     raise DiffuMaskError(f"{path} is not what {folder} was drawn from: bring back the file as it was written")
 
 
-def _kept(job: Job, options: GenerateOptions, method: str) -> Retrieved | None:
+def _kept(job: Job, options: PromptOptions, method: str, folder: Place) -> Retrieved | None:
     """Return the captions that were found for a run that was begun by the same options, if there is one."""
-    folder = options.out
     if not (folder / MANIFEST).exists():
         return None
     manifest = read_manifest(folder)

@@ -24,7 +24,7 @@ from diffumask_fast.generation.draw import Row, draw_shards
 from diffumask_fast.generation.embedding import compares_texts, embed
 from diffumask_fast.generation.generate import environment
 from diffumask_fast.generation.job import Job, make_job, open_pipe
-from diffumask_fast.generation.options import CAPTION_OPTIONS, GenerateOptions
+from diffumask_fast.generation.options import GenerateOptions, PromptOptions
 from diffumask_fast.models.loading import quietly
 from diffumask_fast.models.lora import absolute_text
 from diffumask_fast.prompts.vocabulary import is_file
@@ -33,7 +33,7 @@ from diffumask_fast.results import Seconds
 logger = logging.getLogger("diffumask_fast")
 
 AHEAD = 2  # shards that a worker has been handed: the one at hand and the next
-DRIVERS = ("out", "ray", "workers", "allow_drift", *CAPTION_OPTIONS)  # options that make no difference to a worker
+DRIVERS = ("out", "ray", "workers", "allow_drift")  # options that make no difference to a worker
 MOST_LOSSES = 3  # of workers with the same shard
 PATIENCE = 60.0  # seconds after which somebody should know that no worker has begun
 STATISTICS = "RAY_USAGE_STATS_ENABLED"
@@ -280,7 +280,7 @@ def _import_ray() -> Any:
 
 
 def _for_workers(options: GenerateOptions) -> GenerateOptions:
-    """Return options that mean the same in another working directory."""
+    """Return options that mean the same in another working directory; captions are not looked for there."""
     given = {name: getattr(options, name) for name in ("model", "classes", "engine_path", "model_options")}
     if options.classes is not None and not is_file(options.classes):
         del given["classes"]
@@ -288,12 +288,17 @@ def _for_workers(options: GenerateOptions) -> GenerateOptions:
     absolute: dict[str, Any] = {
         name: str(path.absolute() if path.exists() else given[name]) for name, path in paths.items()
     }
-    return replace(options, part=None, lora=tuple(map(absolute_text, options.lora)), **absolute)
+    prompts = PromptOptions(options.prompts.sub_classes)
+    return replace(options, part=None, prompts=prompts, lora=tuple(map(absolute_text, options.lora)), **absolute)
 
 
 def _options_of(text: str) -> GenerateOptions:
     values = {"out": ".", **json.loads(text)}
-    made = {"maps": MapOptions(**values["maps"]), "mask": replace(GenerateOptions.mask, **values["mask"])}
+    made = {
+        "prompts": PromptOptions(**values["prompts"]),
+        "maps": MapOptions(**values["maps"]),
+        "mask": replace(GenerateOptions.mask, **values["mask"]),
+    }
     return GenerateOptions(**{**values, **made})
 
 

@@ -65,7 +65,7 @@ def run_generate(options: GenerateOptions, progress: Callable[[int | None], Prog
         DiffuMaskError: anything that keeps the run from starting or from going on, in one sentence.
     """
     with quietly(), _opened(options) as (pipe, job, surroundings):
-        job = with_captions(_resumed(job, options.out), options, pipe, progress)
+        job = with_captions(_resumed(job, options.out), options.prompts, pipe, options.out, progress)
         plan = job.plan(pipe)
         with stop_on_sigterm() as stop, open_run(
             options.out, plan, job.options, surroundings, job.shard_size, options.allow_drift,

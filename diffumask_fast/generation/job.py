@@ -235,7 +235,7 @@ def make_job(options: GenerateOptions, pipe: DiffuMaskPipeline) -> Job:
     """
     check_draws_from_prompts(pipe.pipe)
     known = Vocabulary.named(pipe.info.classes) if pipe.info.classes else None
-    vocabulary = Vocabulary.parse(options.classes, known, options.model, options.sub_classes)
+    vocabulary = Vocabulary.parse(options.classes, known, options.model, options.prompts.sub_classes)
     asked = options.size or (None, None)
     check_size(pipe.pipe, *asked)
     height, width = pipe.size(*asked)

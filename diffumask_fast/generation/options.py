@@ -14,7 +14,34 @@ from diffumask_fast.prompts.retrieval import FILTERS
 from diffumask_fast.prompts.vocabulary import SHIPPED
 
 NUM = 24
-CAPTION_OPTIONS = ("captions", "retrieval", "captions_per_class", "caption_filter")
+
+
+@dataclass(frozen=True)
+class PromptOptions(Options):
+    """What prompts say of the classes: kinds of them, and captions of a file in place of templates.
+
+    Raises:
+        DiffuMaskError: a value is not one that the help allows, or there are no captions that it could be of.
+    """
+
+    sub_classes: str | int = option(
+        "auto",
+        "Such as Labrador dog, in turn: at most N for a class, none, or auto: all, if the model knows any word.",
+        whole(1, None, "auto", "none"),
+    )
+    captions: Path | None = option(None, "File of captions to draw in place of templates: .txt, .jsonl or .parquet.")
+    retrieval: str = option(
+        "auto", "What tells the best captions: auto, embedding or words.", one_of("auto", "embedding", "words")
+    )
+    captions_per_class: int = option(3000, "The best captions of each class, at most.", whole(1, 10**6))
+    caption_filter: str = option("reference", "Which captions may be taken: reference or none.", one_of(*FILTERS))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        of_captions = [one for one in fields(self) if one.name not in ("captions", "sub_classes")]
+        given = [one.name for one in of_captions if getattr(self, one.name) != one.default]
+        if given and self.captions is None:
+            raise DiffuMaskError(f"`{given[0]}` is of no use without a file of captions: give `captions` as well")
 
 
 @dataclass(frozen=True)
@@ -35,18 +62,8 @@ class GenerateOptions(Options):
         lora_texts,
     )
     classes: str | None = option(None, f"dog,cat | {' | '.join(SHIPPED)} | FILE; all that the model lists, else voc.")
-    sub_classes: str | int = option(
-        "auto",
-        "Such as Labrador dog, in turn: at most N for a class, none, or auto: all, if the model knows any word.",
-        whole(1, None, "auto", "none"),
-    )
     classes_per_image: int = option(1, "Distinct classes joined in one prompt.", whole(1))
-    captions: Path | None = option(None, "File of captions to draw in place of templates: .txt, .jsonl or .parquet.")
-    retrieval: str = option(
-        "auto", "What tells the best captions: auto, embedding or words.", one_of("auto", "embedding", "words")
-    )
-    captions_per_class: int = option(3000, "The best captions of each class, at most.", whole(1, 10**6))
-    caption_filter: str = option("reference", "Which captions may be taken: reference or none.", one_of(*FILTERS))
+    prompts: PromptOptions = PromptOptions()
     num: int | None = option(None, f"Images drawn in all, classes taken in turn; {NUM} when left out.", whole(1, 10**8))
     accept_per_class: int | None = option(
         None, "In place of --num: accepted images of each class, at least.", whole(1, 10**7)
@@ -74,7 +91,6 @@ class GenerateOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_captions()
         if self.accept_per_class is not None and self.num is not None:
             raise DiffuMaskError("`num` counts drawn images and `accept_per_class` accepted ones: give one of the two")
         if self.accept_per_class is not None and self.classes_per_image > 1:
@@ -85,12 +101,6 @@ class GenerateOptions(Options):
             raise DiffuMaskError(
                 "one process decides the rounds of `accept_per_class`: leave out `part`, say `ray`, or give `num`"
             )
-
-    def _check_captions(self) -> None:
-        options = [one for one in fields(self) if one.name in CAPTION_OPTIONS]
-        given = [one.name for one in options if getattr(self, one.name) != one.default]
-        if given and self.captions is None:
-            raise DiffuMaskError(f"`{given[0]}` is of no use without a file of captions: give `captions` as well")
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def run_probe(options: GenerateOptions) -> dict[str, Any]:
     """
     with quietly():
         pipe = open_pipe(options, options.device)
-        job = with_captions(make_job(options, pipe), options, pipe)
+        job = with_captions(make_job(options, pipe), options.prompts, pipe, options.out)
         rows, seconds = _draw(pipe, job)
     num = job.accept_per_class * len(job.recipe.vocabulary) if job.accept_per_class else job.recipe.num
     shards = range(-(-num // job.shard_size))

@@ -166,9 +166,9 @@ def _out(options: CalibrateOptions, info: ModelInfo) -> Path:
         raise DiffuMaskError(f"{out.parent} is no folder: make it, or name another file by `out`")
     if not os.access(out.parent, os.W_OK):
         raise DiffuMaskError(f"{out.parent} cannot be written: name by `out` a file elsewhere for the options")
-    if out.exists() and out != folder / OWN_OPTIONS and not any(name in _read(out) for name in MEASURED):
-        raise DiffuMaskError(f"{out} is there and holds no options of a model: name another file by `out`")
-    if out.exists():
+    if out.exists() and out != folder / OWN_OPTIONS:
+        if not any(name in _read(out) for name in MEASURED):
+            raise DiffuMaskError(f"{out} is there and holds no options of a model: name another file by `out`")
         with_options(info, out)
     return out
 

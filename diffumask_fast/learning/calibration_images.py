@@ -15,6 +15,7 @@ from diffumask_fast.dataset.reader import Row, read_manifest
 from diffumask_fast.dataset.schema import MANIFEST
 from diffumask_fast.dataset.storage import Place, place
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.generation.captions import with_captions
 from diffumask_fast.generation.job import Job, make_job, open_pipe
 from diffumask_fast.generation.options import GenerateOptions, RebuildOptions
 from diffumask_fast.generation.rebuild import job_of
@@ -27,8 +28,8 @@ from diffumask_fast.prompts.request import Request
 
 MOST_APART = 8.0  # levels of 255, on average, between an image and the same one drawn elsewhere
 SHARED = (
-    "model", "revision", "classes", "classes_per_image", "num", "seed", "batch_size", "steps", "guidance_scale",
-    "scheduler", "size", "dtype", "device",
+    "model", "revision", "classes", "classes_per_image", "prompts", "num", "seed", "batch_size", "steps",
+    "guidance_scale", "scheduler", "size", "dtype", "device",
 )  # fmt: skip
 RECORDED = ("seed", "steps", "guidance_scale", "scheduler", "size", "dtype")
 OnDrawn = Callable[[int, int], Any]  # gets the number of images of a batch, and of all
@@ -62,6 +63,7 @@ def new_images(options: CalibrateOptions, judge: SegmenterJudge, on_drawn: OnDra
     pipe = open_pipe(wanted, options.device)
     job = make_job(wanted, pipe)
     judge.check(job.recipe.vocabulary.names)
+    job = with_captions(job, wanted.prompts, pipe)
     requests = list(job.plan(pipe))
     samples = draw_samples(pipe, job, requests, options.work, lambda count: on_drawn(count, len(requests)))
     return CalibrationImages(samples, Choice(job.maps, job.mask), _facts(job))
@@ -88,9 +90,14 @@ def run_images(options: CalibrateOptions, judge: DataJudge, info: ModelInfo, on_
 
 
 def _stored(run: Place, rows: list[Row], info: ModelInfo) -> CalibrationImages:
-    recorded = read_manifest(run)["options"]
+    manifest = read_manifest(run)
+    recorded, model = manifest["options"], {"id": None, "weights": None, **manifest["model"]}
     if "aggregation" not in recorded or any(row.maps is None for row in rows):
         raise DiffuMaskError(f"{run} stores no maps to make masks of: name what generate wrote by `run`")
+    if model["weights"] not in (None, info.weights):
+        raise DiffuMaskError(
+            f"{run} was drawn by {model['id']}, and the weights of {info.name} are others: name the model that drew it"
+        )
     maps = MapOptions(recorded["aggregation"], recorded["propagate"])
     samples = [
         CalibrationSample(row.key, tuple(row.classes), tuple(row.class_ids), row.image, {maps: row.maps})
@@ -102,6 +109,7 @@ def _stored(run: Place, rows: list[Row], info: ModelInfo) -> CalibrationImages:
         "let the images be drawn again to try others."
     )
     facts = {name: recorded[name] for name in RECORDED if name in recorded}
+    facts = {"model": model["id"], "weights": model["weights"], **facts}
     return CalibrationImages(samples, Choice(maps, info.mask_options(None, facts.get("steps"))), facts, fixed)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from diffumask_fast.errors import DiffuMaskError
+from diffumask_fast.generation.options import PromptOptions
 from diffumask_fast.learning.calibration_samples import CalibrationSample
 from diffumask_fast.learning.class_lists import lookup
 from diffumask_fast.learning.data import SegmentationData, open_data
@@ -110,9 +111,11 @@ def open_judge(options: CalibrateOptions, device: torch.device) -> SegmenterJudg
         )
     if is_segmenter:
         return SegmenterJudge(options.judge, device)
-    for name in (*OF_NEW_IMAGES, *(() if options.redraw else ("work",))):
-        if getattr(options, name) != getattr(CalibrateOptions, name):
-            raise DiffuMaskError(f"{options.judge} has masks of images that are there already: leave out `{name}`")
+    names = (*OF_NEW_IMAGES, *(() if options.redraw else ("work",)))
+    given = [name for name in names if getattr(options, name) != getattr(CalibrateOptions, name)]
+    given += [name for name, value in vars(options.prompts).items() if value != getattr(PromptOptions, name)]
+    if given:
+        raise DiffuMaskError(f"{options.judge} has masks of images that are there already: leave out `{given[0]}`")
     return DataJudge(options)
 
 

@@ -15,6 +15,7 @@ from diffumask_fast.masks.make import IGNORE
 from diffumask_fast.options import MAX_PIXELS
 from diffumask_fast.own_files import unlinked
 from diffumask_fast.pictures import decode_picture
+from diffumask_fast.prompts.public_ids import CITYSCAPES_LABELS
 from diffumask_fast.prompts.vocabulary import Vocabulary, voc_palette
 
 IMAGE_MODES = ("RGB", "L", "P", "CMYK", "YCbCr", "RGBA", "LA")  # 8 bits a channel; all become RGB
@@ -24,12 +25,6 @@ IGNORED = ["ignored", "224,224,192"]  # what stands for it in a labelmap.txt, fo
 ORIENTATION = 0x0112  # in EXIF; 1 is upright
 PNG_BIT_DEPTH = 24  # place of that byte in a PNG
 
-# Cityscapes' train ids, in their order, with the label id of each (the labels of the dataset's own scripts).
-CITYSCAPES = (
-    ("road", 7), ("sidewalk", 8), ("building", 11), ("wall", 12), ("fence", 13), ("pole", 17), ("traffic light", 19),
-    ("traffic sign", 20), ("vegetation", 21), ("terrain", 22), ("sky", 23), ("person", 24), ("rider", 25), ("car", 26),
-    ("truck", 27), ("bus", 28), ("train", 31), ("motorcycle", 32), ("bicycle", 33),
-)  # fmt: skip
 LAST_LABEL_ID = 33
 
 
@@ -122,7 +117,7 @@ class Cityscapes:
 
     def __init__(self, path: Path, split: str | None = None, max_pixels: int = MAX_PIXELS) -> None:
         self._max_pixels = max_pixels
-        self.classes = {0: "background"} | {number: name for number, (name, _) in enumerate(CITYSCAPES, 1)}
+        self.classes = {0: "background"} | dict(enumerate(Vocabulary.shipped("cityscapes").names, 1))
         images = unlinked(path, "leftImg8bit")
         split = _only_split(split, [folder.name for folder in sorted(images.iterdir()) if folder.is_dir()], images)
         self._files = list(self._found(path, split))
@@ -158,8 +153,8 @@ class Cityscapes:
 def _cityscapes_tables() -> tuple[dict[int, int], dict[int, int]]:
     """Return label id -> class id and train id -> class id; all that is not among the 19 classes is ignored."""
     labels = dict.fromkeys((*range(LAST_LABEL_ID + 1), IGNORE), IGNORE)
-    labels |= {label: number for number, (_, label) in enumerate(CITYSCAPES, 1)}
-    return labels, {number: number + 1 for number in range(len(CITYSCAPES))} | {IGNORE: IGNORE}
+    labels |= {label: number for number, label in enumerate(CITYSCAPES_LABELS, 1)}
+    return labels, {number: number + 1 for number in range(len(CITYSCAPES_LABELS))} | {IGNORE: IGNORE}
 
 
 def _voc_classes(path: Path) -> tuple[dict[int, str], dict[int, tuple[int, ...]]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffumask_fast.dataset.storage import Place, place
+from diffumask_fast.generation.options import PromptOptions
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.options import (
     Options,
@@ -342,6 +343,7 @@ class CalibrateOptions(Options):
     revision: str | None = option(None, "Revision of a hub id.")
     classes: str | None = option(None, "dog,cat | voc | FILE; all that the model lists, else VOC.")
     classes_per_image: int = option(1, "Distinct classes joined in one prompt.", whole(1))
+    prompts: PromptOptions = PromptOptions()
     num: int = option(48, "Images drawn, classes taken in turn.", whole(16, 10**5))
     seed: int = option(52000, "Of these images; not one that datasets are drawn with.", whole(0, 2**63 - 1))
     batch_size: str | int = option("auto", "Images per batch, or auto.", whole(1, None, "auto"))

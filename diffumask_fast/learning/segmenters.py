@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -22,6 +23,8 @@ from diffumask_fast.dataset.writer import explain, make_folder, write_file
 from diffumask_fast.errors import DiffuMaskError, first_line
 from diffumask_fast.masks.make import IGNORE
 from diffumask_fast.models.loading import quietly
+
+logger = logging.getLogger(__name__)
 
 RECORD = "segmenter.json"  # in a trained segmenter's folder, written last: classes, and how it was trained
 PART = ".part"  # the folder in it that is there until the record is
@@ -290,6 +293,10 @@ def _pretrained(name: str, labels: Mapping[int, str] | None = None) -> Any:
         if labels is None and (missing := sorted(report["missing_keys"])):
             raise DiffuMaskError(f"{name} is no trained segmenter, for it lacks {missing[0]}: give another one")
         if labels is not None and config.id2label != labels:
+            if (Path(name).expanduser() / RECORD).exists():
+                logger.warning(
+                    "%s has other classes than the data: its last layer, which tells them, begins anew", name
+                )
             for part, layer in model.named_modules():
                 if part.split(".")[-1] in HEADS:
                     layer.reset_parameters()

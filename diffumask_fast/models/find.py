@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.models.hashing import OWN_OPTIONS, weight_hash
 from diffumask_fast.models.lora import Lora, lora_record
 from diffumask_fast.options import Options, checked, closed, number, whole
+
+logger = logging.getLogger(__name__)
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 MEASURED = ("mask", "few_steps")  # what calibrate writes
@@ -193,11 +196,16 @@ def _check_weights(part: Path) -> None:
             raise DiffuMaskError(f"{path} is cut off or damaged ({error}): fetch the model again.") from error
 
 
-def with_options(info: ModelInfo, path: str | Path | None) -> ModelInfo:
+def with_options(info: ModelInfo, path: str | Path | None, weights: str | None = None) -> ModelInfo:
     """Return a model's settings with the options of maps and masks that are in a file, where one is given.
 
+    Args:
+        info: of the model.
+        path: of the file.
+        weights: the model's hash where an engine holds its weights; None takes the folder's.
+
     Raises:
-        DiffuMaskError: there is no such file, or it holds none or others.
+        DiffuMaskError: there is no such file, it holds none or others, or it was calibrated for another model.
     """
     if path is None:
         return info
@@ -208,7 +216,27 @@ def with_options(info: ModelInfo, path: str | Path | None) -> ModelInfo:
         known = _named(json.loads(path.read_text("utf-8")))
         if not known.keys() & set(MEASURED):
             raise ValueError(f"it has no {' or '.join(MEASURED)}")
-        return replace(info, **_measured(known))
+        made = replace(info, **_measured(known))
+    _check_is_of(info, path, known.get("calibration"), weights)
+    return made
+
+
+def _check_is_of(info: ModelInfo, path: Path, calibration: Any, weights: str | None) -> None:
+    """Raise where a file's options were found for another model; warn where it does not say for which one.
+
+    A file without a calibration is somebody's own: that person says for which model it is.
+    """
+    if calibration is None:
+        return
+    drawn_by = calibration.get("images_drawn_by") if isinstance(calibration, dict) else None
+    found_for = drawn_by if isinstance(drawn_by, dict) else {}
+    if not isinstance(found_for.get("weights"), str):
+        logger.warning("%s does not say for which model its options were found: whether they suit is not known", path)
+    elif found_for["weights"] != (weights or info.weights):
+        raise DiffuMaskError(
+            f"{path} was calibrated for {str(found_for.get('model'))[:80]}, and the weights of {info.name} are others: "
+            "name another file, or remove `calibration` from it to use its options all the same"
+        )
 
 
 def own_options(named: Mapping[str, Any]) -> dict[str, Any]:

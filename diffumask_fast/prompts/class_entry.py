@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
+from unicodedata import category
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.prompts.matching import matcher, phrase_in
@@ -67,7 +68,13 @@ class ClassEntry:
                 f"class name {self.name!r} cannot stand in file names: use letters, digits, single spaces, - and _ "
                 "(at most 80 bytes)"
             )
-        if not all(text.strip() for text in self.phrases):
+        for text in self._texts():
+            if strange := _unseen(text):
+                raise DiffuMaskError(
+                    f"class {self.name!r} has in {text[:80]!r} the letter U+{ord(strange):04X}, which is not seen: "
+                    "remove it"
+                )
+        if not all(any(category(letter)[0] in "LNS" for letter in text) for text in self.phrases):
             raise DiffuMaskError(f"class {self.name} has an empty phrase: give the words that stand for it in a prompt")
         if not 1 <= self.id <= 254:
             raise DiffuMaskError(f"class {self.name} has id {self.id}: use 1 to 254 (0 is background, 255 is ignored)")
@@ -120,6 +127,13 @@ class ClassEntry:
             for name, value in values.items()
             if value not in ((), None)
         }
+
+
+def _unseen(text: str) -> str:
+    """Return a letter that is not seen, none of those that join or part others, as some scripts and emoji need them."""
+    if text.isprintable():
+        return ""
+    return next((one for one in text if category(one) in ("Cc", "Cf") and one not in "\u200c\u200d"), "")
 
 
 def phrases_by_name(classes: Iterable[Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:

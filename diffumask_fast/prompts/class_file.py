@@ -17,6 +17,7 @@ from diffumask_fast.prompts.class_entry import Colour
 LINE_FORMS = "as name (dog) or as id,name,phrase (30,dgs,guide dog)"
 FORMS = f"a text file in UTF-8 with one class a line, {LINE_FORMS}, or in TOML (.toml)"
 MOST_BYTES = 2**22
+MOST_DIGITS = 10  # of an id
 _SHARED = ("templates", "scenes", "views")  # what a file may say for all its classes
 _OF_CLASS = ("name", "id", "phrases", "sub_classes", *_SHARED, "colour")
 
@@ -52,17 +53,23 @@ def read_class_file(path: str | Path) -> list[ClassLine]:
             raise DiffuMaskError(f"{path} is no file: give {FORMS}")
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
-        text = unicodedata.normalize("NFC", data.decode("utf-8-sig"))
+        text = unicodedata.normalize("NFC", data.decode("utf-8-sig")).replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError as error:
         raise DiffuMaskError(
             f"cannot read {path}, which is neither a class nor a file: give names such as dog,cat, or voc, or {FORMS}"
         ) from error
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DiffuMaskError(f"{path}, line {line}: the text is not in UTF-8: give {FORMS}") from error
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise DiffuMaskError(f"cannot read the class list {path} ({why}): give {FORMS}") from error
     if len(data) > MOST_BYTES:
         raise DiffuMaskError(f"the class list {path} has more than {MOST_BYTES} bytes: give {FORMS}")
-    return list(read_toml(text, str(path)) if path.suffix.lower() == ".toml" else _lines(text, path))
+    lines = list(read_toml(text, str(path)) if path.suffix.lower() == ".toml" else _lines(text, path))
+    if not lines:
+        raise DiffuMaskError(f"{path} names no class: give {FORMS}")
+    return lines
 
 
 def _lines(text: str, path: Path) -> Iterator[ClassLine]:
@@ -71,12 +78,12 @@ def _lines(text: str, path: Path) -> Iterator[ClassLine]:
             continue
         where = f"{path}, line {number}"
         try:
-            fields = [one.strip() for one in next(csv.reader([line], skipinitialspace=True))]
+            fields = [one.strip() for one in next(csv.reader([line], skipinitialspace=True, strict=True))]
         except csv.Error as error:
             raise DiffuMaskError(f"{where}: the line is no class ({error}): write {LINE_FORMS}") from error
         if len(fields) == 1:
             yield ClassLine(where, fields[0])
-        elif len(fields) == 3 and fields[0].isdecimal():
+        elif len(fields) == 3 and fields[0].isdecimal() and len(fields[0]) < MOST_DIGITS:
             yield ClassLine(where, fields[1], int(fields[0]), (" ".join(fields[2].split()),))
         else:
             raise DiffuMaskError(f"{where}: {line!r} is no class: write {LINE_FORMS}")

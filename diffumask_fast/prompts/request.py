@@ -29,6 +29,8 @@ def check_class(name: str) -> None:
     """Raise a DiffuMaskError if a class is named as what no class covers."""
     if name.strip().casefold() == "background":
         raise DiffuMaskError(f"{name!r} cannot be a class, for it is what no class covers: masks have it as 0")
+    if name == "ignored":
+        raise DiffuMaskError(f"{name!r} cannot be a class, for formats call pixels so that are 255: use another name")
 
 
 @dataclass(frozen=True, slots=True)

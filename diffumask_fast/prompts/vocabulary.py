@@ -38,17 +38,25 @@ class Vocabulary:
         object.__setattr__(self, "entries", tuple(self.entries))
         if not self.entries:
             raise DiffuMaskError("no class is named: give names such as dog,cat, or voc, or a class file")
-        seen: dict[object, str] = {}
+        names: dict[str, str] = {}
+        ids: dict[int, str] = {}
         for entry in self.entries:
-            for mark in (entry.id, _fold(entry.stem)):
-                if mark in seen:
-                    raise DiffuMaskError(f"classes {seen[mark]!r} and {entry.name!r} clash: name and id must be unique")
-                seen[mark] = entry.name
+            stem = _fold(entry.stem)
+            if stem in names:
+                raise DiffuMaskError(
+                    f"classes {names[stem]!r} and {entry.name!r} clash, for they have one name: rename or remove one"
+                )
+            if entry.id in ids:
+                raise DiffuMaskError(
+                    f"classes {ids[entry.id]!r} and {entry.name!r} clash, for both have the id {entry.id}: give one of "
+                    "them another"
+                )
+            names[stem] = ids[entry.id] = entry.name
         self._check_phrases()
         self._check_colours()
 
     def _check_phrases(self) -> None:
-        owners: dict[str, str] = {}
+        owners = {_fold(entry.name): entry.name for entry in self.entries}
         for entry in self.entries:
             for phrase in map(_fold, entry.phrases):
                 if owners.setdefault(phrase, entry.name) != entry.name:
