@@ -36,6 +36,8 @@ class ModelInfo:
         scenes: phrase of a place -> the classes that belong there; None means the general list.
         num_inference_steps: recommended number of steps.
         guidance_scale: recommended guidance.
+        origin: where these two are from, after "as"; "" where nobody has looked yet.
+        doubt: what speaks against them, a clause; "" for nothing.
         mask: options of masks and of maps that were measured best for it, by name.
         few_steps: number of steps -> options that are better for runs of at most so many; the smallest such number
             counts.
@@ -49,6 +51,8 @@ class ModelInfo:
     scenes: dict[str, tuple[str, ...]] | None = None
     num_inference_steps: int = 30
     guidance_scale: float = 7.5
+    origin: str = ""
+    doubt: str = ""
     mask: dict[str, Any] = field(default_factory=dict)
     few_steps: dict[int, dict[str, Any]] = field(default_factory=dict)
     scheduler: str | None = None
@@ -251,7 +255,9 @@ def _read_info(name: str, folder: Path) -> ModelInfo:
         steps = checked("num_inference_steps", known["num_inference_steps"], whole(1, 1000))
         guidance = checked("guidance_scale", known["guidance_scale"], number())
         scenes = {scene: _texts(names) for scene, names in known["scenes"].items()}
-        return ModelInfo(name, folder, classes, scenes, steps, guidance, scheduler=known.get("scheduler"), **measured)
+        scheduler = known.get("scheduler")
+        origin = f"{OWN_OPTIONS} says"
+        return ModelInfo(name, folder, classes, scenes, steps, guidance, origin, scheduler=scheduler, **measured)
 
 
 def _texts(value: Any) -> tuple[str, ...]:
