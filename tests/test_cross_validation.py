@@ -71,17 +71,18 @@ def agreed(labels: np.ndarray, probabilities: np.ndarray, value: int = 12) -> fl
     return agreement(example, probabilities, [0, 7, 12], value)
 
 
-def test_agreement_of_sure_predictions_is_the_iou_of_what_is_known():
+def test_agreement_of_sure_predictions():
     labels, predicted = np.zeros((4, 4), np.uint8), np.zeros((4, 4), np.uint8)
     labels[:2], predicted[1:3] = 12, 12
-    assert agreed(labels, certain(predicted)) == pytest.approx(4 / 12)
+    half = 0.5**0.25  # half of the mask shows an object
+    assert agreed(labels, certain(predicted)) == pytest.approx(4 / 12 * half)
     labels[0], predicted[0] = 255, 12
     assert agreed(labels, certain(predicted)) == pytest.approx(4 / 8)
     assert agreed(labels, certain(predicted), 7) == 0  # neither there nor predicted: the mask is empty
     assert agreed(np.full((4, 4), 255, np.uint8), certain(predicted)) == 0
     labels[2:], predicted[2:] = 7, 7  # another object is no part of it
     assert agreed(labels, certain(predicted)) == 1
-    assert agreed(np.where(labels == 7, 12, labels), certain(predicted)) == pytest.approx(np.sqrt(0.5))
+    assert agreed(np.where(labels == 7, 12, labels), certain(predicted)) == pytest.approx(half)
 
 
 def test_a_mask_whose_class_is_doubted_stands_between_a_right_one_and_a_wrong_one():
@@ -89,10 +90,22 @@ def test_a_mask_whose_class_is_doubted_stands_between_a_right_one_and_a_wrong_on
     whole[:2], half[:1] = 12, 12
     doubted = np.zeros((3, 4, 4), np.float32)
     doubted[0, 2:], doubted[1, :2], doubted[2, :2] = 1, 0.6, 0.4
-    assert agreed(whole, doubted) == pytest.approx(np.sqrt(0.4 / 0.6))
-    assert agreed(half, doubted) == pytest.approx(np.sqrt(0.4 / 0.6) / 2)
+    assert agreed(whole, doubted) == pytest.approx((0.4 / 0.6) ** 0.25)
+    assert agreed(half, doubted) == pytest.approx((0.4 / 0.6) ** 0.25 / 2)
     wrong = certain(np.where(whole, 7, 0))
     assert agreed(whole, wrong) == 0 and agreed(np.where(whole, 7, 0), wrong, 7) == 1
+
+
+def test_a_right_mask_whose_object_is_half_seen_stands_above_half_a_mask_of_one_that_is_seen():
+    whole, half = np.zeros((4, 4), np.uint8), np.zeros((4, 4), np.uint8)
+    whole[:2], half[:1] = 12, 12
+    seen, unsure = np.zeros((2, 3, 4, 4), np.float32)
+    seen[0, 2:], seen[2, :2] = 1, 1
+    unsure[0], unsure[2] = seen[0], seen[2]
+    unsure[0, 1], unsure[2, 1] = 0.6, 0.4  # less probable than background, which is surer below
+    assert agreed(whole, unsure) == pytest.approx(0.7**0.25) and agreed(half, seen) == pytest.approx(0.5)
+    too_large = np.full((4, 4), 12, np.uint8)  # no pixel says how sure the segmenter is of background
+    assert agreed(too_large, seen) == pytest.approx(0.5 * 0.5**0.25)
 
 
 @pytest.fixture(scope="module")

@@ -127,6 +127,12 @@ def test_turbo_and_lightning(tiny_sdxl, name, steps):
     assert maps.store.calls == maps.store.num_calls == steps
 
 
+def test_weights_stored_as_fp8(pipe):
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.dtype == torch.float8_e4m3fn
+    check(pipe)
+
+
 @pytest.mark.parametrize("channels", [pytest.param(4, marks=pytest.mark.slow), 9])
 def test_inpainting(tiny_sd, channels):
     pipe = with_unet(tiny_sd, diffusers.StableDiffusionInpaintPipeline, in_channels=channels)

@@ -84,8 +84,8 @@ class Calls:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
-        """Note which test runs."""
-        self.test = item.nodeid
+        """Note which test runs, without its folder: that is relative to what else is on the command line."""
+        self.test = "::".join([item.path.name, *item.nodeid.split("::")[1:]])
         return (yield)
 
     def pytest_terminal_summary(self, terminalreporter):
@@ -95,12 +95,13 @@ class Calls:
             np.savez(self.path, **now)
             return
         with np.load(self.path) as kept:
-            apart = [np.abs(kept[name] - now[name]).max(initial=0) for name in kept.files if name in now]
+            apart = {name: np.abs(kept[name] - now[name]).max(initial=0) for name in kept.files if name in now}
             told = (
                 f"{len(now)} calls, {self.collected} with maps; {len(apart)} of {len(kept.files)} plain ones compared"
             )
-        equal, most = sum(one == 0 for one in apart), max(apart, default=0)
-        terminalreporter.write_line(f"{told}: {equal} equal, the others at most {most:.1e} apart")
+        equal = sum(one == 0 for one in apart.values())
+        worst, most = max(apart.items(), key=lambda one: one[1], default=("none", 0))
+        terminalreporter.write_line(f"{told}: {equal} equal, the others at most {most:.1e} apart ({worst})")
 
 
 def pixels(result):

@@ -130,10 +130,11 @@ def held_out_predictions(
 def agreement(example: Example, probabilities: np.ndarray, classes: Sequence[int], value: int) -> float:
     """Return how well the mask of one class agrees with a prediction, from 0 to 1.
 
-    It is the mask's overlap with the probability that a pixel is of any object, times the square root of how probable
-    its class is there beside the likeliest one. The overlap is the sum of the pixels' minima over that of their maxima:
-    the IoU, where the prediction is sure. So a segmenter that takes a cow for a horse, as one that has seen few images
-    does, can still tell a whole mask from half of one; where it is sure, this is the IoU of the class.
+    It is the overlap of the mask with the object that is predicted, times the fourth root of how probable an object of
+    its class is in it. A pixel outside counts against the mask by the probability that an object is there. One inside
+    does so only where background is at least as probable as in the mean of the pixels that are labelled so (the rule of
+    confident learning, Northcutt et al., JAIR 2021): a segmenter that has seen few images is seldom sure of objects,
+    and is right where it is sure. The root lets a wrong class, or half of an object, weigh more than a doubt.
 
     Args:
         example: whose labels are judged; what is 255 in them, or another class, is left out.
@@ -141,15 +142,16 @@ def agreement(example: Example, probabilities: np.ndarray, classes: Sequence[int
         classes: ids in the labels, 0 first.
         value: id of the class that is judged; where the labels do not show it, the result is 0.
     """
-    mask = example.labels == value
+    mask, outside = example.labels == value, example.labels == 0
     if not mask.any():
         return 0.0
-    foreground = 1 - probabilities[0]
-    outside = foreground[example.labels == 0].sum()
-    overlap = foreground[mask].sum() / (np.count_nonzero(mask) + outside)
+    background = probabilities[0]
+    sure = background[outside].mean() if outside.any() else 0.5
+    kept = np.count_nonzero(background[mask] < sure)
+    overlap = kept / (np.count_nonzero(mask) + (1 - background[outside]).sum())
     inside = probabilities[1:, mask].mean(1)
-    own = inside[list(classes).index(value) - 1]
-    return float(overlap * np.sqrt(own / max(inside.max(), 1e-12)))
+    own = inside[list(classes).index(value) - 1] / max(inside.max(), 1e-12)  # beside the likeliest class
+    return float(overlap * (own * (1 - background[mask].mean())) ** 0.25)
 
 
 class CleanlabFile:

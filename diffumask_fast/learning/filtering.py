@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -99,7 +100,7 @@ def rank(scores: Scores, alpha: float) -> dict[str, list[Verdict]]:
 
     Args:
         scores: name of the sample -> class -> score.
-        alpha: share of each class that is pruned, rounded down.
+        alpha: share of each class that is pruned, to the nearest whole number; one sample at least stays.
     """
     by_class: dict[str, list[tuple[float, str]]] = defaultdict(list)
     for key, classes in scores.items():
@@ -107,7 +108,7 @@ def rank(scores: Scores, alpha: float) -> dict[str, list[Verdict]]:
             by_class[name].append((score, key))
     verdicts: dict[tuple[str, str], Verdict] = {}
     for name, ranked in by_class.items():
-        most = int(alpha * len(ranked) + 1e-9)
+        most = min(math.floor(alpha * len(ranked) + 0.5), len(ranked) - 1)
         for place, (score, key) in enumerate(sorted(ranked), 1):
             verdicts[key, name] = Verdict(name, place, len(ranked), score, place <= most)
     return {key: [verdicts[key, name] for name in classes] for key, classes in scores.items()}
