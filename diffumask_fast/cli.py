@@ -25,8 +25,8 @@ from diffumask_fast.learning.options import (
     FilterOptions,
     TrainOptions,
 )
-from diffumask_fast.masks.options import MaskOptions
-from diffumask_fast.options import ReadOptions
+from diffumask_fast.masks.options import RemaskOptions
+from diffumask_fast.options import ReadOptions, closed
 from diffumask_fast.report.options import ReportOptions
 
 app = typer.Typer(
@@ -84,7 +84,7 @@ def _dry_run(options: GenerateOptions, log: Path | None, as_json: bool) -> None:
 def remask(
     source: Annotated[str, typer.Argument(metavar="IN", help="Dataset with stored maps.")],
     out: Annotated[str, typer.Argument(help="Folder or address of the new dataset; run again to finish it.")],
-    options: MaskOptions,
+    options: RemaskOptions,
     reading: ReadOptions,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: JsonFlag = False,
@@ -94,8 +94,9 @@ def remask(
     from diffumask_fast.models.device import resolve_device
 
     with stoppable("Stopped; run the same command again to finish."):
+        mask = closed(options.mask, remasking.recorded_options(source))
         summary = remasking.remask(
-            source, out, options, device=resolve_device(device), progress=progress_bar, max_pixels=reading.max_pixels
+            source, out, mask, device=resolve_device(device), progress=progress_bar, max_pixels=reading.max_pixels
         )
     if as_json:
         say(json.dumps(summary))

@@ -27,7 +27,7 @@ from diffumask_fast.engines.worker import IN_FLIGHT, StreamWorker, Turn
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.make import make_masks, quantise_maps
 from diffumask_fast.masks.options import MaskOptions
-from diffumask_fast.models.arguments import SCHEDULES, check_arguments, steps_and_guidance, suited
+from diffumask_fast.models.arguments import SCHEDULES, check_arguments, steps_and_guidance
 from diffumask_fast.models.decoding import decode, decodes_later, finished, timed_decoding
 from diffumask_fast.models.device import fitting_batch, resolve_device, resolve_dtype
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
@@ -123,7 +123,7 @@ class DiffuMaskPipeline:
             pipe.vae.to(torch.float32)
         check_runs(pipe, engine, attention)
         set_attention(denoising_model(pipe), attention)
-        return cls(pipe, suited(info, pipe), compiled=compile_pipe(pipe) if engine == "compile" else None)
+        return cls(pipe, info, compiled=compile_pipe(pipe) if engine == "compile" else None)
 
     @classmethod
     def from_pipe(cls, pipe: DiffusersPipeline) -> DiffuMaskPipeline:

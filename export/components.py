@@ -64,9 +64,14 @@ class EngineComponent:
 
 def _refuse(name: str) -> Callable[..., Any]:
     def refuse(self: EngineComponent, *_: Any, **__: Any) -> Any:
-        raise DiffuMaskError(f"An exported {type(self).__name__} has no {name}: use `engine=torch`, or export again.")
+        raise DiffuMaskError(f"An exported {_kind(self)} has no {name}: use `engine=torch`, or export again.")
 
     return refuse
+
+
+def _kind(component: EngineComponent) -> str:
+    """Return the name of the class of diffusers or transformers that a component stands for."""
+    return next(kind.__name__ for kind in type(component).__mro__ if not issubclass(kind, EngineComponent))
 
 
 class EngineUNet(EngineComponent, UNet2DConditionModel):

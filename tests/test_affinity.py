@@ -226,7 +226,7 @@ def test_what_is_made_of_it_says_so(made, tmp_path):
     _, _, out = made
     with pytest.raises(DiffuMaskError, match="has masks by affinity: redraw a sample of the dataset"):
         rebuild(out, "dog-000000")
-    remask(out, tmp_path / "otsu")
+    remask(out, tmp_path / "otsu", MaskOptions())
     recorded = read_manifest(tmp_path / "otsu")["options"]
     assert "affinity" not in recorded and recorded["threshold"] == "otsu"
 

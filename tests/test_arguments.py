@@ -1,15 +1,28 @@
 """models/arguments.py: what a pipeline is called with, where the caller says nothing."""
 
+from dataclasses import replace
+
 import pytest
 from conftest import make_unet, new_pipe
-from diffusers import FluxKontextPipeline, LatentConsistencyModelPipeline, StableDiffusionImg2ImgPipeline
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    FluxKontextPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    TCDScheduler,
+)
 from test_generation import options, silent
 
 from diffumask_fast.dropin.command import run as run_dropin
 from diffumask_fast.dropin.options import DropinOptions
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.generate import run_generate
-from diffumask_fast.models.arguments import check_arguments, check_draws_from_prompts, steps_and_guidance
+from diffumask_fast.models.arguments import check_arguments, check_draws_from_prompts, steps_and_guidance, suited
+from diffumask_fast.models.find import ModelInfo
 from diffumask_fast.pipeline import DiffuMaskPipeline
 
 
@@ -52,6 +65,36 @@ def test_what_a_pipeline_would_pass_over_is_refused(tiny_sd):
         pipe("a dog", ["dog"], steps=4)
     with pytest.raises(DiffuMaskError, match="takes no steps"):
         pipe.stream([], steps=4)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "embedded", "taken", "doubt"),
+    [
+        (LCMScheduler(), 32, (4, 8.5), ""),
+        (LCMScheduler(), None, (4, 1.0), ""),
+        (TCDScheduler(), None, (4, 1.0), ""),
+        (DDIMScheduler(), None, (30, 7.5), ""),
+        (DDIMScheduler(), 32, (30, 7.5), "its UNet takes guidance as an embedding, as an LCM's does"),
+        (EulerAncestralDiscreteScheduler(timestep_spacing="trailing"), None, (30, 7.5), "its timesteps are trailing"),
+        (DDIMScheduler(timestep_spacing="trailing", rescale_betas_zero_snr=True), None, (30, 7.5), ""),
+    ],
+)
+def test_steps_and_guidance_are_what_the_parts_of_a_model_tell(tiny_sd, scheduler, embedded, taken, doubt):
+    tiny_sd.scheduler, tiny_sd.unet = scheduler, make_unet(time_cond_proj_dim=embedded)
+    info = suited(ModelInfo("model", num_inference_steps=9), tiny_sd)
+    assert (info.num_inference_steps, info.guidance_scale) == taken and info.origin
+    assert info.doubt.startswith(doubt) and bool(info.doubt) == bool(doubt)
+    says = replace(info, scenes={}, num_inference_steps=9)
+    assert suited(says, tiny_sd) is says
+
+
+@pytest.mark.parametrize(("embeds", "guidance"), [(True, 3.5), (False, 0.0)])
+def test_a_transformer_that_takes_no_guidance_is_given_none(parts_of_flux, embeds, guidance):
+    config = {**parts_of_flux["transformer"].config, "guidance_embeds": embeds}
+    pipe = new_pipe(FluxPipeline, {**parts_of_flux, "transformer": FluxTransformer2DModel.from_config(config)})
+    info = suited(ModelInfo("model"), pipe)
+    assert (info.num_inference_steps, info.guidance_scale) == (28, guidance)
+    assert ("FLUX.1 schnell" in info.doubt) is not embeds and info.origin == "FluxPipeline has them"
 
 
 def test_a_run_refuses_a_pipeline_that_wants_pictures(tiny_sd, parts_of_flux, tmp_path):

@@ -106,6 +106,16 @@ def test_a_card_at_an_address(tmp_path):
     assert (url / "README.md").read_bytes() == before + b"mine"
 
 
+def test_the_loras_in_the_model_are_named(tmp_path):
+    files = ["style.safetensors:0.8", "owner/name/a_b.safetensors:-1.0"]
+    known = {"lora": files, "lora_sha256": {"style.safetensors": "ef"}}
+    write_card(dataset(tmp_path, options=known), OPEN)
+    text = (tmp_path / "README.md").read_text("utf-8")
+    rest = "licence unknown: see where it is from |"
+    assert f"| LoRA in it | <code>style.safetensors</code>, scale 0.8, SHA-256 <code>ef</code>, {rest}" in text
+    assert rf"<code>owner/name/a\_b.safetensors</code>, scale -1.0, SHA-256 <code>unknown</code>, {rest}" in text
+
+
 def test_hostile_texts_stay_texts(tmp_path):
     nasty = "<script>alert(1)</script> | `a` \n---\n[x](http://a.b) $x$"
     write_card(dataset(tmp_path, options={"scheduler": nasty, "nested": {"a|b": [nasty]}}, model={"id": nasty}), OPEN)

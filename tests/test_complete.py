@@ -1,13 +1,15 @@
 import json
 import shutil
 
+import diffusers
 import pytest
 import torch
+import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from diffumask_fast.errors import DiffuMaskError
-from diffumask_fast.models.complete import load_models
+from diffumask_fast.models.complete import as_argument, load_models
 from diffumask_fast.models.find import find_model
 from diffumask_fast.models.loading import load_pipe
 
@@ -134,3 +136,10 @@ def test_a_tokenizer_of_another_model_is_refused(copy):
     file.write_text(json.dumps(vocab | {f"beyond{i}</w>": len(vocab) + i for i in range(50_000)}))
     with pytest.raises(DiffuMaskError, match="tokens and its text encoder knows .*: the two are of different models"):
         load(copy)
+
+
+@pytest.mark.parametrize(("version", "name"), [("0.37.0", "torch_dtype"), ("0.42.0", "dtype"), ("1.0.0.dev0", "dtype")])
+def test_a_dtype_has_the_name_that_the_library_takes(monkeypatch, version, name):
+    monkeypatch.setattr(diffusers, "__version__", version)
+    assert as_argument(torch.float16) == as_argument(torch.float16, AutoencoderKL) == {name: torch.float16}
+    assert as_argument(torch.float16, transformers.CLIPTextModel) == {"dtype": torch.float16}

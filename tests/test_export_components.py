@@ -1,6 +1,7 @@
 import pytest
 import torch
 from conftest import draw, relative
+from diffusers import StableDiffusionImg2ImgPipeline
 
 from diffumask_fast.attention.collect import collect_maps
 from diffumask_fast.errors import DiffuMaskError
@@ -55,6 +56,29 @@ def test_a_keyword_of_the_attention_layers_is_refused(hollow):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["down_block_additional_residuals", "down_intrablock_additional_residuals"])
+def test_what_a_controlnet_or_an_adapter_adds_is_refused(hollow, name):
+    latents, states = torch.randn(2, 4, 8, 12), torch.randn(2, 77, 32)
+    with pytest.raises(DiffuMaskError, match=f"The exported UNet has no {name}: use `engine=torch`"):
+        hollow.unet(latents, 5, states, **{name: (latents,)})
+
+
+def test_an_image_may_begin_from_latents_and_not_from_a_picture(hollow, tiny_sd):
+    latents, picture = torch.randn(1, 4, 8, 12), torch.rand(1, 3, 64, 96)
+
+    def drawn(parts, image):
+        pipe = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        with collect_maps(pipe, ["dog"], propagate="none") as maps:
+            return draw(pipe, "a photo of a dog", image=image, strength=0.8), maps.levels
+
+    (found, maps), (truth, levels) = (drawn(pipe.components, latents) for pipe in (hollow, tiny_sd))
+    assert abs(found - truth).max() < 1e-3 and all(relative(maps[key], levels[key]) < 1e-3 for key in levels)
+    with pytest.raises(DiffuMaskError, match="An exported AutoencoderTiny has no encode: use `engine=torch`"):
+        drawn(hollow.components, picture)
+
+
+@torch.no_grad()
 def test_the_parts_give_what_torch_gives(hollow, hollow_sdxl, sd_parts, sdxl_parts):
     latents, ids = torch.randn(2, 4, 8, 12), torch.randint(0, 90, (2, 77))
     assert relative(hollow.vae.decode(latents).sample, sd_parts["vae"].decode(latents).sample) < 1e-4
@@ -70,10 +94,11 @@ def test_the_parts_give_what_torch_gives(hollow, hollow_sdxl, sd_parts, sdxl_par
 def test_what_an_engine_cannot_do_is_refused_and_never_done_in_silence(hollow, hollow_sdxl, tmp_path):
     ids = torch.zeros(1, 77, dtype=torch.long)
     for call, words in (
-        (lambda: hollow.unet.load_lora_adapter({}), "no load_lora_adapter"),
+        (lambda: hollow.unet.load_lora_adapter({}), "An exported UNet2DConditionModel has no load_lora_adapter: use"),
+        (lambda: hollow.enable_freeu(0.9, 0.2, 1.5, 1.6), "An exported UNet2DConditionModel has no enable_freeu"),
         (lambda: hollow.unet.set_attn_processor({}), "no set_attn_processor"),
-        (lambda: hollow.text_encoder.resize_token_embeddings(99), "no resize_token_embeddings"),
-        (lambda: hollow.vae.encode(torch.zeros(1, 3, 64, 96)), "no encode"),
+        (lambda: hollow.text_encoder.resize_token_embeddings(9), "An exported CLIPTextModel has no resize_token_emb"),
+        (lambda: hollow.vae.encode(torch.zeros(1, 3, 64, 96)), "An exported AutoencoderTiny has no encode"),
         (lambda: hollow.save_pretrained(tmp_path / "x"), "no save_pretrained"),
         (lambda: hollow.text_encoder(ids, attention_mask=ids), "no attention mask"),
         (lambda: hollow_sdxl.text_encoder(ids, output_hidden_states=True).hidden_states[-3], "no clip_skip"),

@@ -14,7 +14,7 @@ from diffumask_fast.export.options import ExportOptions
 from diffumask_fast.flags import with_flags
 from diffumask_fast.generation.options import GenerateOptions, RebuildOptions
 from diffumask_fast.learning.options import AugmentOptions, CalibrateOptions, EvaluateOptions, TrainOptions
-from diffumask_fast.masks.options import MaskOptions
+from diffumask_fast.masks.options import RemaskOptions
 from diffumask_fast.options import Options, argument, one_of, option, whole
 
 COMMANDS = typer.main.get_command(app).commands
@@ -28,7 +28,7 @@ def flat(kind):
 
 
 KINDS = {
-    "generate": GenerateOptions, "remask": MaskOptions, "evaluate": EvaluateOptions, "export": ExportOptions,
+    "generate": GenerateOptions, "remask": RemaskOptions, "evaluate": EvaluateOptions, "export": ExportOptions,
     "augment": AugmentOptions, "train": TrainOptions, "bench": BenchOptions, "compare": CompareOptions,
     "tune": TuneOptions, "verify": RebuildOptions, "calibrate": CalibrateOptions,
 }  # fmt: skip

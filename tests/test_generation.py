@@ -1,6 +1,8 @@
 import contextlib
 import dataclasses
 import json
+import logging
+import re
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -22,6 +24,7 @@ from diffumask_fast.generation import generate, job
 from diffumask_fast.generation.generate import run_generate, tell_new_names
 from diffumask_fast.generation.job import make_job, open_pipe
 from diffumask_fast.generation.options import GenerateOptions, PromptOptions, RebuildOptions
+from diffumask_fast.generation.probe import run_probe
 from diffumask_fast.generation.rebuild import rebuild
 from diffumask_fast.masks.options import MaskOptions
 from diffumask_fast.pipeline import DiffuMaskPipeline
@@ -38,6 +41,24 @@ def options(out, model, **changes):
     settings = dict(model=str(model), classes="dog,cat", num=6, steps=2, shard_size=4, device="cpu", batch_size="2")
     prompts = {one.name: changes.pop(one.name) for one in fields(PromptOptions) if one.name in changes}
     return GenerateOptions(out, prompts=PromptOptions(**prompts), **settings | changes)
+
+
+def test_a_run_says_which_steps_and_guidance_it_takes_and_why(tiny_folder, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "diffumask_fast")
+    bare = options(tmp_path / "out", tiny_folder, steps=None, scheduler="lcm", num=2)
+    taken = run_probe(bare)["taken"]
+    assert taken == "steps 4 and guidance_scale 1.0, as LCMScheduler is for few steps, with no guidance"
+    run_generate(bare, silent)
+    recorded = json.loads((tmp_path / "out" / "dataset.json").read_text())["options"]
+    assert (recorded["steps"], recorded["guidance_scale"]) == (4, 1.0)
+    assert caplog.messages[0] == taken and caplog.records[0].levelno == logging.INFO
+    caplog.clear()
+    run_generate(options(tmp_path / "turbo", tiny_folder, scheduler="euler-trailing", num=2), silent)
+    assert caplog.records[0].levelno == logging.WARNING
+    assert re.match("guidance_scale 7.5, as .*; but its timesteps are trailing, .*: if it is one", caplog.messages[0])
+    caplog.clear()
+    run_generate(options(tmp_path / "all", tiny_folder, scheduler="euler-trailing", num=2, guidance_scale=0), silent)
+    assert "guidance" not in caplog.text
 
 
 def test_the_record_holds_resolved_options_and_no_paths(tiny_folder, tmp_path):

@@ -1,5 +1,6 @@
 """models/lora.py: LoRA files in a run, fused as diffusers fuses them, known by their bytes."""
 
+import hashlib
 import json
 import pickle
 import sys
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_generation import options as usual_options
 from test_generation import silent
 
+from diffumask_fast.dataset.remask import remask
 from diffumask_fast.dataset.verify import verify
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.generate import run_generate
@@ -109,13 +111,21 @@ def test_a_run_is_finished_with_the_files_that_began_it(tiny_folder, loras, tmp_
     record = json.loads((out / "dataset.json").read_text())
     assert record["options"]["lora"] == ["style.safetensors:0.5", "pose.safetensors:1.0"]
     assert "peft" in record["environment"] and str(tmp_path) not in json.dumps(record)
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in loras]
+    assert list(record["options"]["lora_sha256"].values()) == digests
+    remask(out, tmp_path / "remasked")
+    for folder in (out, tmp_path / "remasked"):
+        card = (folder / "README.md").read_text()
+        for name, scale, digest in zip(("style", "pose"), (0.5, 1.0), digests, strict=True):
+            words = f"| LoRA in it | <code>{name}.safetensors</code>, scale {scale}, SHA-256 <code>{digest}</code>"
+            assert words in card
     monkeypatch.chdir(loras[0].parent)
     same = options(out, tiny_folder, lora=["style.safetensors:.5", "pose.safetensors"])
     assert run_generate(same, silent)["drawn"] == 0
     with pytest.raises(DiffuMaskError, match="`lora` was .* and is not set now"):
         run_generate(options(out, tiny_folder), silent)
     spoil(loras[1])
-    with pytest.raises(DiffuMaskError, match="`lora_sha256.pose.safetensors` was [0-9a-f]+"):
+    with pytest.raises(DiffuMaskError, match="the SHA-256 of the LoRA pose.safetensors was [0-9a-f.]+ and is .* now"):
         run_generate(asked, silent)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import threading
 
 import numpy as np
@@ -10,9 +11,11 @@ import torch
 from samples import draw, requests
 from test_generation import options as generate_options
 from test_generation import silent
+from typer.testing import CliRunner
 
+from diffumask_fast.cli import app
 from diffumask_fast.dataset.reader import read_rows
-from diffumask_fast.dataset.remask import remask
+from diffumask_fast.dataset.remask import recorded_options, remask
 from diffumask_fast.dataset.run import open_run
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.generate import run_generate
@@ -93,6 +96,32 @@ def test_options_reach_the_masks_and_all_else_stays(tmp_path, classes_per_image)
     there, now = (json.loads((folder / "dataset.json").read_text()) for folder in (before, tmp_path / "b"))
     assert now["options"] == there["options"] | dataclasses.asdict(options)
     assert {k: v for k, v in there.items() if k != "options"} == {k: v for k, v in now.items() if k != "options"}
+
+
+def test_what_is_left_out_is_as_the_run_was_drawn(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    best = {"mask": {"threshold": 0.6, "eps": 0.01, "min_area": 0, "max_area": 1}}
+    few = {"few_steps": {"2": {"threshold": 0.3, "refine": "none"}}}
+    (tmp_path / "model/diffumask.json").write_text(json.dumps(best | few))
+    run_generate(generate_options(tmp_path / "a", tmp_path / "model", steps=2), silent)
+    for name, flags, changed in (("b", [], {}), ("c", ["--ignore-band", "1"], {"ignore_band": 1})):
+        shown = CliRunner().invoke(app, ["remask", str(tmp_path / "a"), str(tmp_path / name), *flags])
+        assert shown.exit_code == 0, shown.output
+        recorded = recorded_options(tmp_path / name)
+        assert recorded == MaskOptions(threshold=0.3, eps=0.01, refine="none", min_area=0, max_area=1, **changed)
+    remask(tmp_path / "c", tmp_path / "d")
+    assert recorded_options(tmp_path / "d") == recorded_options(tmp_path / "c")
+    for drawn, made in zip(rows(tmp_path / "a"), rows(tmp_path / "b"), strict=True):
+        assert (drawn.mask == made.mask).mean() > 0.99
+
+
+def test_a_record_of_what_is_no_option_is_refused(tmp_path):
+    source = dataset(tmp_path / "a")
+    record = json.loads((source / "dataset.json").read_text())
+    assert recorded_options(source) == MaskOptions()
+    (source / "dataset.json").write_text(json.dumps(record | {"options": record["options"] | {"threshold": 6}}))
+    with pytest.raises(DiffuMaskError, match="dataset.json is damaged .`threshold` must be .*: bring back the old one"):
+        remask(source, tmp_path / "b")
 
 
 def test_what_was_not_finite_stays_rejected(tmp_path):

@@ -150,7 +150,7 @@ def mask_png(mask: np.ndarray, palette: list[int] | None = None) -> bytes:
     """
     if palette is None:
         return encode_png(mask)
-    picture = Image.fromarray(mask, "L")
+    picture = Image.fromarray(mask)
     picture.putpalette(palette)  # the mode becomes P
     stream = io.BytesIO()
     picture.save(stream, "PNG", compress_level=6)

@@ -202,7 +202,16 @@ def _origin(manifest: dict[str, Any], figures: Figures, licence: Licence) -> Ite
     }
     yield "\n| the model | |\n|---|---|"
     yield from (f"| {name} | {value} |" for name, value in facts.items() if value)
+    yield from (f"| LoRA in it | {lora} |" for lora in _loras(manifest["options"]))
     yield "\nThe licence in the head of this file is the model's: who publishes the data decides on theirs within it.\n"
+
+
+def _loras(options: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the LoRA files that were fused into the model, whose licences nobody has told."""
+    for text in options.get("lora", ()):
+        name, _, scale = str(text).rpartition(":")
+        digest = str(options.get("lora_sha256", {}).get(name, "unknown"))
+        yield f"{_code(name)}, scale {_plain(scale)}, SHA-256 {_code(digest)}, licence unknown: see where it is from"
 
 
 def _classes(figures: Figures) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from itertools import groupby, islice
 from typing import Any
 
@@ -15,8 +16,8 @@ from torch import Tensor
 from diffumask_fast.borrow import patched_threads
 from diffumask_fast.dataset.derive import derive
 from diffumask_fast.dataset.reader import Row, read_manifest, read_rows
-from diffumask_fast.dataset.schema import encode_png
-from diffumask_fast.dataset.storage import Place
+from diffumask_fast.dataset.schema import MANIFEST, encode_png
+from diffumask_fast.dataset.storage import Place, place
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.masks.make import make_masks
 from diffumask_fast.masks.options import MaskOptions
@@ -48,7 +49,7 @@ def remask(
     Args:
         source: a dataset with stored maps.
         out: folder of the new one.
-        options: how masks are made of maps.
+        options: how masks are made of maps; None is as the source records.
         make: makes them, as `make_masks` does; from several threads at once.
         device: where masks are made; on the CPU as many batches at once as torch has threads.
         max_pixels: of a picture that is decoded.
@@ -60,7 +61,7 @@ def remask(
     Raises:
         DiffuMaskError: as `derive`; or the source holds no maps.
     """
-    options, device = options or MaskOptions(), torch.device(device)
+    options, device = options or recorded_options(source), torch.device(device)
     phrases = phrases_by_name(read_manifest(source).get("classes", []))
     workers = torch.get_num_threads() if device.type == "cpu" else 1
 
@@ -77,6 +78,19 @@ def remask(
         )
     rejected = [] if summary["accepted"] else read_rows(out, accepted_only=False, columns=["reason"])
     return {**summary, "advice": advice([row.reason for row in rejected], options)}
+
+
+def recorded_options(source: str | Place) -> MaskOptions:
+    """Return how a dataset says that its masks were made; an option that it does not record has its default.
+
+    Raises:
+        DiffuMaskError: it has no record, or one with values that are not allowed.
+    """
+    recorded = read_manifest(source)["options"]
+    try:
+        return MaskOptions(**{one.name: recorded[one.name] for one in fields(MaskOptions) if one.name in recorded})
+    except DiffuMaskError as error:
+        raise DiffuMaskError(f"{place(source) / MANIFEST} is damaged ({error}): bring back the old one") from error
 
 
 def batches_of(rows: Iterator[Row]) -> Iterator[list[Row]]:

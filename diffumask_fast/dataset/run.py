@@ -267,7 +267,7 @@ def _compare(there: dict[str, Any], now: dict[str, Any], folder: Place) -> None:
     model = {"id": "`model`", "weights": "the model's weights"}
     changes = _named(there["model"], now["model"], lambda name: model.get(name, f"the model's {name}"))
     options = {name: value for name, value in UNRECORDED.items() if name in now["options"]} | there["options"]
-    changes += _named(options, now["options"], lambda name: f"`{name}`")
+    changes += _named(options, now["options"], _option)
     if changes:
         raise DiffuMaskError(
             f"{folder} was begun with other options: {', '.join(changes)}; give the old ones to finish it, or use "
@@ -278,6 +278,12 @@ def _compare(there: dict[str, Any], now: dict[str, Any], folder: Place) -> None:
             f"{folder} was begun with other prompts: the class list, `sub_classes`, the scenes or the tokenizer "
             "changed; bring the old ones back to finish it, or use another folder"
         )
+
+
+def _option(name: str) -> str:
+    """Return what a sentence calls an option; the hash of a LoRA file is none that can be given."""
+    file = name.removeprefix("lora_sha256.")
+    return f"`{name}`" if file == name else f"the SHA-256 of the LoRA {file}"
 
 
 def _named(old: dict[str, Any], new: dict[str, Any], title: Callable[[str], str] = str) -> list[str]:

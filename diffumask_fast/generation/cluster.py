@@ -51,8 +51,8 @@ class Worker:
             threads: of torch.
 
         Returns:
-            What the driver plans and records: job (JSON types), environment, classes and folder of the model, its
-            tokenizer, and whether its encoder's vectors of texts can be compared.
+            What the driver plans and records: job (JSON types), environment, classes and folder of the model, what
+            tells its steps and guidance, its tokenizer, and whether its encoder's vectors of texts can be compared.
 
         Raises:
             DiffuMaskError: it cannot be loaded, or cannot draw what is asked for.
@@ -62,9 +62,10 @@ class Worker:
             asked = _options_of(options)
             self._pipe = open_pipe(asked, device)
             job = make_job(asked, self._pipe)
+        info = self._pipe.info
         return {
-            "job": job.as_json(), "environment": environment(self._pipe), "classes": self._pipe.info.classes,
-            "folder": self._pipe.info.folder and str(self._pipe.info.folder),
+            "job": job.as_json(), "environment": environment(self._pipe), "classes": info.classes,
+            "folder": info.folder and str(info.folder), "origin": info.origin, "doubt": info.doubt,
             "tokenizer": self._pipe.tokenizer, "compares_texts": compares_texts(self._pipe),
         }  # fmt: skip
 
@@ -131,7 +132,8 @@ class Cluster:
         self.job = Job.from_json(self._first["job"])
         self.environment: dict[str, Any] = self._first["environment"]
         folder = self._first["folder"]  # read for its licence, where it is on this machine too
-        self.info = SimpleNamespace(classes=self._first["classes"], folder=folder and Path(folder))
+        told = {name: self._first[name] for name in ("classes", "origin", "doubt")}
+        self.info = SimpleNamespace(**told, folder=folder and Path(folder))
         self.tokenizer = self._first["tokenizer"]
         self.compares_texts: bool = self._first["compares_texts"]
         return self

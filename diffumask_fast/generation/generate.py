@@ -26,7 +26,7 @@ from diffumask_fast.dataset.storage import Place
 from diffumask_fast.errors import DiffuMaskError, is_out_of_memory
 from diffumask_fast.generation.captions import with_captions
 from diffumask_fast.generation.draw import Row, draw_shards
-from diffumask_fast.generation.job import Job, make_job, open_pipe
+from diffumask_fast.generation.job import Job, make_job, open_pipe, taken_for
 from diffumask_fast.generation.options import GenerateOptions
 from diffumask_fast.generation.quota import Tally, below, explain_below, next_round, tally
 from diffumask_fast.generation.shard_log import ShardLog
@@ -65,6 +65,8 @@ def run_generate(options: GenerateOptions, progress: Callable[[int | None], Prog
         DiffuMaskError: anything that keeps the run from starting or from going on, in one sentence.
     """
     with quietly(), _opened(options) as (pipe, job, surroundings):
+        if taken := taken_for(options, job, pipe.info):
+            logger.log(logging.WARNING if pipe.info.doubt else logging.INFO, "%s", taken)
         job = with_captions(_resumed(job, options.out), options.prompts, pipe, options.out, progress)
         plan = job.plan(pipe)
         with stop_on_sigterm() as stop, open_run(

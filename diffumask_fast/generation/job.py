@@ -15,7 +15,7 @@ from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.generation.options import NUM, GenerateOptions
 from diffumask_fast.generation.quota import first_round
 from diffumask_fast.masks.options import MaskOptions
-from diffumask_fast.models.arguments import check_draws_from_prompts
+from diffumask_fast.models.arguments import check_draws_from_prompts, suited
 from diffumask_fast.models.device import DTYPES
 from diffumask_fast.models.loading import check_size
 from diffumask_fast.models.lora import Lora, lora_record
@@ -195,7 +195,21 @@ def open_pipe(options: GenerateOptions | Job, device: str) -> DiffuMaskPipeline:
     )  # fmt: skip
     if options.scheduler not in (None, type(pipe.pipe.scheduler).__name__):
         set_scheduler(pipe.pipe, options.scheduler)
+    pipe.info = suited(pipe.info, pipe.pipe)
     return pipe
+
+
+def taken_for(options: GenerateOptions, job: Job, info: Any) -> str:
+    """Say which steps and guidance a job takes that the options leave open, why, and what speaks against them.
+
+    Args:
+        options: the flags.
+        job: made of them.
+        info: of the model, with its `origin` and `doubt`.
+    """
+    left = [f"{name} {getattr(job, name)}" for name in ("steps", "guidance_scale") if getattr(options, name) is None]
+    but = f"; but {info.doubt}: if it is one, give it its own" if info.doubt else ""
+    return f"{' and '.join(left)}, as {info.origin}{but}" if left else ""
 
 
 def _check_shards(rows: int, height: int, width: int, num_maps: int) -> None:

@@ -14,7 +14,7 @@ from diffumask_fast.dataset.writer import shard_name
 from diffumask_fast.generation.captions import with_captions
 from diffumask_fast.generation.draw import draw_shards
 from diffumask_fast.generation.generate import environment
-from diffumask_fast.generation.job import Job, make_job, open_pipe
+from diffumask_fast.generation.job import Job, make_job, open_pipe, taken_for
 from diffumask_fast.generation.options import GenerateOptions
 from diffumask_fast.models.loading import quietly
 from diffumask_fast.pipeline import DiffuMaskPipeline
@@ -30,9 +30,9 @@ def run_probe(options: GenerateOptions) -> dict[str, Any]:
 
     Returns:
         images (of the run, or of its part; with `accept_per_class` the least that there can be: `is_least`), missing
-        (those not drawn yet), shards, images_per_hour, hours (for the missing ones), bytes and bytes_per_shard (of
-        `data/`), seconds (by stage, for an image), probed (images that were drawn to tell this), accepted (of those),
-        batch_size, options (all resolved), model, environment.
+        (those not drawn yet), taken (steps and guidance that the options leave open), shards, images_per_hour, hours
+        (for the missing ones), bytes and bytes_per_shard (of `data/`), seconds (by stage, for an image), probed (images
+        that were drawn to tell this), accepted (of those), batch_size, options (all resolved), model, environment.
 
     Raises:
         DiffuMaskError: anything that would keep the run from starting.
@@ -52,6 +52,7 @@ def run_probe(options: GenerateOptions) -> dict[str, Any]:
     size = sum(map(_stored_bytes, rows)) / len(rows)
     return {
         "images": num, "missing": missing, "is_least": job.accept_per_class is not None,
+        "taken": taken_for(options, job, pipe.info),
         "shards": len(shards), "images_per_hour": round(3600 * rate),
         "hours": round(missing / rate / 3600, 6),
         "bytes": round(num * size), "bytes_per_shard": round(min(num, job.shard_size) * size),
@@ -74,6 +75,7 @@ def describe(estimate: dict[str, Any]) -> Iterator[str]:
     yield f"seconds an image: {', '.join(seconds)}"
     probe = f"a probe of {estimate['probed']} images, in batches of {estimate['batch_size']}"
     yield f"{probe}: {estimate['accepted']} accepted"
+    yield from filter(None, [estimate["taken"]])
     for section in ("options", "environment"):
         yield section
         for name, value in estimate[section].items():

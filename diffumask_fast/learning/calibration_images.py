@@ -31,7 +31,7 @@ SHARED = (
     "model", "revision", "classes", "classes_per_image", "prompts", "num", "seed", "batch_size", "steps",
     "guidance_scale", "scheduler", "size", "dtype", "device",
 )  # fmt: skip
-RECORDED = ("seed", "steps", "guidance_scale", "scheduler", "size", "dtype")
+RECORDED = ("seed", "steps", "guidance_scale", "scheduler", "size", "dtype", "lora", "lora_sha256")
 OnDrawn = Callable[[int, int], Any]  # gets the number of images of a batch, and of all
 
 
@@ -152,5 +152,5 @@ def _same(request: Request, row: Row, run: Place) -> Request:
 
 
 def _facts(job: Job) -> dict[str, Any]:
-    facts = {name: job.options[name] for name in RECORDED}
+    facts = {name: job.options[name] for name in RECORDED if name in job.options}
     return {"model": job.identity, "weights": job.weights, **facts}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from diffumask_fast.options import Options, number, one_of, option, whole
+from diffumask_fast.options import Options, left_open, number, one_of, option, whole
 
 
 @dataclass(frozen=True)
@@ -50,3 +50,10 @@ class MaskOptions(Options):
     min_area: float = option(0.005, "Reject images with a class on a smaller share of the pixels.", number(0, 1))
     max_area: float = option(0.95, "Reject images whose classes cover a larger share of the pixels.", number(0, 1))
     min_quality: float = option(0.0, "Reject images with a class of lower quality.", number(0, 1))
+
+
+@dataclass(frozen=True)
+class RemaskOptions(Options):
+    """How masks are made anew; None is as the dataset records."""
+
+    mask: MaskOptions = left_open(MaskOptions, "as IN records")

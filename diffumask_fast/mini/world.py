@@ -202,7 +202,7 @@ def _vary(rng: np.random.Generator, cut: Image.Image, side: float, sun: float) -
     # Premultiplied, so that no colour hidden under alpha 0 bleeds into the edge.
     pixels = np.asarray(cut, np.float32)
     pixels[..., :3] *= pixels[..., 3:] / 255
-    cut = Image.fromarray(pixels.round().astype(np.uint8), "RGBA")
+    cut = Image.fromarray(pixels.round().astype(np.uint8))
     cut = cut.resize([max(8, round(edge * scale)) for edge in cut.size], Image.Resampling.BOX, reducing_gap=None)
     cut = cut.rotate(angle, Image.Resampling.BICUBIC, expand=True)
     cut = cut.crop(cut.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox())
@@ -212,7 +212,7 @@ def _vary(rng: np.random.Generator, cut: Image.Image, side: float, sun: float) -
     across, down = (np.linspace(-1, 1, edge, dtype=np.float32) for edge in (cut.size[0], cut.size[1]))
     colour = colour * (1 + rng.uniform(0, 0.2) * (0.6 * sun * across[None, :] - 0.5 * down[:, None]))[..., None]
     pixels[..., :3] = np.clip(colour * rng.uniform(0.93, 1.07, 3), 0, 255)
-    return Image.fromarray(pixels.round().astype(np.uint8), "RGBA")
+    return Image.fromarray(pixels.round().astype(np.uint8))
 
 
 def _shadow(rng: np.random.Generator, image: Image.Image, x: int, y: int, w: int, h: int, sun: float) -> Image.Image:

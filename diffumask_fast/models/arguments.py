@@ -12,8 +12,11 @@ from diffumask_fast.attention.families import denoising_model, has_unet
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 from diffumask_fast.models.find import ModelInfo
+from diffumask_fast.models.scheduler import FEW_STEPS
 from diffumask_fast.options import checked, whole
 
+STEPS = 4  # of models that FEW_STEPS are for
+EMBEDDED, OFF = 8.5, 1.0  # their guidance: LatentConsistencyModelPipeline's own, where the UNet takes it; else none
 SCHEDULES = ("timesteps", "sigmas")
 PICTURES = {"image", "control_image", "mask_image"}  # a pipeline's arguments that must be given, where it has them
 OLD = ("callback", "callback_steps")  # that some take without naming them
@@ -22,11 +25,35 @@ ALSO_WITHOUT = ("FluxKontextPipeline",)
 
 
 def suited(info: ModelInfo, pipe: DiffusersPipeline) -> ModelInfo:
-    """Return a model's settings with the pipeline's own steps and guidance, where its folder has no say and it is no
-    UNet, for which the general ones are."""
-    if info.scenes is not None or has_unet(pipe):
+    """Return a model's settings with steps and guidance by what its parts tell, where its folder has no say."""
+    if info.scenes is not None:
         return info
-    return replace(info, **steps_and_guidance(pipe, {}))
+    steps, guidance, origin, doubt = _for_unet(pipe) if has_unet(pipe) else _for_transformer(pipe)
+    return replace(info, num_inference_steps=steps, guidance_scale=guidance, origin=origin, doubt=doubt)
+
+
+def _for_unet(pipe: DiffusersPipeline) -> tuple[int, float, str, str]:
+    """Return steps, guidance, their origin and what speaks against them."""
+    scheduler, config = type(pipe.scheduler).__name__, pipe.scheduler.config
+    embedded = denoising_model(pipe).config.get("time_cond_proj_dim") is not None
+    if scheduler in FEW_STEPS:
+        guidance = "guidance that its UNet takes as an embedding" if embedded else "no guidance"
+        return STEPS, EMBEDDED if embedded else OFF, f"{scheduler} is for few steps, with {guidance}", ""
+    doubt = ""
+    if embedded:
+        doubt = "its UNet takes guidance as an embedding, as an LCM's does, which wants about 4 steps"
+    elif config.get("timestep_spacing") == "trailing" and not config.get("rescale_betas_zero_snr"):
+        doubt = "its timesteps are trailing, as those of Turbo and Lightning, which want 1 to 8 steps and guidance 0"
+    return ModelInfo.num_inference_steps, ModelInfo.guidance_scale, "most models with a UNet want them", doubt
+
+
+def _for_transformer(pipe: DiffusersPipeline) -> tuple[int, float, str, str]:
+    """Return steps, guidance, their origin and what speaks against them."""
+    own, doubt = steps_and_guidance(pipe, {}), ""
+    if not denoising_model(pipe).config.get("guidance_embeds", True):
+        own["guidance_scale"] = 0.0  # the pipeline hands none to the transformer
+        doubt = "its transformer takes no guidance, as that of FLUX.1 schnell, which wants 4 steps"
+    return own["num_inference_steps"], own["guidance_scale"], f"{type(pipe).__name__} has them", doubt
 
 
 def steps_and_guidance(pipe: DiffusersPipeline, arguments: Mapping[str, Any]) -> dict[str, Any]:

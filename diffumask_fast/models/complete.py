@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import ModelMixin, pipelines
 from transformers import PreTrainedModel
@@ -53,7 +54,7 @@ def _kind_of(value: Any) -> type | None:
 
 def _load(kind: Any, part: Path, dtype: torch.dtype) -> torch.nn.Module:
     model, report = kind.from_pretrained(
-        str(part), torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True,
+        str(part), **as_argument(dtype, kind), use_safetensors=True, local_files_only=True, output_loading_info=True,
         # so that they are reported, and refused below
         ignore_mismatched_sizes=True, variant=_variant(part),
     )  # fmt: skip
@@ -66,6 +67,12 @@ def _load(kind: Any, part: Path, dtype: torch.dtype) -> torch.nn.Module:
     if clauses:
         raise DiffuMaskError(f"{part} {' and '.join(clauses)}: fetch the model again.")
     return model
+
+
+def as_argument(dtype: torch.dtype, kind: Any = ModelMixin) -> dict[str, torch.dtype]:
+    """Return a dtype as `from_pretrained` takes it: the name before 0.42 is deprecated in later diffusers."""
+    earlier = issubclass(kind, ModelMixin) and tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 42)
+    return {"torch_dtype" if earlier else "dtype": dtype}
 
 
 def _variant(part: Path) -> str | None:

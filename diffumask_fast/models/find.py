@@ -39,6 +39,8 @@ class ModelInfo:
         scenes: phrase of a place -> the classes that belong there; None means the general list.
         num_inference_steps: recommended number of steps.
         guidance_scale: recommended guidance.
+        origin: where these two are from, after "as"; "" where nobody has looked yet.
+        doubt: what speaks against them, a clause; "" for nothing.
         mask: options of masks and of maps that were measured best for it, by name.
         few_steps: number of steps -> options that are better for runs of at most so many; the smallest such number
             counts.
@@ -52,6 +54,8 @@ class ModelInfo:
     scenes: dict[str, tuple[str, ...]] | None = None
     num_inference_steps: int = 30
     guidance_scale: float = 7.5
+    origin: str = ""
+    doubt: str = ""
     mask: dict[str, Any] = field(default_factory=dict)
     few_steps: dict[int, dict[str, Any]] = field(default_factory=dict)
     scheduler: str | None = None
@@ -284,7 +288,8 @@ def _read_info(name: str, folder: Path) -> ModelInfo:
         scheduler = known.get("scheduler")
         if not isinstance(scheduler, str | None):
             raise ValueError(f"scheduler is {scheduler!r}, no name")
-        return ModelInfo(name, folder, classes, scenes, steps, guidance, scheduler=scheduler, **measured)
+        origin = f"{OWN_OPTIONS} says"
+        return ModelInfo(name, folder, classes, scenes, steps, guidance, origin, scheduler=scheduler, **measured)
 
 
 def _named(value: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 
 from diffumask_fast.attention.families import family_of
 from diffumask_fast.errors import DiffuMaskError, first_line
-from diffumask_fast.models.complete import load_models, try_tokenizers
+from diffumask_fast.models.complete import as_argument, load_models, try_tokenizers
 from diffumask_fast.models.diffusers_pipeline import DiffusersPipeline
 from diffumask_fast.models.find import ModelInfo
 from diffumask_fast.models.hashing import OWN_OPTIONS
@@ -42,7 +42,7 @@ def load_pipe(info: ModelInfo, dtype: torch.dtype, device: torch.device, **compo
             models: dict[str, Any] = load_models(info.local_folder, dtype, held=components)
             models |= dict.fromkeys(_left_out(info.local_folder))
             pipe: Any = DiffusionPipeline.from_pretrained(
-                info.folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **models, **components
+                info.folder, **as_argument(dtype), use_safetensors=True, local_files_only=True, **models, **components
             )
             try_tokenizers(pipe, info.local_folder)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
