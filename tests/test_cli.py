@@ -96,7 +96,8 @@ def test_the_closing_line_says_which_limit_rejects_everything(tmp_path):
     assert "0 of 2 images accepted" in text and "To accept more, lower --min-quality." in text
     text = call("remask", tmp_path / "out", tmp_path / "new", *limits).stdout
     assert "0 of 2 images accepted. To accept more, lower --min-quality." in text
-    assert "To accept more" not in call("remask", tmp_path / "out", tmp_path / "all", "--min-area", 0).stdout
+    assert "lower --min-quality" in call("remask", tmp_path / "out", tmp_path / "kept", "--min-area", 0).stdout
+    assert "To accept more" not in call("remask", tmp_path / "out", tmp_path / "all", "--min-quality", 0).stdout
 
 
 def test_two_classes_per_image(tmp_path):

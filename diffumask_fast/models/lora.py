@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffumask_fast.attention.families import denoising_model
 from diffumask_fast.errors import DiffuMaskError, first_line
 
 logger = logging.getLogger("diffumask_fast")
@@ -202,6 +201,8 @@ def _need_peft() -> None:
 
 def _load(pipe: Any, name: str, lora: Lora) -> None:
     """Load one file as an adapter, and see that it fits."""
+    from diffumask_fast.attention.families import denoising_model  # imports torch, and flags need this file's texts
+
     path = Path(lora.path)
     try:
         with _unheard():
