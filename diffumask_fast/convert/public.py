@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffumask_fast.errors import DiffuMaskError
 from diffumask_fast.prompts.public_ids import public_ids
-from diffumask_fast.prompts.vocabulary import Vocabulary
+from diffumask_fast.prompts.vocabulary import Vocabulary, fold
 
 IGNORES_ZERO = ("cityscapes", "ade20k")  # whose readers take what is none of their classes for ignored pixels
 
@@ -68,4 +67,4 @@ def numbers_like(
 
 
 def _folded(text: str) -> str:
-    return unicodedata.normalize("NFC", text).casefold().replace("-", " ").replace("_", " ")
+    return fold(text.replace("_", " "))

@@ -41,7 +41,7 @@ class Vocabulary:
         names: dict[str, str] = {}
         ids: dict[int, str] = {}
         for entry in self.entries:
-            stem = _fold(entry.stem)
+            stem = fold(entry.stem)
             if stem in names:
                 raise DiffuMaskError(
                     f"classes {names[stem]!r} and {entry.name!r} clash, for they have one name: rename or remove one"
@@ -56,9 +56,9 @@ class Vocabulary:
         self._check_colours()
 
     def _check_phrases(self) -> None:
-        owners = {_fold(entry.name): entry.name for entry in self.entries}
+        owners = {fold(entry.name): entry.name for entry in self.entries}
         for entry in self.entries:
-            for phrase in map(_fold, entry.phrases):
+            for phrase in map(fold, entry.phrases):
                 if owners.setdefault(phrase, entry.name) != entry.name:
                     raise DiffuMaskError(
                         f"the phrase {phrase!r} stands for {owners[phrase]} and for {entry.name}: leave it to one"
@@ -142,8 +142,8 @@ class Vocabulary:
         else:
             wanted = cls(_resolve([ClassLine("", name.strip()) for name in text.split(",") if name.strip()], known))
         if known is not None:
-            listed = {_fold(entry.name) for entry in known.entries}
-            strange = [entry.name for entry in wanted.entries if _fold(entry.name) not in listed]
+            listed = {fold(entry.name) for entry in known.entries}
+            strange = [entry.name for entry in wanted.entries if fold(entry.name) not in listed]
             if strange:
                 word = "class" if len(strange) == 1 else "classes"
                 raise DiffuMaskError(
@@ -284,13 +284,14 @@ def is_file(text: str) -> bool:
     return text not in SHIPPED and _names_a_file(text)
 
 
-def _fold(name: str) -> str:
+def fold(name: str) -> str:
+    """Return what names that differ in case, spaces or composed letters have in common."""
     return unicodedata.normalize("NFC", name).casefold().replace(" ", "-")
 
 
 def _names_a_file(text: str) -> bool:
     """Tell a path from a noun: a path exists, or has a separator, or ends like a text file."""
-    known = any(_fold(text) in (_fold(entry.name), _fold(entry.phrase)) for entry in _voc())
+    known = any(fold(text) in (fold(entry.name), fold(entry.phrase)) for entry in _voc())
     looks = "/" in text or "\\" in text or text.lower().endswith((".txt", ".csv", ".toml"))
     return not known and "," not in text and (looks or Path(text).is_file())
 
@@ -299,10 +300,10 @@ def _resolve(lines: Sequence[ClassLine], known: "Vocabulary | None" = None) -> t
     """Give each line what it leaves out: id and phrase of the known or VOC class of its name, else the next free id."""
     table: dict[str, ClassEntry] = {}
     for entry in (*_voc(), *(known.entries if known else ())):
-        table |= {_fold(entry.phrase): entry, _fold(entry.name): entry}
+        table |= {fold(entry.phrase): entry, fold(entry.name): entry}
     taken = {line.id for line in lines} | {entry.id for entry in table.values()}
     free = (number for number in range(21, 100_000) if number not in taken)
-    return tuple(_entry(line, table.get(_fold(line.name)), free) for line in lines)
+    return tuple(_entry(line, table.get(fold(line.name)), free) for line in lines)
 
 
 def _entry(line: ClassLine, like: ClassEntry | None, free: Iterator[int]) -> ClassEntry:
@@ -336,8 +337,8 @@ def _without(entry: ClassEntry, strange: tuple[str, ...]) -> ClassEntry:
     """Return a class of the package without the synonyms and sub-classes that are classes of the user's own."""
     if not strange:
         return entry
-    folded = set(map(_fold, strange))
-    synonyms = tuple(phrase for phrase in entry.synonyms if _fold(phrase) not in folded)
+    folded = set(map(fold, strange))
+    synonyms = tuple(phrase for phrase in entry.synonyms if fold(phrase) not in folded)
     finds = matcher((entry.phrase, *synonyms, *strange)).find
 
     def is_own(name: str) -> bool:
